@@ -133,6 +133,7 @@ LEAST_TICK_S = 0.0005
 TICKS_PER_GAP = 5  # the tick stays this far below the gap between tokens
 RATE_WINDOW_S = 0.1
 SPARE_DESCRIPTORS = 64
+CONNECTS_AT_ONCE = 64  # below the listening queue of the usual servers
 SOCKET_BACKLOG = 4096
 STREAMS_PER_PROCESS = 256
 WHOLE_PER_PROCESS = 512
@@ -439,13 +440,13 @@ class RunError(Exception):
 # === 3. Arrivals (when) (pure) ===
 
 
-def closed_loop(count: int, shard: int = 0, shards: int = 1) -> Iterator[Job]:
+def closed_loop(count: int, shard: int = 0, shards: int = 1) -> list[Job]:
     """Jobs due as soon as a worker is free; of several processes each takes every `shards`-th.
 
     >>> [job.index for job in closed_loop(7, shard=1, shards=3)]
     [1, 4]
     """
-    return (Job(index) for index in range(shard, count, shards))
+    return [Job(index) for index in range(shard, count, shards)]
 
 
 def share(total: int, shard: int, shards: int) -> int:
@@ -1263,8 +1264,8 @@ class LiveLine:
             self.show()
             await asyncio.sleep(self.period_s)
 
-    def show(self) -> None:
-        line = progress_line(self._tally, self._total, self._clock() - self._start_s)
+    def show(self, elapsed_s: Optional[float] = None) -> None:
+        line = progress_line(self._tally, self._total, elapsed_s or self._clock() - self._start_s)
         if self._tty:
             width = shutil.get_terminal_size().columns - 1
             _say("\r" + line[:width].ljust(width), end="")
@@ -1272,8 +1273,8 @@ class LiveLine:
             _say(line)
 
     def finish(self) -> None:
-        """The last state, so that a log shows how it ended."""
-        self.show()
+        """The last state, over the report's own time, so that a log shows how it ended."""
+        self.show(self._tally.elapsed_s)
         if self._tty:
             _say("")
 
@@ -1775,10 +1776,10 @@ class StopwatchWire:
         deadline_s = self.loop.time() + self._timeouts.total_s
         self._in_flight += 1
         try:
-            connection = self._idle_connection(exchange) or await self._connect(exchange)
+            connection = self._idle_connection(exchange) or await self._connect_for(exchange)
             if not await self._carried(connection, exchange, payload, deadline_s):
                 exchange.reconnects += 1
-                connection = await self._connect(exchange)
+                connection = await self._connect_for(exchange)
                 await self._carried(connection, exchange, payload, deadline_s)
         finally:
             self._in_flight -= 1
@@ -1803,8 +1804,20 @@ class StopwatchWire:
                 return connection
         return None
 
-    async def _connect(self, exchange: Exchange) -> Connection:
+    async def reserve(self, count: int) -> None:
+        """Open what is missing to `count` connections; one that cannot be opened will be missed later."""
+        while len(self._all) < count:
+            batch = min(count - len(self._all), CONNECTS_AT_ONCE)
+            opened = await asyncio.gather(*(self._connect() for _ in range(batch)), return_exceptions=True)
+            self._idle[:0] = [connection for connection in opened if isinstance(connection, Connection)]
+            if any(isinstance(outcome, BaseException) for outcome in opened):
+                return
+
+    async def _connect_for(self, exchange: Exchange) -> Connection:
         exchange.new_connection = True
+        return await self._connect()
+
+    async def _connect(self) -> Connection:
         limit_s = min(self._timeouts.connect_s, self._timeouts.total_s)
         try:
             sock, tls = await asyncio.wait_for(self._open(), limit_s)
@@ -2377,9 +2390,9 @@ def concede(dialect: Dialect, config: Config, refusals: Sequence[ErrorGroup]) ->
     for group in refusals:
         for word, change in CONCESSIONS:
             fixed = change is _with_other_limit and config.max_tokens_field != "auto"
-            if group.kind in ("http_400", "http_422") and word in group.first_message and not fixed:
-                if change(dialect) != dialect:
-                    return change(dialect)
+            taught = group.kind in ("http_400", "http_422") and word in group.first_message
+            if taught and not fixed and change(dialect) != dialect:
+                return change(dialect)
     return None
 
 
@@ -2394,6 +2407,8 @@ class Wire(Protocol):
     def http_client(self, openai: Any, httpx: ModuleType) -> Any: ...
 
     async def turn(self) -> None: ...
+
+    async def reserve(self, count: int) -> None: ...
 
     async def read(self, exchange: Exchange, stream: Any) -> None: ...
 
@@ -2507,6 +2522,9 @@ class SdkTransport:
     async def turn(self) -> None:
         """Its own queue is the event loop's."""
 
+    async def reserve(self, count: int) -> None:
+        """It opens connections when it needs them."""
+
     async def read(self, exchange: Exchange, stream: Any) -> None:
         async for data in stream.response.aiter_raw():
             stamp = time.perf_counter_ns()
@@ -2565,7 +2583,7 @@ class Sender:
         httpx = importlib.import_module(openai.Timeout.__init__.__module__.partition(".")[0])
         self.dialect = Dialect("max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field)
         self._config = config
-        self._wire = wire
+        self.wire = wire
         self._omit = {} if config.stream else {"stream": importlib.import_module("openai._types").Omit()}
         self._client = openai.AsyncOpenAI(
             api_key=config.api_key or "none",
@@ -2580,11 +2598,9 @@ class Sender:
     async def __call__(self, request: Request) -> Reply:
         exchange = Exchange(READERS[self._config.stream]())
         body = request_body(self._config, self.dialect, request)
-        await self._wire.turn()
+        await self.wire.turn()
         try:
-            await asyncio.wait_for(
-                self._call(exchange, body), None if self._wire.kernel_clock else self._config.timeout
-            )
+            await asyncio.wait_for(self._call(exchange, body), None if self.wire.kernel_clock else self._config.timeout)
         except asyncio.CancelledError:
             exchange.failure = Failure("http_error", "aborted", "stopped before the reply had ended")
         except asyncio.TimeoutError:
@@ -2599,7 +2615,7 @@ class Sender:
         _EXCHANGE.set(exchange)
         extra = {**body, **self._omit}
         stream = await self._create(model=self._config.model, messages=[], stream=True, extra_body=extra)
-        await self._wire.read(exchange, stream)
+        await self.wire.read(exchange, stream)
 
     def _failure(self, exchange: Exchange, error: Exception) -> Optional[Failure]:
         if exchange.status is not None and not 200 <= exchange.status < 300 and not isinstance(error, WireError):
@@ -2611,7 +2627,7 @@ class Sender:
 
     async def aclose(self) -> None:
         await self._client.close()
-        await self._wire.aclose()
+        await self.wire.aclose()
 
 
 def reply_of(exchange: Exchange) -> Reply:
@@ -3327,7 +3343,7 @@ class Station:
     def concurrency(self) -> int:
         return max(1, share(self.config.concurrency, self.shard, self.shards))
 
-    def jobs(self) -> Iterator[Job]:
+    def jobs(self) -> Sequence[Job]:
         return closed_loop(self.config.total_requests, self.shard, self.shards)
 
 
@@ -3346,6 +3362,8 @@ async def warm_up(station: Station, sender: Sender) -> None:
         return
     if tally.errors and not tally.ok:
         raise RunError(f"the warm-up failed, nothing was measured: {tally.first_error()}")
+    if count:
+        await sender.wire.reserve(min(station.concurrency, len(station.jobs())))
     if tally.errors:
         note(f"{tally.errors} of {count} warm-up requests failed: {tally.first_error()}")
 
@@ -3553,10 +3571,10 @@ class Shard:
         if self._process and self._process.stdin:
             self._process.stdin.close()
 
-    def lost(self) -> Iterator[Job]:
+    def lost(self) -> list[Job]:
         """Jobs that died with it."""
         jobs = closed_loop(self._config.total_requests, self.number, self._config.processes)
-        return (job for job in jobs if job.index not in self.seen)
+        return [job for job in jobs if job.index not in self.seen]
 
 
 async def measure_sharded(station: Station) -> list[Health]:
@@ -3600,7 +3618,7 @@ def _count_the_lost(shards: Sequence[Shard], station: Station, origin_ns: int) -
         if shard.done:
             continue
         now_s = (time.perf_counter_ns() - origin_ns) / 1e9
-        jobs = list(shard.lost())
+        jobs = shard.lost()
         note(f"process {shard.number} died; its {len(jobs)} unfinished requests count as errors")
         for job in jobs:
             record = lost_record(job, now_s, "process_lost", "the client process that had this request died")
