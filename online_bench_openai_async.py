@@ -1012,11 +1012,12 @@ def detail_lines(summary: Summary, config: Config, health: Sequence[Health]) -> 
 def clock_line(summary: Summary, health: Sequence[Health]) -> str:
     if not summary.reads:
         return ""
-    opened = f"{summary.new_connections} connections opened in the timed part"
+    counted = any(h.transport.startswith("stopwatch") for h in health)
+    opened = f"; {summary.new_connections} connections opened in the timed part" if counted else ""
     names = "/".join(sorted({h.transport for h in health})) or "-"
     kernel = percent(summary.kernel_reads, summary.reads)
     merged = percent(summary.merged_reads, summary.content_reads)
-    return f"Clock: kernel {kernel:.3g} %, merged {merged:.2g} %; transport {names}; {opened}"
+    return f"Clock: kernel {kernel:.3g} %, merged {merged:.2g} %; transport {names}{opened}"
 
 
 def client_line(summary: Summary, health: Sequence[Health]) -> str:

@@ -1,0 +1,134 @@
+"""Room 5: the numbers, against brute force and the standard library."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import random
+import statistics
+from typing import Any
+
+import pytest
+
+import online_bench_openai_async as bench
+from tests.conftest import make_config, make_record
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(bench).failed == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 101, 1000])
+def test_percentiles_are_the_inclusive_quantiles_of_the_standard_library(n: int) -> None:
+    rng = random.Random(n)
+    sample = sorted(rng.expovariate(1) for _ in range(n))
+    cuts = statistics.quantiles(sample, n=100, method="inclusive")
+    for rank in (1, 50, 90, 95, 99):
+        assert bench.percentile(sample, rank) == pytest.approx(cuts[rank - 1])
+
+
+def test_describe_agrees_with_the_standard_library() -> None:
+    rng = random.Random(0)
+    sample = [rng.gauss(100, 15) for _ in range(500)]
+    told = bench.describe(sample)
+    assert told.n == 500
+    assert told.mean == pytest.approx(statistics.fmean(sample))
+    assert told.std == pytest.approx(statistics.pstdev(sample))
+    assert told.max == max(sample)
+
+
+def summary_of(*records: bench.Record) -> bench.Summary:
+    tally = bench.Tally()
+    for record in records:
+        tally.add(record)
+    return tally.summary()
+
+
+def test_a_run_counts_from_its_first_send_to_its_last_completion() -> None:
+    summary = summary_of(make_record(0), make_record(1, sent_s=2.0, first_s=2.1, last_s=3.0, end_s=3.2))
+    assert summary.elapsed_s == pytest.approx(2.0)
+    assert summary.requests_per_s == pytest.approx(1.0)
+    assert summary.generated_per_s == pytest.approx(5.0)
+    assert summary.total_per_s == pytest.approx(15.0)
+
+
+def test_failures_enter_no_latency_and_no_throughput() -> None:
+    failed = make_record(1, status="http_error", error_kind="timeout", error="late", completion_tokens=99)
+    summary = summary_of(make_record(0), failed)
+    assert (summary.ok, summary.errors) == (1, 1)
+    assert summary.distributions["latency"].n == 1
+    assert summary.completion_tokens == 5
+    assert summary.error_groups == [bench.ErrorGroup("http_error", "timeout", 1, "late")]
+
+
+def test_nothing_measured_is_none_and_never_zero() -> None:
+    summary = summary_of()
+    for name in ("latency", "ttft", "tpot"):
+        assert summary.distributions[name] == bench.Distribution(0)
+    assert summary.requests_per_s == 0
+
+
+def test_the_most_frequent_error_leads_with_its_first_message() -> None:
+    records = [make_record(n, status="http_error", error_kind="http_503", error=f"busy {n}") for n in range(3)]
+    records.append(make_record(9, status="decode_error", error_kind="truncated", error="cut"))
+    groups = summary_of(*records).error_groups
+    assert [(group.kind, group.count, group.first_message) for group in groups] == [
+        ("http_503", 3, "busy 0"),
+        ("truncated", 1, "cut"),
+    ]
+
+
+def test_chunk_gaps_are_pooled_over_all_replies() -> None:
+    summary = summary_of(make_record(0), make_record(1, gaps_ms=(10.0, 20.0)))
+    assert summary.distributions["gap"].n == 6
+    assert summary.distributions["gap"].mean == pytest.approx(430 / 6)
+
+
+def test_a_chunk_is_a_token_only_where_the_counts_agree() -> None:
+    many = [make_record(n, completion_tokens=200, chunks=200) for n in range(5)]
+    assert bench.one_token_a_chunk(summary_of(*many))
+    merged = [make_record(n, completion_tokens=200, chunks=120) for n in range(5)]
+    assert not bench.one_token_a_chunk(summary_of(*merged))
+    unknown = [make_record(n, has_usage=False) for n in range(5)]
+    assert not bench.one_token_a_chunk(summary_of(*unknown))
+
+
+def test_replies_without_usage_are_counted_and_said() -> None:
+    summary = summary_of(make_record(0, has_usage=False, prompt_tokens=None, completion_tokens=None))
+    assert summary.without_usage == 1
+    assert summary.completion_tokens == 0
+    assert any("no usage" in line for line in bench.warnings_of(summary, make_config(), []))
+
+
+def health(**changes: Any) -> bench.Health:
+    calm = bench.Health(10.0, 3.0, 0.1, 1.0, 2.0, 0.5, 64, 0, "stopwatch (uvloop)", True)
+    return dataclasses.replace(calm, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({}, False),
+        ({"cpu_s": 9.5}, True),
+        ({"cpu_s": 5.0, "waiting_s": 4.5}, True),
+        ({"lag_p99_ms": 50.0}, True),
+        ({"lag_p99_ms": 12.0, "kernel_clock": False}, True),
+        ({"lag_p99_ms": 12.0}, False),
+        ({"wall_s": 0.1, "cpu_s": 0.1}, False),  # too short to tell
+    ],
+)
+def test_the_verdict_on_the_client(changes: dict[str, Any], bound: bool) -> None:
+    summary = summary_of(*(make_record(n) for n in range(10)))
+    assert (bench.client_bound(summary, [health(**changes)]) is not None) is bound
+
+
+def test_slow_hands_bind_the_client_whatever_its_cpu() -> None:
+    slow = summary_of(*(make_record(n, ready_s=0.8) for n in range(10)))  # 200 ms before each send of 500 ms
+    assert "to send" in (bench.client_bound(slow, [health()]) or "")
+
+
+def test_short_answers_and_long_prompts_are_pointed_out() -> None:
+    config = make_config(output_tokens=50, prompt_tokens=20)
+    lines = " ".join(bench.warnings_of(summary_of(make_record()), config, []))
+    assert "answers of 5.0 tokens" in lines
+    assert "try --prompt-tokens 40" in lines
