@@ -1480,7 +1480,7 @@ class Tls:
                 await loop.sock_sendall(sock, self._out.read())
                 data = await loop.sock_recv(sock, READ_BUFFER_BYTES)
                 if not data:
-                    raise ConnectionResetError("closed during the TLS handshake") from None
+                    raise WireError("tls_error", "closed during the TLS handshake: does it speak TLS?") from None
                 self._in.write(data)
             else:
                 await loop.sock_sendall(sock, self._out.read())
@@ -1843,7 +1843,7 @@ class StopwatchWire:
                 return sock, await self._prepare(sock, address)
             except OSError as error:
                 sock.close()
-                refusal = error
+                refusal = error  # the next address may answer
             except BaseException:
                 sock.close()
                 raise
@@ -1937,6 +1937,8 @@ class Watchdog:
         self._limits = timeouts
         self._deadline_s = deadline_s
         self._give_up = give_up
+        # A limit that starts to run only later (the idle one, with the first byte) is met by looking again.
+        self._look_again_s = min(timeouts.first_byte_s or math.inf, timeouts.idle_s or math.inf)
         self._handle: Optional[asyncio.TimerHandle] = None
 
     def watch(self, exchange: Exchange) -> None:
@@ -1953,7 +1955,7 @@ class Watchdog:
         if at_s <= now_s:
             self._give_up(kind, message)
         else:
-            self._handle = self._loop.call_at(at_s, self.watch, exchange)
+            self._handle = self._loop.call_at(min(at_s, now_s + self._look_again_s), self.watch, exchange)
 
     def stop(self) -> None:
         if self._handle:
@@ -2842,6 +2844,9 @@ class Peer:
 
     def advance(self, stamp_ns: int) -> None:
         """Take up the next whole request, one at a time."""
+        if not self._received[:1].isalpha() and self._received:  # no HTTP: a TLS greeting, say
+            self.close()
+            return
         if self.busy or b"\r\n\r\n" not in self._received:
             return
         head, _, rest = self._received.partition(b"\r\n\r\n")

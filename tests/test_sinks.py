@@ -41,7 +41,12 @@ def test_a_row_says_what_the_record_says(tmp_path: Path) -> None:
                          completion_tokens=None, http_status=429, sent_s=None))  # fmt: skip
     sink.close()
     good, bad = rows_of(path)
-    assert (good["index"], good["latency_ms"], good["total_tokens"], good["status"]) == ("7", "500.000", "15", "success")
+    assert (good["index"], good["latency_ms"], good["total_tokens"], good["status"]) == (
+        "7",
+        "500.000",
+        "15",
+        "success",
+    )
     assert (good["ttft_ms"], good["tpot_ms"], good["cached_tokens"]) == ("100.000", "100.000", "3")
     assert (bad["status"], bad["error_kind"], bad["http_status"]) == ("http_error", "http_429", "429")
     assert bad["latency_ms"] == bad["total_tokens"] == bad["sent_s"] == ""

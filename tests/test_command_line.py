@@ -1,0 +1,357 @@
+"""Room 13: the script as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+import online_bench_openai_async as bench
+from tests.conftest import ROOT, SCRIPT, Demo, Outcome, rows_of, run_script
+from tests.test_shards import wait_for_rows
+
+SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32", "--output-tokens", "5"]
+
+
+def at(server: Demo) -> list[str]:
+    return ["--api-base", server.url, "--model", "demo"]
+
+
+# --- wrong usage: one line, exit code 2, before any request ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["--conc", "5"], "--conc"),
+        (["--concurrency", "0"], "--concurrency: takes a whole number, 1 or more, not '0'"),
+        (["--concurrency", "-3"], "--concurrency"),
+        (["--concurrency", "many"], "not 'many'"),
+        (["--total-requests", "0"], "--total-requests"),
+        (["--prompt-tokens", "0"], "--prompt-tokens"),
+        (["--output-tokens", "-1"], "--output-tokens"),
+        (["--warmup", "-1"], "--warmup"),
+        (["--timeout", "0"], "--timeout"),
+        (["--timeout", "nan"], "--timeout"),
+        (["--temperature", "inf"], "--temperature"),
+        (["--max-error-rate", "2"], "--max-error-rate"),
+        (["--api-base", "127.0.0.1:8000/v1"], "takes a URL like http://127.0.0.1:8000/v1"),
+        (["--api-base", "ftp://host/v1"], "takes a URL"),
+        (["--api-base", "http://host:99999/v1"], "takes a URL"),
+        (["--api-key", "schlüssel"], "printable ASCII"),
+        (["--api-key", "two\nlines"], "printable ASCII"),
+        (["--extra-body", "[1]"], "takes a JSON object"),
+        (["--extra-body", "{"], "takes a JSON object"),
+        (["--extra-body", '{"a": NaN}'], "takes a JSON object"),
+        (["--append", "--overwrite"], "exclude each other"),
+        (["--requests-file", "/nowhere/corpus.jsonl"], "cannot read --requests-file"),
+        (["--requests-file", "/"], "cannot read --requests-file"),
+        (["--results-csv", "/nowhere/r.csv"], "cannot write --results-csv"),
+        (["--results-csv", "/"], "--results-csv"),
+        (["--summary-jsonl", "/nowhere/s.jsonl"], "cannot write --summary-jsonl"),
+        (["--ca-file", "/nowhere/ca.pem", "--api-base", "https://localhost/v1"], "--ca-file"),
+        (["--demo-engine", '{"speed": 1}'], "--demo-engine"),
+        (["--processes", "-1"], "--processes"),
+        (["--seed", "x"], "--seed"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(cli: Callable[..., Outcome], argv: list[str], complaint: str) -> None:
+    done = cli("--model", "m", "--api-base", "http://127.0.0.1:9/v1", *argv)
+    assert done.code == 2
+    assert done.out == ""
+    assert complaint in done.err
+    assert done.err.startswith("online_bench_openai_async.py: error: ")
+    assert done.err.count("\n") == 1
+
+
+def test_wrong_usage_reaches_no_server(cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path) -> None:
+    server = demo(ttft_ms=1, gap_ms=0)
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "a"}\nbroken\n')
+    done = cli(*at(server), "--requests-file", str(corpus), "--results-csv", str(tmp_path / "r.csv"))
+    assert done.code == 2
+    assert "line 2" in done.err
+    assert server.truth()["connections"] == 1  # the one that asks
+    assert not (tmp_path / "r.csv").exists()
+
+
+def test_a_bad_environment_is_named(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "no-scheme")
+    assert "$OPENAI_BASE_URL takes a URL" in cli("--model", "m").err
+
+
+def test_without_a_model_the_served_ones_are_named(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    done = cli("--api-base", demo(ttft_ms=1).url)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "serves: demo" in done.err
+
+
+def test_without_a_model_and_without_a_server(cli: Callable[..., Outcome]) -> None:
+    done = cli("--api-base", "http://127.0.0.1:9/v1")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "--model is missing" in done.err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["--nonsense"], ["--concurrency", "0"]])
+def test_help_and_complaints_import_no_client(argv: list[str]) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['x', *{argv!r}]\n"
+        "try: runpy.run_path(sys.path.pop(0) + '/online_bench_openai_async.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(*(n for n in ('openai', 'httpx', 'httpx2', 'aiohttp', 'uvloop') if n in sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1] == ""
+
+
+def test_help_costs_little_more_than_the_interpreter_and_asyncio() -> None:
+    """Under 0.15 s here; as a ratio to what any asyncio program pays, so that a slow machine does not fail it."""
+
+    def best(*argv: str) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *argv], capture_output=True, check=True)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert best(str(SCRIPT), "--help") < 3 * best("-c", "import argparse, asyncio, csv, dataclasses, json, random")
+
+
+# --- a run ---
+
+
+def test_the_demo_needs_nothing_and_says_how_true_it_was() -> None:
+    done = run_script("--demo", *SMALL)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].startswith("Requests (ok/err): 12/0  Concurrency: 4  Elapsed: ")
+    assert [line.split(":")[0] for line in lines[1:7]] == [
+        "Req/s", "Generated tokens/s", "Total tokens/s (in+out)", "p50 latency", "p95 latency", "Avg latency",
+    ]  # fmt: skip
+    assert lines[7] == ""
+    assert any(line.startswith("Measurement error: p50 ") for line in lines)
+    assert "=== Benchmark Configuration ===" in lines
+    assert "Progress: 12/12 (100.0%)" in done.err
+
+
+def test_rows_totals_and_summary_agree(cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path) -> None:
+    server, path, line = demo(ttft_ms=5, gap_ms=1), tmp_path / "r.csv", tmp_path / "s.jsonl"
+    done = cli(*at(server), *SMALL, "--stream", "--results-csv", str(path), "--summary-jsonl", str(line))
+    assert done.code == 0, done.err
+    rows = rows_of(path)
+    told = json.loads(line.read_text())
+    measured = server.truth()["requests"][4:]
+    assert len(rows) == told["completed"] == len(measured) == 12
+    assert sum(int(row["completion_tokens"]) for row in rows) == told["total_output_tokens"] == 60
+    assert sum(int(row["prompt_tokens"]) for row in rows) == sum(row["prompt_tokens"] for row in measured)
+    assert told["total_input_tokens"] == sum(row["prompt_tokens"] for row in measured)
+    assert all(float(row["ttft_ms"]) <= float(row["latency_ms"]) for row in rows)
+    assert told["chunk_is_token"] is True
+    cli(*at(server), *SMALL, "--summary-jsonl", str(line))
+    assert len(line.read_text().splitlines()) == 2
+
+
+def test_a_corpus_sets_the_number_of_requests_and_limits_per_line(
+    cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path
+) -> None:
+    server, corpus, path = demo(ttft_ms=1, gap_ms=0), tmp_path / "corpus.jsonl", tmp_path / "r.csv"
+    corpus.write_text(
+        '{"text": "a", "max_tokens": 3}\n{"prompt": "b"}\n{"messages": [{"role":"user","content":"c"}]}\n'
+    )
+    target = [*at(server), "--requests-file", str(corpus), "--output-tokens", "7", "--concurrency", "2"]
+    assert cli(*target, "--results-csv", str(path)).code == 0
+    tokens = {row["index"]: row["completion_tokens"] for row in rows_of(path)}
+    assert tokens == {"0": "3", "1": "7", "2": "7"}
+    cycled = cli(*target, "--total-requests", "5")
+    assert "5 requests cycle through 3 prompts" in cycled.err
+    assert "Requests (ok/err): 5/0" in cycled.out
+
+
+def test_an_existing_csv_stops_the_run_before_it_begins(
+    cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path
+) -> None:
+    server, path = demo(ttft_ms=1, gap_ms=0), tmp_path / "r.csv"
+    assert cli(*at(server), *SMALL, "--results-csv", str(path)).code == 0
+    before = path.read_text()
+    refused = cli(*at(server), *SMALL, "--results-csv", str(path))
+    assert refused.code == 2
+    assert "--append adds to it" in refused.err
+    assert path.read_text() == before
+    assert cli(*at(server), *SMALL, "--results-csv", str(path), "--append").code == 0
+    assert len(rows_of(path)) == 24
+
+
+def test_a_warm_up_that_fails_stops_the_run_with_its_error(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    done = cli("--api-base", "http://127.0.0.1:9/v1", "--model", "m", *SMALL, "--results-csv", str(path))
+    assert done.code == 1
+    assert "the warm-up failed, nothing was measured: connect_refused" in done.err
+    assert done.err.count("\n") == 1
+    assert not path.exists()
+
+
+def test_a_server_that_fails_everything_ends_with_1_and_a_report(cli: Callable[..., Outcome]) -> None:
+    done = cli("--api-base", "http://127.0.0.1:9/v1", "--model", "m", *SMALL, "--warmup", "0")
+    assert done.code == 1
+    assert "Requests (ok/err): 0/12" in done.out
+    assert "Errors: 12 x http_error/connect_refused" in done.out
+    assert "p50 latency: -" in done.out
+
+
+def test_one_seed_sends_the_same_prompts(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    counted = []
+    for seed in ("5", "5", "6"):
+        server = demo(ttft_ms=1, gap_ms=0)
+        cli(*at(server), *SMALL, "--concurrency", "1", "--seed", seed)
+        counted.append([row["prompt_tokens"] for row in server.truth()["requests"]])
+    assert counted[0] == counted[1]
+
+
+def test_a_failed_tls_check_tells_the_way_out(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    server = demo(ttft_ms=1)
+    done = cli("--api-base", server.url.replace("http:", "https:"), "--model", "m", *SMALL)
+    assert done.code == 1
+    assert "tls_error" in done.err
+    assert "--insecure" in done.err
+
+
+# --- interruptions ---
+
+
+def start(server: Demo, path: Path, *argv: str) -> subprocess.Popen[str]:
+    sizes = ["--concurrency", "4", "--total-requests", "4000", "--prompt-tokens", "16", "--output-tokens", "1"]
+    command = [sys.executable, str(SCRIPT), *at(server), *sizes, "--results-csv", str(path), *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_one_signal_drains_and_reports(demo: Callable[..., Demo], tmp_path: Path, name: str) -> None:
+    server, path = demo(ttft_ms=50, gap_ms=0), tmp_path / "r.csv"
+    process = start(server, path)
+    wait_for_rows(path, 12)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=30)
+    rows = rows_of(path)
+    assert process.returncode == 130, err
+    assert f"Requests (ok/err): {len(rows)}/0" in out
+    assert "interrupted" in out
+    truth = server.truth()
+    assert len(truth["requests"]) == len(rows) + 4  # the warm-up; everything that was sent was waited for
+    assert truth["in_flight"] == 0
+
+
+def test_two_signals_stop_now_and_still_report(demo: Callable[..., Demo], tmp_path: Path) -> None:
+    server, path = demo(ttft_ms=50, gap_ms=60_000), tmp_path / "r.csv"
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "quick", "max_tokens": 1}\n' * 8 + '{"text": "endless", "max_tokens": 2}\n' * 8)
+    process = start(server, path, "--requests-file", str(corpus), "--total-requests", "16", "--warmup", "0")
+    wait_for_rows(path, 8)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    begun = time.perf_counter()
+    out, err = process.communicate(timeout=30)
+    assert time.perf_counter() - begun < bench.DRAIN_GRACE_S
+    assert process.returncode == 130, err
+    rows = rows_of(path)
+    assert [row["status"] for row in rows] == ["success"] * 8 + ["http_error"] * 4
+    assert {row["error_kind"] for row in rows[8:]} == {"aborted"}
+    assert "Requests (ok/err): 8/4" in out
+
+
+def test_a_killed_run_leaves_every_finished_row_whole(demo: Callable[..., Demo], tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    process = start(demo(ttft_ms=5, gap_ms=0), path)
+    wait_for_rows(path, 50)
+    process.kill()
+    process.communicate()
+    text = path.read_text()
+    assert text.endswith("\n")
+    assert {line.count(",") for line in text.splitlines()} == {len(bench.CSV_COLUMNS) - 1}
+
+
+def test_an_interrupted_warm_up_reports_nothing_and_leaves_nothing(demo: Callable[..., Demo], tmp_path: Path) -> None:
+    server, path = demo(ttft_ms=60_000), tmp_path / "r.csv"
+    process = start(server, path)
+    for _ in range(600):
+        if server.truth()["in_flight"] == 4:
+            break
+        time.sleep(0.05)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == ""
+    assert "nothing to report" in err
+    assert not path.exists()
+
+
+# --- memory ---
+
+
+def peak_kb(server: Demo, count: int) -> int:
+    sizes = ["--concurrency", "32", "--total-requests", str(count), "--prompt-tokens", "64", "--output-tokens", "8"]
+    command = [sys.executable, str(SCRIPT), *at(server), *sizes, "--no-progress"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
+def test_memory_does_not_follow_the_number_of_requests(demo: Callable[..., Demo]) -> None:
+    server = demo(ttft_ms=0, gap_ms=0)
+    assert peak_kb(server, 20_000) - peak_kb(server, 200) < 60_000
+
+
+# --- limits ---
+
+
+def limited(soft: int, hard: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(("soft", "hard", "code"), [(64, 64, 2), (64, 4096, 1)])
+def test_too_few_descriptors_are_raised_or_refused_with_the_cure(soft: int, hard: int, code: int) -> None:
+    command = [sys.executable, str(SCRIPT), "--api-base", "http://127.0.0.1:9/v1", "--model", "m"]
+    done = subprocess.run(
+        [*command, "--concurrency", "1000"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=limited(soft, hard),
+    )
+    assert done.returncode == code, done.stderr
+    assert ("ulimit" in done.stderr) is (code == 2)
+
+
+# --- secrets ---
+
+
+def test_a_key_is_in_no_output(demo: Callable[..., Demo], tmp_path: Path) -> None:
+    path, line = tmp_path / "r.csv", tmp_path / "s.jsonl"
+    secrets: dict[str, Any] = {"guided": {"api_key": "sk-canary"}}
+    target = [*at(demo(ttft_ms=1, gap_ms=0)), *SMALL, "--results-csv", str(path), "--summary-jsonl", str(line)]
+    done = run_script(*target, "--api-key", "sk-canary", "--extra-body", json.dumps(secrets))
+    assert done.code == 0, done.err
+    assert "canary" not in done.out + done.err + path.read_text() + line.read_text()

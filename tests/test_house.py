@@ -1,0 +1,209 @@
+"""The order of the house: one file that runs alone, rooms in order, docs that agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import online_bench_openai_async as bench
+from tests.conftest import ROOT, SCRIPT
+
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+SCRIPTS = [path for path in sorted(ROOT.glob("*.py"))]
+PURE = re.compile(r"# === (\d+)\. .*\(pure\) ===")
+BANNER = re.compile(r"^# === (\d+)\. ([A-Z][\w ]*?)(?: \(.*\))? ===$", re.MULTILINE)
+
+
+def rooms() -> list[tuple[int, str, int]]:
+    """(number, name, first line) of each banner."""
+    return [(int(m[1]), m[2], SOURCE[: m.start()].count("\n") + 1) for m in BANNER.finditer(SOURCE)]
+
+
+def room_at(line: int) -> int:
+    return max(number for number, _, first in rooms() if first <= line)
+
+
+def defined() -> dict[str, int]:
+    """Every name that the module defines at its top level, with its room."""
+    names: dict[str, int] = {}
+    for node in ast.parse(SOURCE).body:
+        if node.lineno < rooms()[0][2]:
+            continue
+        targets = []
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            targets = [node.name]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                targets += [leaf.id for leaf in ast.walk(target) if isinstance(leaf, ast.Name)]
+        names.update({name: room_at(node.lineno) for name in targets})
+    return names
+
+
+def evaluated(node: ast.AST) -> list[ast.Name]:
+    """Names in a tree, annotations aside: those are never evaluated."""
+    found: list[ast.Name] = []
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns"):
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, ast.Name):
+                found.append(item)
+            if isinstance(item, ast.AST):
+                found += evaluated(item)
+    return found
+
+
+def test_the_banners_number_the_rooms_in_order() -> None:
+    assert [number for number, _, _ in rooms()] == list(range(1, 14))
+
+
+def test_a_room_uses_only_rooms_above_it() -> None:
+    home = defined()
+    below = {
+        f"line {name.lineno}: room {room_at(name.lineno)} uses {name.id} of room {home[name.id]}"
+        for node in ast.parse(SOURCE).body
+        if node.lineno >= rooms()[0][2]
+        for name in evaluated(node)
+        if name.id in home and home[name.id] > room_at(name.lineno)
+    }
+    assert not below
+
+
+def test_the_docstring_lists_the_rooms_as_the_banners_do() -> None:
+    listed = re.findall(r"^ +(\d+)\. (.+)$", bench.__doc__ or "", re.MULTILINE)
+    assert [(int(number), name) for number, name in listed] == [(number, name) for number, name, _ in rooms()]
+
+
+def test_every_room_but_the_constants_has_its_test_file() -> None:
+    for _, name, _ in rooms()[1:]:
+        assert (ROOT / "tests" / f"test_{name.lower().replace(' ', '_')}.py").exists(), name
+
+
+def test_pure_rooms_touch_nothing() -> None:
+    pure = {int(match[1]) for match in PURE.finditer(SOURCE)}
+    assert {3, 5, 6} <= pure
+    forbidden = {"open", "print", "time", "asyncio", "sys", "subprocess", "socket"}
+    touched = [
+        f"line {name.lineno}: {name.id}"
+        for name in evaluated(ast.parse(SOURCE))
+        if name.id in forbidden and room_at(name.lineno) in pure
+    ]
+    assert not touched
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_functions_are_short_and_take_few_parameters(script: Path) -> None:
+    long = []
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name != "build_parser":
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            parameters = [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.arg not in ("self", "cls")]
+            if lines > 50 or len(parameters) > 5:
+                long.append(f"{node.name}: {lines} lines, {len(parameters)} parameters")
+    assert not long
+
+
+def block_of(script: Path) -> dict[str, list[str]]:
+    """requires-python and dependencies of a script's PEP 723 block."""
+    text = script.read_text(encoding="utf-8")
+    match = re.search(r"^# /// script\n(.*?)^# ///$", text, re.MULTILINE | re.DOTALL)
+    assert match, f"{script.name} has no PEP 723 block"
+    lines = "".join(line[2:] for line in match[1].splitlines(keepends=True))
+    return {
+        "dependencies": re.findall(r'^    "(.+)",$', lines, re.MULTILINE),
+        "requires": re.findall(r'^requires-python = "(.+)"$', lines, re.MULTILINE),
+    }
+
+
+def test_requirements_are_those_of_the_scripts() -> None:
+    wanted: list[str] = []
+    for name in ("online_bench_openai_async.py", "generate_requests.py"):
+        if (ROOT / name).exists():
+            wanted += block_of(ROOT / name)["dependencies"]
+    listed = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert sorted(listed) == sorted(set(wanted))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_runs_alone(script: Path, tmp_path: Path) -> None:
+    if script.name.startswith("locust") and importlib.util.find_spec("locust") is None:
+        pytest.skip("locust is not installed")
+    alone = tmp_path / script.name
+    shutil.copy(script, alone)
+    command = [sys.executable, "-I", str(alone), "--help"]
+    if script.name.startswith("locust"):
+        command = [sys.executable, "-m", "locust", "-f", str(alone), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_imports_no_other(script: Path) -> None:
+    others = {path.stem for path in SCRIPTS} - {script.stem}
+    imported = set()
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert not imported & others
+
+
+def test_the_benchmark_imports_nothing_but_the_standard_library_at_its_top() -> None:
+    stdlib = getattr(sys, "stdlib_module_names", None)
+    if stdlib is None:
+        pytest.skip("Python 3.9 does not list its standard library")
+    for node in ast.walk(ast.parse(SOURCE)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert all(name.partition(".")[0] in stdlib for name in names), names
+
+
+# --- the documents ---
+
+
+def fenced(name: str) -> list[str]:
+    return re.findall(r"^```.*?^```$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_both_readmes_have_the_same_code_blocks() -> None:
+    assert fenced("README.md") == fenced("README.ja.md")
+
+
+def option_rows(name: str) -> list[str]:
+    """The options of the benchmark's table, in order."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    section = text.split("<!-- options of online_bench_openai_async.py -->")[1].split("<!-- end -->")[0]
+    return re.findall(r"^\| `(--[\w-]+)`", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+def test_the_table_of_options_is_the_parsers(name: str) -> None:
+    actions = bench.build_parser()._actions
+    shown = [action.option_strings[-1] for action in actions if action.help != bench.argparse.SUPPRESS]
+    assert option_rows(name) == [option for option in shown if option != "--help"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+def test_every_option_in_a_command_exists(name: str) -> None:
+    known = {option for action in bench.build_parser()._actions for option in action.option_strings}
+    for block in fenced(name):
+        for command in re.findall(r"online_bench_openai_async\.py((?:[^\n]*\\\n)*[^\n]*)", block):
+            used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", command))
+            assert used <= known, used - known
+
+
+def test_the_method_defines_every_metric_and_every_column() -> None:
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    for metric in bench.METRICS:
+        assert metric.label.partition(" (")[0].lower() in text.lower(), metric.label
+    for column in bench.CSV_COLUMNS:
+        assert f"`{column}`" in text, column

@@ -1,0 +1,51 @@
+"""The script alone in an empty folder, on every Python found, with the oldest and the newest client that it takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SCRIPT
+
+VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
+CLIENTS = {"oldest": "openai==1.0.0", "newest": "openai"}
+
+
+def uv(*argv: str) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
+    if program is None:
+        pytest.skip("needs uv to make an environment per interpreter")
+    env = {**os.environ, "UV_PYTHON_DOWNLOADS": "never", "UV_SYSTEM_CERTS": "true", "UV_NATIVE_TLS": "true"}
+    return subprocess.run([program, *argv], capture_output=True, text=True, env=env, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_script_alone_runs_help_and_demo(version: str, client: str, tmp_path: Path) -> None:
+    if uv("python", "find", "--no-project", version).returncode:
+        pytest.skip(f"no Python {version} here")
+    made = uv("venv", "-q", "--no-project", "--python", version, str(tmp_path / "env"))
+    assert made.returncode == 0, made.stderr
+    python = tmp_path / "env" / "bin" / "python"
+    installed = uv("pip", "install", "-q", "--python", str(python), CLIENTS[client])
+    if installed.returncode:
+        pytest.skip(f"cannot install {CLIENTS[client]}: {installed.stderr[-200:]}")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    shutil.copy(SCRIPT, folder)
+
+    def run(*argv: str) -> str:
+        command = [str(python), "-I", "-W", "error", SCRIPT.name, *argv]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "--concurrency" in run("--help")
+    sizes = ["--concurrency", "4", "--total-requests", "8", "--prompt-tokens", "32", "--output-tokens", "8"]
+    for mode in ([], ["--stream"]):
+        assert "Requests (ok/err): 8/0" in run("--demo", *sizes, *mode)

@@ -1,0 +1,197 @@
+"""Room 11: the pool in virtual time, then real servers' views of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Callable
+
+import pytest
+
+import online_bench_openai_async as bench
+from tests.conftest import Demo, Outcome, in_virtual_time
+
+
+class Collected:
+    def __init__(self) -> None:
+        self.records: list[bench.Record] = []
+
+    def add(self, record: bench.Record) -> None:
+        self.records.append(record)
+
+
+class Server:
+    """Answers in virtual time; knows how many were in flight."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self._seconds = seconds
+        self.in_flight = 0
+        self.peak = 0
+        self.served = 0
+
+    async def __call__(self, request: bench.Request) -> bench.Reply:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        self.in_flight += 1
+        self.served += 1
+        self.peak = max(self.peak, self.in_flight)
+        failure = None
+        try:
+            await asyncio.sleep(self._seconds(int(request.messages[0]["content"])))
+        except asyncio.CancelledError:
+            failure = bench.Failure("http_error", "aborted", "stopped")
+        finally:
+            self.in_flight -= 1
+        start_ns, end_ns = int(start * 1e9), int(loop.time() * 1e9)
+        return bench.Reply(bench.Answer(failure=failure), start_ns, start_ns, end_ns)
+
+
+def numbered(index: int) -> bench.Request:
+    return bench.Request([{"role": "user", "content": str(index)}])
+
+
+def nothing_happens(stop: bench.Stop) -> None:
+    """The run is left alone."""
+
+
+def run_pool(
+    jobs: int, concurrency: int, server: Server, script: Callable[[bench.Stop], None] = nothing_happens
+) -> Any:
+    """(records, virtual seconds taken); `script` may schedule what happens to the stop."""
+
+    async def main() -> Any:
+        stop, sink = bench.Stop(), Collected()
+        script(stop)
+        load = bench.Load(bench.closed_loop(jobs), numbered, server, [sink], concurrency)
+        await bench.Pool(load, stop).drain()
+        return sink.records, asyncio.get_running_loop().time()
+
+    return in_virtual_time(main())
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 8, 20])
+def test_workers_keep_exactly_the_concurrency_in_flight(concurrency: int) -> None:
+    server = Server(lambda index: 1.0)
+    records, took = run_pool(16, concurrency, server)
+    assert server.peak == min(concurrency, 16)
+    assert took == pytest.approx(-(-16 // concurrency))
+    assert sorted(record.index for record in records) == list(range(16))
+
+
+def test_records_come_in_order_of_completion() -> None:
+    records, _ = run_pool(3, 3, Server(lambda index: 3.0 - index))
+    assert [record.index for record in records] == [2, 1, 0]
+
+
+def at(seconds: float, *presses: str) -> Callable[[bench.Stop], None]:
+    def script(stop: bench.Stop) -> None:
+        loop = asyncio.get_running_loop()
+        for number, press in enumerate(presses):
+            loop.call_later(seconds + number, getattr(stop, press))
+
+    return script
+
+
+def test_the_first_stop_drains_what_is_in_flight() -> None:
+    records, took = run_pool(100, 4, Server(lambda index: 2.0), at(3.0, "press"))
+    assert len(records) == 8
+    assert all(record.ok for record in records)
+    assert took == pytest.approx(4.0)
+
+
+def test_a_drain_has_its_limit_and_what_is_left_is_recorded() -> None:
+    records, took = run_pool(100, 4, Server(lambda index: 60.0 if index == 1 else 2.0), at(3.0, "press"))
+    assert took == pytest.approx(3.0 + bench.DRAIN_GRACE_S)
+    aborted = [record for record in records if not record.ok]
+    assert [(record.index, record.error_kind) for record in aborted] == [(1, "aborted")]
+    assert aborted[0].end_s - (aborted[0].sent_s or 0) == pytest.approx(8.0)
+
+
+def test_the_second_stop_ends_at_once() -> None:
+    records, took = run_pool(100, 4, Server(lambda index: 60.0), at(3.0, "press", "press"))
+    assert took == pytest.approx(4.0)
+    assert [record.error_kind for record in records] == ["aborted"] * 4
+
+
+def test_a_run_that_only_fails_stops_by_itself() -> None:
+    class Refusing(Server):
+        async def __call__(self, request: bench.Request) -> bench.Reply:
+            await asyncio.sleep(1.0)
+            self.served += 1
+            return bench.Reply(bench.Answer(failure=bench.Failure("http_error", "http_500", "no")), 0, 0, 0)
+
+    async def main() -> tuple[int, str]:
+        stop, tally, server = bench.Stop(), bench.Tally(), Refusing(lambda index: 1.0)
+        sinks = [tally, bench.Breaker(tally, stop, None)]
+        await bench.Pool(bench.Load(bench.closed_loop(5000), numbered, server, sinks, 10), stop).drain()
+        return server.served, stop.reason
+
+    served, reason = in_virtual_time(main())
+    assert bench.IDENTICAL_FAILURES_TO_STOP <= served <= bench.IDENTICAL_FAILURES_TO_STOP + 10
+    assert "all failed alike" in reason
+
+
+def test_a_defect_of_ours_is_raised_and_not_swallowed() -> None:
+    async def broken(request: bench.Request) -> bench.Reply:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        load = bench.Load(bench.closed_loop(3), numbered, broken, [], 2)
+        await bench.Pool(load, bench.Stop()).drain()
+
+    with pytest.raises(ZeroDivisionError):
+        in_virtual_time(main())
+
+
+# --- the server's view ---
+
+
+@pytest.mark.parametrize("concurrency", [1, 64, 100, 101, 256, 1024])
+@pytest.mark.parametrize("transport", ["stopwatch", "sdk"])
+def test_the_server_sees_exactly_the_concurrency(
+    cli: Callable[..., Outcome], demo: Callable[..., Demo], concurrency: int, transport: str
+) -> None:
+    if transport == "sdk" and concurrency > 256:
+        pytest.skip("the SDK's own transport spends seconds on so many at once")
+    server = demo(ttft_ms=200 + 3 * concurrency if transport == "sdk" else 150 + concurrency, gap_ms=0)
+    sizes = ["--concurrency", str(concurrency), "--total-requests", str(max(3, concurrency + concurrency // 2))]
+    base = ["--api-base", server.url, "--model", "demo", "--prompt-tokens", "16", "--output-tokens", "1"]
+    done = cli(*base, *sizes, "--transport", transport, "--no-progress")
+    assert done.code == 0, done.err
+    truth = server.truth()
+    assert truth["peak_in_flight"] == concurrency
+    assert truth["connections"] - 1 <= concurrency  # one of them asks for the truth
+    assert truth["in_flight"] == 0
+    assert len(truth["requests"]) == max(3, concurrency + concurrency // 2) + concurrency
+
+
+def test_the_figures_are_the_servers(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    """A fixed delay of 200 ms at concurrency 64: percentiles within 2 ms of the server's, elapsed within 1 %."""
+    server = demo(ttft_ms=200, gap_ms=0)
+    base = ["--api-base", server.url, "--model", "demo", "--prompt-tokens", "64", "--output-tokens", "1"]
+    done = cli(*base, "--concurrency", "64", "--total-requests", "512", "--no-progress")
+    rows = server.truth()["requests"][64:]
+    truth = bench.describe((row["last_ns"] - row["arrived_ns"]) / 1e6 for row in rows)
+    window_s = (max(row["last_ns"] for row in rows) - min(row["arrived_ns"] for row in rows)) / 1e9
+
+    def said(label: str) -> float:
+        return float(done.out.split(label)[1].split()[0].rstrip("s"))
+
+    assert abs(said("p50 latency: ") - truth.percentiles[50.0]) < 2
+    assert abs(said("p95 latency: ") - truth.percentiles[95.0]) < 2
+    assert said("Elapsed: ") == pytest.approx(window_s, rel=0.01)
+
+
+def test_warm_up_requests_enter_no_figure(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    server = demo(ttft_ms=1, gap_ms=0)
+    base = ["--api-base", server.url, "--model", "demo", "--prompt-tokens", "16", "--output-tokens", "20"]
+    done = cli(*base, "--concurrency", "4", "--total-requests", "10", "--warmup", "7", "--no-progress")
+    assert "Requests (ok/err): 10/0" in done.out
+    emitted = [row["emitted"] for row in server.truth()["requests"]]
+    assert emitted == [8] * 7 + [20] * 10
+
+
+def test_no_warm_up_is_none(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    server = demo(ttft_ms=1, gap_ms=0)
+    base = ["--api-base", server.url, "--model", "demo", "--prompt-tokens", "16", "--output-tokens", "20"]
+    cli(*base, "--concurrency", "4", "--total-requests", "10", "--warmup", "0", "--no-progress")
+    assert len(server.truth()["requests"]) == 10

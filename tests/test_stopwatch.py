@@ -1,0 +1,408 @@
+"""Room 8: the kernel's clock, and what happens on the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Callable, Optional
+
+import pytest
+
+import online_bench_openai_async as bench
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux stamps arrivals in the kernel")
+
+
+class Script:
+    """A server that answers each connection's requests with the next of its scripts; counts connections."""
+
+    def __init__(self, *answers: Callable[[socket.socket], bool]) -> None:
+        self._answers = list(answers)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = self._listener.getsockname()[1]
+        self.connections = 0
+        self.requests = 0
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._open.append(sock)
+            threading.Thread(target=self._talk, args=(sock,), daemon=True).start()
+
+    def _talk(self, sock: socket.socket) -> None:
+        try:
+            while self._request(sock):
+                self.requests += 1
+                answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+                if not answer(sock):
+                    sock.close()
+                    return
+        except OSError:
+            return
+
+    @staticmethod
+    def _request(sock: socket.socket) -> bool:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            more = sock.recv(65536)
+            if not more:
+                return False
+            data += more
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        while len(body) < length:
+            body += sock.recv(65536)
+        return True
+
+    def stop(self) -> None:
+        self._listener.close()
+        for sock in self._open:
+            sock.close()
+
+
+def says(*packets: bytes, gap_s: float = 0.0, keep: bool = True) -> Callable[[socket.socket], bool]:
+    def answer(sock: socket.socket) -> bool:
+        for packet in packets:
+            sock.sendall(packet)
+            time.sleep(gap_s)
+        return keep
+
+    return answer
+
+
+@pytest.fixture
+def script() -> Iterator[Callable[..., Script]]:
+    started: list[Script] = []
+
+    def start(*answers: Callable[[socket.socket], bool]) -> Script:
+        started.append(Script(*answers))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+class Arrivals:
+    """A reader that keeps what it is fed."""
+
+    complete = False
+
+    def __init__(self) -> None:
+        self.fed: list[tuple[int, bytes]] = []
+
+    def feed(self, stamp_ns: int, data: bytes) -> None:
+        self.fed.append((stamp_ns, data))
+
+    def answer(self) -> bench.Answer:
+        return bench.Answer()
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(data for _, data in self.fed)
+
+
+LIMITS = bench.Timeouts(connect_s=5, first_byte_s=None, idle_s=None, total_s=10)
+
+
+def exchange_with(
+    port: int,
+    count: int = 1,
+    limits: bench.Timeouts = LIMITS,
+    meanwhile: Optional[Callable[[], Any]] = None,
+) -> tuple[list[bench.Exchange], list[Optional[bench.WireError]]]:
+    """`count` requests one after the other over one wire; the exchanges and what they raised."""
+
+    async def main() -> tuple[list[bench.Exchange], list[Optional[bench.WireError]]]:
+        wire = bench.StopwatchWire(bench.Origin("127.0.0.1", port, False), limits, streamed=True)
+        exchanges, errors = [], []
+        for _ in range(count):
+            exchange = bench.Exchange(Arrivals())
+            payload = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+            if meanwhile:
+                asyncio.get_running_loop().call_later(0.01, meanwhile)
+            try:
+                await wire.perform(exchange, payload)
+                errors.append(None)
+            except bench.WireError as error:
+                errors.append(error)
+            exchanges.append(exchange)
+        await wire.aclose()
+        return exchanges, errors
+
+    result: tuple[list[bench.Exchange], list[Optional[bench.WireError]]] = asyncio.run(main())
+    return result
+
+
+def body_of(exchange: bench.Exchange) -> bytes:
+    reader = exchange.reader
+    assert isinstance(reader, Arrivals)
+    return reader.body
+
+
+@linux_only
+def test_a_blocked_event_loop_does_not_move_the_stamps(script: Callable[..., Script]) -> None:
+    """The loop sleeps through all five chunks; the kernel does not."""
+    chunks = [b"5\r\n%d.abc\r\n" % n for n in range(5)]
+    server = script(says(CHUNKED, *chunks, b"0\r\n\r\n", gap_s=0.02))
+    (exchange,), errors = exchange_with(server.port, meanwhile=lambda: time.sleep(0.3))
+    assert errors == [None]
+    stamps = [stamp for stamp, data in exchange.reader.fed]  # type: ignore[attr-defined]
+    # read after 300 ms, in one piece or a few: never stamped with the time of that read
+    assert exchange.sent_ns is not None
+    assert (stamps[-1] - exchange.sent_ns) / 1e6 < 250
+    assert exchange.kernel_reads == exchange.reads
+
+
+@linux_only
+def test_stamps_lie_between_sending_and_reading(script: Callable[..., Script]) -> None:
+    server = script(says(CHUNKED + b"2\r\nhi\r\n", b"2\r\nho\r\n0\r\n\r\n", gap_s=0.02))
+    (exchange,), _ = exchange_with(server.port)
+    stamps = [stamp for stamp, data in exchange.reader.fed]  # type: ignore[attr-defined]
+    assert exchange.sent_ns is not None
+    assert exchange.sent_ns < stamps[0] < stamps[-1] < time.perf_counter_ns()
+    assert (stamps[-1] - stamps[0]) / 1e6 >= 20
+
+
+@linux_only
+@pytest.mark.parametrize("step_s", [3600, -3600])
+def test_a_stepped_clock_falls_back_to_the_time_of_the_read(
+    script: Callable[..., Script], step_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = time.time_ns
+    monkeypatch.setattr(bench.time, "time_ns", lambda: true() + step_s * 1_000_000_000)
+    server = script(says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"))
+    (exchange,), errors = exchange_with(server.port)
+    assert errors == [None]
+    assert exchange.kernel_reads == 0
+    assert exchange.sent_ns is not None
+    assert exchange.last_ns is not None
+    assert exchange.sent_ns < exchange.last_ns < time.perf_counter_ns()
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        (CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n"),
+        (CHUNKED + b"2\r\nhi\r\n0\r\n\r\n",),
+        (CHUNKED, b"2\r\nhi\r\n0\r\n", b"\r\n"),
+        (CHUNKED, b"2\r\nhi\r\n0", b"\r\n\r\n"),
+        (CHUNKED, b"2;ext=1\r\nhi\r\n", b"0\r\nX-Trailer: 1\r\n\r\n"),
+        (HEAD + b"Content-Length: 2\r\n\r\n", b"h", b"i"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", HEAD + b"Content-Length: 2\r\n\r\nhi"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + b"Content-Length: 2\r\n\r\nhi",),
+        tuple(bytes([byte]) for byte in CHUNKED + b"2\r\nhi\r\n0\r\n\r\n"),
+    ],
+)
+def test_a_reply_is_whole_however_it_is_cut_and_its_connection_is_kept(
+    script: Callable[..., Script], packets: tuple[bytes, ...]
+) -> None:
+    server = script(says(*packets, gap_s=0.001))
+    exchanges, errors = exchange_with(server.port, count=2)
+    assert errors == [None, None]
+    assert [body_of(exchange) for exchange in exchanges] == [b"hi", b"hi"]
+    assert [exchange.new_connection for exchange in exchanges] == [True, False]
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        says(b"HTTP/1.0 200 OK\r\n\r\nhi", keep=False),
+        says(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi", keep=False),
+        says(HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi", keep=False),
+    ],
+)
+def test_a_reply_that_ends_with_its_connection(script: Callable[..., Script], answer: Any) -> None:
+    server = script(answer)
+    exchanges, errors = exchange_with(server.port, count=2)
+    assert errors == [None, None]
+    assert [body_of(exchange) for exchange in exchanges] == [b"hi", b"hi"]
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (says(CHUNKED + b"5\r\nhi", keep=False), "cut"),
+        (says(HEAD + b"Content-Length: 10\r\n\r\nhi", keep=False), "cut"),
+        (says(HEAD, keep=False), "cut"),
+        (says(keep=False), "closed"),
+        (says(b"SSH-2.0-OpenSSH\r\n"), "bad_http"),
+        (says(CHUNKED + b"zz\r\nhi\r\n"), "bad_http"),
+    ],
+)
+def test_what_breaks_on_the_wire_is_said(script: Callable[..., Script], answer: Any, kind: str) -> None:
+    server = script(answer)
+    _, (error,) = exchange_with(server.port)
+    assert error is not None
+    assert (error.failure.status, error.failure.kind) == ("http_error", kind)
+
+
+def test_a_stale_connection_costs_one_counted_reconnect(script: Callable[..., Script]) -> None:
+    """The server closes the kept connection as the second request arrives: sent again on a new one."""
+    good = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
+    server = script(good, says(keep=False), good)
+    exchanges, errors = exchange_with(server.port, count=2)
+    assert errors == [None, None]
+    assert [exchange.reconnects for exchange in exchanges] == [0, 1]
+    assert server.requests == 3
+
+
+def test_a_server_that_keeps_closing_is_tried_twice_and_no_more(script: Callable[..., Script]) -> None:
+    good = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
+    server = script(good, says(keep=False))
+    _, errors = exchange_with(server.port, count=2)
+    assert errors[0] is None
+    assert errors[1] is not None
+    assert errors[1].failure.kind == "closed"
+    assert server.requests == 3
+
+
+@pytest.mark.parametrize(
+    ("limits", "answer", "kind"),
+    [
+        (bench.Timeouts(5, None, None, 0.2), says(CHUNKED, b"2\r\nhi\r\n", gap_s=0.5), "timeout"),
+        (bench.Timeouts(5, 0.2, None, 9), says(b"", gap_s=0.5), "first_byte_timeout"),
+        (bench.Timeouts(5, None, 0.2, 9), says(CHUNKED, b"2\r\nhi\r\n", gap_s=0.5), "idle_timeout"),
+    ],
+)
+def test_each_time_limit_holds_and_has_its_name(
+    script: Callable[..., Script], limits: bench.Timeouts, answer: Any, kind: str
+) -> None:
+    server = script(answer)
+    _, (error,) = exchange_with(server.port, limits=limits)
+    assert error is not None
+    assert error.failure.kind == kind
+
+
+def test_a_slow_but_steady_stream_meets_no_idle_limit(script: Callable[..., Script]) -> None:
+    chunks = [b"2\r\nhi\r\n"] * 8
+    server = script(says(CHUNKED, *chunks, b"0\r\n\r\n", gap_s=0.08))
+    _, errors = exchange_with(server.port, limits=bench.Timeouts(5, None, 0.4, 9))
+    assert errors == [None]
+
+
+def test_a_refused_connection_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    _, (error,) = exchange_with(port)
+    assert error is not None
+    assert error.failure.kind == "connect_refused"
+
+
+def test_a_reply_without_an_end_is_an_error_and_not_an_exhaustion(
+    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "MAX_REPLY_BYTES", 1 << 20)
+    server = script(says(CHUNKED, *[b"10000\r\n" + b"x" * 65536 + b"\r\n"] * 64))
+    _, (error,) = exchange_with(server.port)
+    assert error is not None
+    assert error.failure.kind == "too_large"
+
+
+def test_compression_nobody_asked_for_is_undone(script: Callable[..., Script]) -> None:
+    import gzip
+
+    data = gzip.compress(b"hi")
+    head = HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
+    server = script(says(head + data))
+    (exchange,), errors = exchange_with(server.port)
+    assert errors == [None]
+    assert body_of(exchange) == b"hi"
+
+
+def test_the_turnstile_admits_one_per_turn_of_the_loop() -> None:
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        turnstile = bench.Turnstile(loop)
+        turn = 0
+        admitted: list[int] = []
+
+        def count() -> None:
+            nonlocal turn
+            turn += 1
+            if len(admitted) < 5:
+                loop.call_soon(count)
+
+        async def visitor() -> None:
+            waiter: asyncio.Future[None] = loop.create_future()
+            turnstile.queue(waiter)
+            await waiter
+            admitted.append(turn)
+
+        loop.call_soon(count)
+        await asyncio.gather(*(visitor() for _ in range(5)))
+        return admitted
+
+    turns = asyncio.run(main())
+    assert len(set(turns)) == 5
+
+
+def openssl_certificate(folder: Any) -> tuple[str, str]:
+    key, certificate = str(folder / "key.pem"), str(folder / "cert.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the openssl command to make a certificate")
+    return key, certificate
+
+
+@pytest.mark.parametrize("trust", ["ca_file", "insecure", "nobody"])
+def test_tls_over_the_same_socket(script: Callable[..., Script], tmp_path: Any, trust: str) -> None:
+    import ssl
+
+    key, certificate = openssl_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = script(says(CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n", gap_s=0.01))
+    plain = server._talk
+
+    def talk(sock: socket.socket) -> None:
+        try:
+            with context.wrap_socket(sock, server_side=True) as sealed:
+                plain(sealed)
+        except OSError:  # a client that does not trust us
+            sock.close()
+
+    server._talk = talk  # type: ignore[method-assign]
+
+    async def main() -> list[bench.Exchange]:
+        ca_file = certificate if trust == "ca_file" else None
+        origin = bench.Origin("127.0.0.1", server.port, True, ca_file, trust == "insecure")
+        wire = bench.StopwatchWire(origin, LIMITS, streamed=True)
+        exchanges = []
+        try:
+            for _ in range(2):
+                exchanges.append(bench.Exchange(Arrivals()))
+                await wire.perform(exchanges[-1], b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        finally:
+            await wire.aclose()
+        return exchanges
+
+    if trust == "nobody":
+        with pytest.raises(bench.WireError) as caught:
+            asyncio.run(main())
+        assert caught.value.failure.kind == "tls_error"
+        return
+    exchanges = asyncio.run(main())
+    assert [body_of(exchange) for exchange in exchanges] == [b"hi", b"hi"]
+    assert server.connections == 1
+    if sys.platform == "linux":
+        assert exchanges[1].kernel_reads == exchanges[1].reads
