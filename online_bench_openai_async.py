@@ -51,7 +51,7 @@ Columns of --results-csv, one row per request in order of completion; blank = no
     ttft_ms            sent -> first token (streamed)
     tpot_ms            (last token - first token) / (completion_tokens - 1) (streamed)
     response_ms        due -> completion; blank in a closed loop
-    queue_ms           job taken -> sent: what this client itself added; in no latency
+    queue_ms           worker free (its last reply had arrived) -> sent: this client's own share; in no latency
     finish_reason      stop, length, ...
     chunks             content chunks received (streamed)
     cached_tokens      prompt tokens that came from the server's prefix cache
@@ -141,7 +141,9 @@ WHOLE_PER_PROCESS = 512
 CLIENT_BUSY_SHARE = 0.90  # of one core, waiting for the core included
 CLIENT_DELAY_SHARE = 0.10  # of a request's service time
 CLIENT_DELAY_FLOOR_MS = 0.5
-LAG_LIMIT_MS = 20.0
+WAITING_SHARE = 0.10  # of the time, runnable but without a core
+LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
+LAG_SHARE = 0.02  # of the median latency
 MERGED_LIMIT = 0.05
 PROMPT_LENGTH_TOLERANCE = 0.10
 
@@ -761,8 +763,7 @@ def _busy_core(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     shares = [(h.cpu_s + h.waiting_s) / h.wall_s for h in health if h.wall_s > 0.25]
     if max(shares, default=0) < CLIENT_BUSY_SHARE:
         return None
-    waiting = max((h.waiting_s / h.wall_s for h in health if h.wall_s > 0), default=0)
-    return f"it needed {max(shares):.0%} of a core" + (f", {waiting:.0%} of it not given" if waiting > 0.05 else "")
+    return f"it needed {max(shares):.0%} of a core"
 
 
 def _slow_hands(summary: Summary, health: Sequence[Health]) -> Optional[str]:
@@ -776,17 +777,17 @@ def _lagging_clock(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     """Without the kernel's clock a late loop is a late stamp."""
     median = summary.distributions["latency"].percentiles.get(50.0)
     lag = max((h.lag_p99_ms for h in health if not h.kernel_clock), default=0.0)
-    if median is None or lag < max(LAG_LIMIT_MS / 10, 0.02 * median):
+    if median is None or lag < max(LAG_FLOOR_MS, LAG_SHARE * median):
         return None
     return f"its event loop ran {lag:.1f} ms late (p99), and no kernel clock corrects that"
 
 
-def _late_loop(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    lag = max((h.lag_p99_ms for h in health), default=0.0)
-    return f"its event loop ran {lag:.0f} ms late (p99)" if lag > LAG_LIMIT_MS else None
+def _starved(summary: Summary, health: Sequence[Health]) -> Optional[str]:
+    waiting = max((h.waiting_s / h.wall_s for h in health if h.wall_s > 0), default=0.0)
+    return f"it waited for a core {waiting:.0%} of the time" if waiting > WAITING_SHARE else None
 
 
-CLIENT_RULES = (_busy_core, _slow_hands, _lagging_clock, _late_loop)
+CLIENT_RULES = (_busy_core, _starved, _slow_hands, _lagging_clock)
 
 
 def _cure(config: Config, health: Sequence[Health]) -> str:
@@ -3253,19 +3254,24 @@ class Pool:
         waiting.cancel()
 
     async def _work(self) -> None:
+        free_ns: Optional[int] = None
         while self._queue and not self._stop.draining.is_set():
             job = self._queue.popleft()
             async with self._gate:
-                record = await self._serve(job)
+                reply = await self._serve(job)
+            # What passed since the last reply had arrived is this client's doing, late wake-ups included.
+            ready_ns = reply.ready_ns if free_ns is None else free_ns
+            free_ns = reply.end_ns
+            record = record_of(job, dataclasses.replace(reply, ready_ns=ready_ns), self._load.origin_ns)
             for sink in self._load.sinks:
                 sink.add(record)
 
-    async def _serve(self, job: Job) -> Record:
+    async def _serve(self, job: Job) -> Reply:
         request = self._load.workload(job.index)
         self._in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self._in_flight)
         try:
-            return record_of(job, await self._load.send(request), self._load.origin_ns)
+            return await self._load.send(request)
         finally:
             self._in_flight -= 1
 

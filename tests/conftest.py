@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import dataclasses
 import json
 import os
 import selectors
@@ -168,4 +169,4 @@ def make_config(**changes: Any) -> bench.Config:
     options = bench.build_parser().parse_args(["--model", "m", "--api-base", "http://127.0.0.1:9/v1", "--seed", "1"])
     options.api_key = "vllm"
     config = bench.build_config(options, 0)
-    return bench.dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **changes)

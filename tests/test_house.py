@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import re
@@ -194,7 +195,7 @@ def option_rows(name: str) -> list[str]:
 @pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
 def test_the_table_of_options_is_the_parsers(name: str) -> None:
     actions = bench.build_parser()._actions
-    shown = [action.option_strings[-1] for action in actions if action.help != bench.argparse.SUPPRESS]
+    shown = [action.option_strings[-1] for action in actions if action.help != argparse.SUPPRESS]
     assert option_rows(name) == [option for option in shown if option != "--help"]
 
 

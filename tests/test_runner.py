@@ -121,7 +121,7 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
 
     async def main() -> tuple[int, str]:
         stop, tally, server = bench.Stop(), bench.Tally(), Refusing(lambda index: 1.0)
-        sinks = [tally, bench.Breaker(tally, stop, None)]
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, None)]
         await bench.Pool(bench.Load(bench.closed_loop(5000), numbered, server, sinks, 10), stop).drain()
         return server.served, stop.reason
 

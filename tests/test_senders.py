@@ -132,7 +132,7 @@ def test_packets_and_line_ends_change_nothing(newline: bytes, size: int) -> None
     whole = bench.read_stream([(5, data)])
     assert whole.failure is None
     assert whole.chunks == 3
-    forget = {"content_reads": 0, "merged_reads": 0}
+    forget: dict[str, Any] = {"content_reads": 0, "merged_reads": 0}
     assert dataclasses.replace(cut, **forget) == dataclasses.replace(whole, **forget)
 
 
@@ -190,7 +190,10 @@ def completion(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_whole_reply() -> None:
-    details = {"prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 2}}
+    details: dict[str, Any] = {
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
     answer = whole(completion(usage=usage(**details)))
     assert answer.failure is None
     assert (answer.prompt_tokens, answer.completion_tokens) == (10, 3)

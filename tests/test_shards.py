@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ def test_a_record_crosses_the_pipe_unchanged(monkeypatch: pytest.MonkeyPatch) ->
     record = make_record(3, gaps_ms=array("f", [1.5, 2.5]), first_s=None)
     bench.PipeSink().add(record)
     (message,) = told
-    again = bench.record_from(bench.json.loads(bench.json.dumps(message))["record"])
+    again = bench.record_from(json.loads(json.dumps(message))["record"])
     assert again == record
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ class Terminal(io.StringIO):
 
 
 def live_line(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, columns: int) -> str:
-    monkeypatch.setattr(bench.sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", str(columns))
     tally = bench.Tally()
     line = bench.LiveLine(tally, 10, lambda: 0.0)

@@ -129,7 +129,8 @@ def exchange_with(
 
     async def main() -> tuple[list[bench.Exchange], list[Optional[bench.WireError]]]:
         wire = bench.StopwatchWire(bench.Origin("127.0.0.1", port, False), limits, streamed=True)
-        exchanges, errors = [], []
+        exchanges: list[bench.Exchange] = []
+        errors: list[Optional[bench.WireError]] = []
         for _ in range(count):
             exchange = bench.Exchange(Arrivals())
             payload = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
@@ -184,7 +185,7 @@ def test_a_stepped_clock_falls_back_to_the_time_of_the_read(
     script: Callable[..., Script], step_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = time.time_ns
-    monkeypatch.setattr(bench.time, "time_ns", lambda: true() + step_s * 1_000_000_000)
+    monkeypatch.setattr(time, "time_ns", lambda: true() + step_s * 1_000_000_000)
     server = script(says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"))
     (exchange,), errors = exchange_with(server.port)
     assert errors == [None]

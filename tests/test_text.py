@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_configuration_stands_on_one_column_and_hides_the_key() -> None:
     assert "     api_key: ***" in lines[2]
     assert "canary" not in "\n".join(lines)
     names = {line.split(":")[0].strip() for line in lines[1:]}
-    assert names == {field.name for field in bench.dataclasses.fields(bench.Config)}
+    assert names == {field.name for field in dataclasses.fields(bench.Config)}
 
 
 @pytest.mark.parametrize("key", ["vllm", "EMPTY"])
