@@ -118,6 +118,7 @@ IDENTICAL_FAILURES_TO_STOP = 100
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
 LAG_SAMPLE_S = 0.05
+GC_THRESHOLDS = (5_000, 100, 1000)  # short young passes, no full one
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 FEW_SAMPLES_FOR_P99 = 100
@@ -3291,7 +3292,7 @@ class Pulse:
         gc.collect()
         gc.freeze()
         self._thresholds = gc.get_threshold()
-        gc.set_threshold(50_000, 50, 1000)
+        gc.set_threshold(*GC_THRESHOLDS)
         gc.callbacks.append(self._on_gc)
         self._start = (time.perf_counter(), time.process_time(), waiting_for_core_s())
         self._task = asyncio.ensure_future(self._sample())
