@@ -127,7 +127,8 @@ ERROR_TEXT_CHARS = 300
 READ_BUFFER_BYTES = 256 * 1024
 MAX_REPLY_BYTES = 256 * 1024 * 1024
 ERROR_BODY_BYTES = 64 * 1024
-HELD_READS = 64  # raw reads kept before they are parsed: bounds memory and the length of one parse
+HELD_READS = 64  # raw reads kept before they are parsed: bounds the length of one parse
+HELD_BYTES = 64 * 1024  # and memory
 LAZY_STREAMS = 48  # from here on streams are read in ticks
 LAZY_TICK_S = 0.002
 LEAST_TICK_S = 0.0005
@@ -142,6 +143,7 @@ WHOLE_PER_PROCESS = 512
 CLIENT_BUSY_SHARE = 0.90  # of one core, waiting for the core included
 CLIENT_DELAY_SHARE = 0.10  # of a request's service time
 CLIENT_DELAY_FLOOR_MS = 0.5
+TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
 WAITING_SHARE = 0.10  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
 LAG_SHARE = 0.02  # of the median latency
@@ -761,7 +763,7 @@ def client_bound(summary: Summary, health: Sequence[Health]) -> Optional[str]:
 
 
 def _busy_core(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    shares = [(h.cpu_s + h.waiting_s) / h.wall_s for h in health if h.wall_s > 0.25]
+    shares = [(h.cpu_s + h.waiting_s) / h.wall_s for h in health if h.wall_s > TELLING_RUN_S]
     if max(shares, default=0) < CLIENT_BUSY_SHARE:
         return None
     return f"it needed {max(shares):.0%} of a core"
@@ -784,7 +786,7 @@ def _lagging_clock(summary: Summary, health: Sequence[Health]) -> Optional[str]:
 
 
 def _starved(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    waiting = max((h.waiting_s / h.wall_s for h in health if h.wall_s > 0), default=0.0)
+    waiting = max((h.waiting_s / h.wall_s for h in health if h.wall_s > TELLING_RUN_S), default=0.0)
     return f"it waited for a core {waiting:.0%} of the time" if waiting > WAITING_SHARE else None
 
 
@@ -1536,6 +1538,7 @@ class Connection:
         self._unsent: memoryview = memoryview(b"")
         self._stamps = array("q")
         self._pieces: list[bytes] = []
+        self._held_bytes = 0
         self._parser: Any = None
         self._exchange: Optional[Exchange] = None
         self._waiter: Optional[asyncio.Future[bool]] = None
@@ -1617,13 +1620,14 @@ class Connection:
     def _hold(self, stamp: int, data: bytes) -> None:
         self._stamps.append(stamp)
         self._pieces.append(data)
-        if self._chunked and len(data) > 3 and not data.endswith(_MESSAGE_END) and len(self._pieces) < HELD_READS:
-            return
-        self._digest()
+        self._held_bytes += len(data)
+        ended = data.endswith(_MESSAGE_END) or len(data) < len(_MESSAGE_END)
+        if not self._chunked or ended or len(self._pieces) >= HELD_READS or self._held_bytes >= HELD_BYTES:
+            self._digest()
 
     def _digest(self) -> None:
         stamps, pieces = self._stamps, self._pieces
-        self._stamps, self._pieces = array("q"), []
+        self._stamps, self._pieces, self._held_bytes = array("q"), [], 0
         try:
             for self._stamp_ns, piece in zip(stamps, pieces):
                 self._parser.feed_data(piece)
