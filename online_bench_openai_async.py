@@ -465,22 +465,22 @@ def share(total: int, shard: int, shards: int) -> int:
 
 # === 4. Workload (what) (parse pure, load not) ===
 
-# Common English words, each one token (with its space) in the byte-pair vocabularies in wide use.
+# 256 common English words, one per byte, each one token (with its space) in the byte-pair vocabularies in wide use.
 WORDS = (
-    "the of and to in is was for that with on as are by from at this have not but had which one they you were all"
-    " their there been has when who will more if out so said what up its about into than them can only other new some"
-    " could time these two may then do first any my now such like our over man me even most made after also did many"
-    " before must through back years where much your way well down should because each just those people how too"
-    " little state good very make world still own see men work long get here between both life being under never day"
-    " same another know while last might us great old year off come since against go came right used take three"
-    " water small place found house early form large number group point fact hand high part line system set school"
-    " city family country company night study question power later name white course war body week example money"
-    " public book door road car table paper music light sound story level office music class army land plan map game"
-    " team north south west summer winter market price board field history science voice heart friend mother father"
-    " river window garden letter color nature season bridge mountain village island forest ocean planet engine train"
-    " station machine window street square circle corner center middle answer reason problem moment minute hour month"
-    " morning evening today always often sometimes again together almost around during without within along toward"
-    " across behind above below near far quickly slowly clearly simply really perhaps however though although"
+    "the of and to in is was for that with on as are by from at this have not but had which one they you were all "
+    "their there been has when who will more if out so said what up its about into than them can only other new "
+    "some could time these two may then do first any my now such like our over man me even most made after also "
+    "did many before must through back years where much your way well down should because each just those people "
+    "how too little state good very make world still own see men work long get here between both life being under "
+    "never day same another know while last might us great old year off come since against go came right used "
+    "take three water small place found house early form large number group point fact hand high part line system "
+    "set school city family country company night study question power later name white course war body week "
+    "example money public book door road car table paper music light sound story level office class army land "
+    "plan map game team north south west summer winter market price board field history science voice heart "
+    "friend mother father river window garden letter color nature season bridge mountain village island forest "
+    "ocean planet engine train station machine street square circle corner center middle answer reason problem "
+    "moment minute hour month morning evening today always often sometimes again together almost around during "
+    "without within along toward across behind above"
 ).split()
 SYLLABLES = tuple(consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou")
 HEAD_TOKENS = 8  # what the two invented words at the start cost, about
@@ -496,7 +496,7 @@ def synthetic_prompt(key: str, tokens: int) -> str:
     rng = random.Random(key)
     head = "".join(rng.choices(SYLLABLES, k=8))
     count = max(0, tokens - HEAD_TOKENS)
-    words = rng.choices(WORDS, k=count - count // (WORDS_PER_SENTENCE + 1))
+    words = [WORDS[byte] for byte in rng.randbytes(count - count // (WORDS_PER_SENTENCE + 1))]
     sentences = (
         " ".join(words[start : start + WORDS_PER_SENTENCE]) for start in range(0, len(words), WORDS_PER_SENTENCE)
     )

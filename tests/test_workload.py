@@ -35,6 +35,10 @@ def test_the_warm_up_shares_no_start_with_the_run() -> None:
     assert not warm & {prompt[:16] for prompt in prompts(seed=1)}
 
 
+def test_there_is_a_word_for_every_byte() -> None:
+    assert len(set(bench.WORDS)) == 256
+
+
 @pytest.mark.parametrize("tokens", [16, 100, 1024, 8192])
 def test_a_prompt_has_a_word_or_full_stop_per_token(tokens: int) -> None:
     prompt = bench.synthetic_prompt("key", tokens)
@@ -54,7 +58,7 @@ def test_making_a_prompt_is_cheap_beside_a_loop_of_known_length() -> None:
         return min(times)
 
     yardstick = best(lambda: [str(number) for number in range(2000)])
-    assert best(lambda: bench.synthetic_prompt("key", 1024)) < 3 * yardstick
+    assert best(lambda: bench.synthetic_prompt("key", 1024)) < yardstick
 
 
 @pytest.mark.parametrize(
