@@ -352,7 +352,7 @@ class Summary:
     kernel_reads: int
     content_reads: int
     merged_reads: int
-    content_chunks: int
+    gap_ends: int  # what the gaps lie between: content chunks, or tokens where every chunk tells its count
     chunked_tokens: int
     new_connections: int
     reconnects: int
@@ -699,7 +699,7 @@ class Tally:
             self.counts["without_usage"] += 1
             self.counts["chunk_counted"] += record.completion_tokens is not None
         elif record.chunks:
-            self.counts["content_chunks"] += record.chunks
+            self.counts["gap_ends"] += len(record.gaps_ms) + 1
             self.counts["chunked_tokens"] += record.completion_tokens or 0
 
     def _add_failure(self, record: Record) -> None:
@@ -725,7 +725,7 @@ class Tally:
     def summary(self) -> Summary:
         distributions = {key: describe(sample) for key, sample in self.samples.items()}
         counted = {name: self.counts[name] for name in (*COUNTED, "new_connections", "cached_tokens")}
-        usage = ("without_usage", "chunk_counted", "content_chunks", "chunked_tokens")
+        usage = ("without_usage", "chunk_counted", "gap_ends", "chunked_tokens")
         return Summary(
             ok=self.ok,
             errors=self.errors,
@@ -743,10 +743,10 @@ class Tally:
         )
 
 
-def one_token_a_chunk(summary: Summary) -> bool:
-    """Whether a chunk gap may be called inter-token latency: as many content chunks as tokens (within 1 %)."""
+def gaps_are_of_tokens(summary: Summary) -> bool:
+    """Whether a gap may be called inter-token latency: the gaps lie between as many ends as tokens (within 1 %)."""
     tokens = summary.chunked_tokens
-    return tokens > 0 and abs(summary.content_chunks - tokens) <= max(tokens * 0.01, 2 * summary.ok)
+    return tokens > 0 and abs(summary.gap_ends - tokens) <= max(tokens * 0.01, 2 * summary.ok)
 
 
 def percent(part: float, whole: float) -> float:
@@ -958,7 +958,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _metric_label(metric: Metric, summary: Summary) -> str:
-    return "ITL (ms)" if metric.key == "gap" and one_token_a_chunk(summary) else metric.label
+    return "ITL (ms)" if metric.key == "gap" and gaps_are_of_tokens(summary) else metric.label
 
 
 def _shown(metric: Metric, summary: Summary) -> bool:
@@ -1097,7 +1097,7 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "error_messages": {f"{g.status}/{g.kind}": plain(g.first_message) for g in summary.error_groups},
         "finish_reasons": dict(summary.finish_reasons),
         "replies_without_usage": summary.without_usage,
-        "chunk_is_token": one_token_a_chunk(summary),
+        "gaps_are_of_tokens": gaps_are_of_tokens(summary),
         "kernel_stamped_share": _rate(summary.kernel_reads, summary.reads),
         "merged_read_share": _rate(summary.merged_reads, summary.content_reads),
         "new_connections": summary.new_connections,
@@ -2140,6 +2140,7 @@ _FAST_END = b'"finish_reason":null'
 _QUOTE = ord('"')
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STREAM_HEAD_BYTES = 4096
+MOST_TOKENS_PER_CHUNK = 10_000  # a count beyond is a server's mistake, and no reason to run out of memory
 
 
 def is_plain_content(event: bytes) -> bool:
@@ -2192,6 +2193,7 @@ class StreamReader:
         self._gaps_ms = array("f")
         self._finish: Optional[str] = None
         self._counts: dict[str, Any] = {}
+        self._counted: Optional[int] = None
         self._failure: Optional[Failure] = None
         self._head = b""
         self._content_reads = 0
@@ -2254,30 +2256,39 @@ class StreamReader:
         elif not isinstance(body, dict):
             self._fail("bad_event", f"an event that is no JSON object: {data[:120]!r}")
         else:
-            self._counts = usage_of(body.get("usage")) or self._counts
+            usage = usage_of(body.get("usage"))
+            self._counts = usage or self._counts
             choices = body.get("choices")
             for choice in choices if isinstance(choices, list) else ():
                 if isinstance(choice, dict):
-                    self._choice(stamp_ns, choice)
+                    self._choice(stamp_ns, choice, usage.get("completion_tokens"))
 
-    def _choice(self, stamp_ns: int, choice: Mapping[str, Any]) -> None:
+    def _choice(self, stamp_ns: int, choice: Mapping[str, Any], counted: Optional[int]) -> None:
+        """`counted`: completion tokens up to here, where every chunk tells them."""
         delta = choice.get("delta")
         if isinstance(delta, dict):
             says, visible = _text_of(delta)
             if says:
-                self._content(stamp_ns, visible)
+                tokens = 1 if counted is None or self._counted is None else counted - self._counted
+                self._content(stamp_ns, visible, max(1, tokens))
+                self._counted = counted
         finish = choice.get("finish_reason")
         if isinstance(finish, str):
             self._finish = finish
 
-    def _content(self, stamp_ns: int, visible: bool) -> None:
+    def _content(self, stamp_ns: int, visible: bool, tokens: int = 1) -> None:
+        """A chunk known to hold several tokens spreads its gap evenly over them."""
         self._chunks += 1
         if visible and self._visible_ns is None:
             self._visible_ns = stamp_ns
         if self._last_ns is None:
             self._first_ns = stamp_ns
         else:
-            self._gaps_ms.append((stamp_ns - self._last_ns) / 1e6)
+            gap_ms = (stamp_ns - self._last_ns) / 1e6
+            if tokens == 1:
+                self._gaps_ms.append(gap_ms)
+            else:
+                self._gaps_ms.extend([gap_ms / tokens] * min(tokens, MOST_TOKENS_PER_CHUNK))
         self._last_ns = stamp_ns
 
     def _fail(self, kind: str, message: str) -> None:

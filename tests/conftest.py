@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import selectors
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any, Callable, Optional
 import pytest
 
 import online_bench_openai_async as bench
+from tests.wire import Script
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "online_bench_openai_async.py"
@@ -119,6 +121,19 @@ def demo() -> Iterator[Callable[..., Demo]]:
 
     def start(**engine: float) -> Demo:
         started.append(Demo(**engine))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def script() -> Iterator[Callable[..., Script]]:
+    started: list[Script] = []
+
+    def start(*answers: Callable[[socket.socket], bool]) -> Script:
+        started.append(Script(*answers))
         return started[-1]
 
     yield start

@@ -17,6 +17,7 @@ import pytest
 import online_bench_openai_async as bench
 from tests.conftest import ROOT, SCRIPT, Demo, Outcome, rows_of, run_script
 from tests.test_shards import wait_for_rows
+from tests.wire import Script, says
 
 SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32", "--output-tokens", "5"]
 
@@ -163,7 +164,7 @@ def test_rows_totals_and_summary_agree(cli: Callable[..., Outcome], demo: Callab
     assert sum(int(row["prompt_tokens"]) for row in rows) == sum(row["prompt_tokens"] for row in measured)
     assert told["total_input_tokens"] == sum(row["prompt_tokens"] for row in measured)
     assert all(float(row["ttft_ms"]) <= float(row["latency_ms"]) for row in rows)
-    assert told["chunk_is_token"] is True
+    assert told["gaps_are_of_tokens"] is True
     cli(*at(server), *SMALL, "--summary-jsonl", str(line))
     assert len(line.read_text().splitlines()) == 2
 
@@ -230,6 +231,25 @@ def test_a_failed_tls_check_tells_the_way_out(cli: Callable[..., Outcome], demo:
     assert done.code == 1
     assert "tls_error" in done.err
     assert "--insecure" in done.err
+
+
+def test_a_proxy_carries_requests_to_hosts_beyond_this_one_and_is_printed(
+    cli: Callable[..., Outcome], script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+    body = json.dumps({"choices": [choice], "usage": usage}).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    proxy = script(says(head + body))
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+    done = cli("--api-base", "http://gpu.example/v1", "--model", "m", *SMALL, "--warmup", "0")
+    assert done.code == 0, done.err
+    assert f"via proxy http://127.0.0.1:{proxy.port}" in done.err
+    assert "transport sdk" in done.out
+    assert proxy.requests == 12
+    refused = cli("--api-base", "http://gpu.example/v1", "--model", "m", *SMALL, "--transport", "stopwatch")
+    assert refused.code == 2
+    assert "--transport sdk does without" in refused.err
 
 
 # --- interruptions ---

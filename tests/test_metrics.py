@@ -85,12 +85,12 @@ def test_chunk_gaps_are_pooled_over_all_replies() -> None:
 
 
 def test_a_chunk_is_a_token_only_where_the_counts_agree() -> None:
-    many = [make_record(n, completion_tokens=200, chunks=200) for n in range(5)]
-    assert bench.one_token_a_chunk(summary_of(*many))
-    merged = [make_record(n, completion_tokens=200, chunks=120) for n in range(5)]
-    assert not bench.one_token_a_chunk(summary_of(*merged))
+    many = [make_record(n, completion_tokens=200, chunks=200, gaps_ms=[1.0] * 199) for n in range(5)]
+    assert bench.gaps_are_of_tokens(summary_of(*many))
+    merged = [make_record(n, completion_tokens=200, chunks=120, gaps_ms=[1.0] * 119) for n in range(5)]
+    assert not bench.gaps_are_of_tokens(summary_of(*merged))
     unknown = [make_record(n, has_usage=False) for n in range(5)]
-    assert not bench.one_token_a_chunk(summary_of(*unknown))
+    assert not bench.gaps_are_of_tokens(summary_of(*unknown))
 
 
 def test_replies_without_usage_are_counted_and_said() -> None:

@@ -72,6 +72,18 @@ def test_usage_may_come_in_every_chunk_or_in_the_finishing_one() -> None:
     assert stream(*TOKENS, event({}, "stop", usage=usage(5, 9))).completion_tokens == 9
 
 
+def test_counts_in_every_chunk_turn_gaps_of_chunks_into_gaps_of_tokens() -> None:
+    counts = [(1, 1), (4, 3), (5, 1)]  # completion tokens so far, tokens in this chunk
+    answer = stream(*(event({"content": "a" * tokens}, usage=usage(10, n)) for n, tokens in counts), FINISH)
+    assert list(answer.gaps_ms) == pytest.approx([10 / 3, 10 / 3, 10 / 3, 10])
+    assert answer.chunks == 3
+
+
+def test_a_count_in_the_finishing_chunk_alone_spreads_nothing() -> None:
+    answer = stream(TOKENS[0], event({"content": "z"}, "length", usage=usage(10, 50)))
+    assert list(answer.gaps_ms) == [10.0]
+
+
 @pytest.mark.parametrize("bad", [None, usage(0, 0), {"prompt_tokens": -1, "completion_tokens": "7"}, "many", []])
 def test_a_usage_that_counts_nothing_is_none(bad: Any) -> None:
     answer = stream(*TOKENS, event({}, "stop", usage=bad))
