@@ -2456,10 +2456,11 @@ class StopwatchTransport(StopwatchWire):
 
         class Client(httpx.AsyncClient):  # type: ignore[name-defined, misc]
             def build_request(self, method: str, url: Any, **parts: Any) -> Any:
-                content, headers = parts.get("content"), httpx.Headers(parts.get("headers"))
+                content, headers = parts.get("content"), parts.get("headers") or {}
                 if content is None:
                     content = json.dumps(parts.get("json"), ensure_ascii=False, separators=(",", ":")).encode()
-                return Message(method, url, headers, http_request(method, str(url), headers, content))
+                pairs = headers if isinstance(headers, list) else list(headers.items())
+                return Message(method, url, dict(pairs), http_request(method, str(url), pairs, content))
 
             async def send(self, request: Any, **_: Any) -> Any:
                 exchange = _EXCHANGE.get()
@@ -2472,14 +2473,14 @@ class StopwatchTransport(StopwatchWire):
         """Nothing is left to read: the call returned when the reply was whole."""
 
 
-def http_request(method: str, url: str, headers: Any, content: bytes) -> bytes:
-    """An HTTP/1.1 request as bytes. `headers`: a multi-dict of httpx's kind."""
+def http_request(method: str, url: str, headers: Sequence[tuple[str, str]], content: bytes) -> bytes:
+    """An HTTP/1.1 request as bytes."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     host = parts.netloc.rpartition("@")[2]
     lines = [f"{method.upper()} {target} HTTP/1.1", f"Host: {host}"]
     skipped = ("host", "content-length", "connection", "transfer-encoding")
-    lines += [f"{name}: {value}" for name, value in headers.multi_items() if name.lower() not in skipped]
+    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in skipped]
     lines += [f"Content-Length: {len(content)}", "", ""]
     return "\r\n".join(lines).encode("latin-1") + content
 

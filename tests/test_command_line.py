@@ -6,11 +6,12 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 
@@ -20,6 +21,10 @@ from tests.test_shards import wait_for_rows
 from tests.wire import Script, says
 
 SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32", "--output-tokens", "5"]
+
+
+def http(status: bytes, body: bytes) -> bytes:
+    return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
 
 
 def at(server: Demo) -> list[str]:
@@ -239,8 +244,7 @@ def test_a_proxy_carries_requests_to_hosts_beyond_this_one_and_is_printed(
     choice = {"index": 0, "message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
     body = json.dumps({"choices": [choice], "usage": usage}).encode()
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-    proxy = script(says(head + body))
+    proxy = script(says(http(b"200 OK", body)))
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
     done = cli("--api-base", "http://gpu.example/v1", "--model", "m", *SMALL, "--warmup", "0")
     assert done.code == 0, done.err
@@ -250,6 +254,42 @@ def test_a_proxy_carries_requests_to_hosts_beyond_this_one_and_is_printed(
     refused = cli("--api-base", "http://gpu.example/v1", "--model", "m", *SMALL, "--transport", "stopwatch")
     assert refused.code == 2
     assert "--transport sdk does without" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused", "message", "learned"),
+    [
+        ([], "max_tokens", "Unsupported parameter: 'max_tokens'", "max_completion_tokens"),
+        (["--stream"], "stream_options", "stream_options is not permitted", None),
+    ],
+)
+def test_the_warm_up_learns_what_the_server_takes(
+    cli: Callable[..., Outcome],
+    script: Callable[..., Script],
+    mode: list[str],
+    refused: str,
+    message: str,
+    learned: Optional[str],
+) -> None:
+    """Refusals cost warm-up requests only; the measured run is asked rightly from its first request on."""
+
+    def answer(sock: socket.socket) -> bool:
+        if refused in json.loads(server.bodies[-1]):
+            return says(http(b"400 Bad Request", json.dumps({"error": {"message": message}}).encode()))(sock)
+        if mode:
+            events = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
+            return says(http(b"200 OK", events))(sock)
+        choice = {"index": 0, "message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"}
+        return says(http(b"200 OK", json.dumps({"choices": [choice]}).encode()))(sock)
+
+    server = script(answer)
+    target = ["--api-base", f"http://127.0.0.1:{server.port}/v1", "--model", "m"]
+    done = cli(*target, *mode, "--concurrency", "1", "--total-requests", "3", "--prompt-tokens", "16")
+    assert done.code == 0, done.err
+    assert "Requests (ok/err): 3/0" in done.out
+    sent = [json.loads(body) for body in server.bodies]
+    assert [refused in body for body in sent] == [True, False, False, False, False]
+    assert learned is None or all(learned in body for body in sent[1:])
 
 
 # --- interruptions ---

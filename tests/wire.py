@@ -17,6 +17,7 @@ class Script:
         self.port = self._listener.getsockname()[1]
         self.connections = 0
         self.requests = 0
+        self.bodies: list[bytes] = []
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -41,8 +42,7 @@ class Script:
         except OSError:
             return
 
-    @staticmethod
-    def _request(sock: socket.socket) -> bool:
+    def _request(self, sock: socket.socket) -> bool:
         data = b""
         while b"\r\n\r\n" not in data:
             more = sock.recv(65536)
@@ -53,6 +53,7 @@ class Script:
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
         while len(body) < length:
             body += sock.recv(65536)
+        self.bodies.append(body)
         return True
 
     def stop(self) -> None:
