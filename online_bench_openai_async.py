@@ -2595,13 +2595,20 @@ def open_wire(config: Config, concurrency: int) -> Wire:
     return StopwatchTransport(origin, timeouts, config.stream)
 
 
+def the_sdk() -> tuple[Any, ModuleType]:
+    """(openai, the HTTP library it is built on: httpx for 1.x and 2.x, httpx2 from 3.x on). Raises UserError."""
+    try:
+        openai: Any = importlib.import_module("openai")
+    except ImportError as error:
+        raise UserError(f"cannot import openai ({error}): pip install openai") from None
+    return openai, importlib.import_module(openai.Timeout.__init__.__module__.partition(".")[0])
+
+
 class Sender:
     """Makes calls through AsyncOpenAI.chat.completions.create; never raises for what a server does."""
 
     def __init__(self, config: Config, wire: Wire) -> None:
-        openai: Any = importlib.import_module("openai")
-        # The module that this openai is built on: httpx for 1.x and 2.x, httpx2 from 3.x on.
-        httpx = importlib.import_module(openai.Timeout.__init__.__module__.partition(".")[0])
+        openai, httpx = the_sdk()
         self.dialect = Dialect("max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field)
         self._config = config
         self.wire = wire
@@ -3408,6 +3415,7 @@ async def _warm_up_once(station: Station, sender: Sender, count: int) -> Tally:
 
 async def measure(station: Station, released: Optional[Callable[[], Awaitable[int]]] = None) -> Optional[Health]:
     """Warm up, wait for the release if there is one, run; None when it was stopped before the timed part."""
+    the_sdk()
     wire = open_wire(station.config, station.concurrency)
     sender = Sender(station.config, wire)
     try:
@@ -3821,11 +3829,21 @@ def require_model(options: argparse.Namespace) -> None:
     try:
         listed = fetch_json(f"{options.api_base}/models", options.api_key)
         names = ", ".join(str(model["id"]) for model in listed["data"][:20])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a server may answer there, the user's way out is the same
         raise UserError(
             f"--model is missing, and {base} does not tell its models ({plain(_reason(error), 100)})"
         ) from None
     raise UserError(f"--model is missing; {base} serves: {plain(names)}")
+
+
+def keep_files_apart(options: argparse.Namespace) -> None:
+    """Raises UserError when one file is named twice: the corpus would be overwritten, or results mixed."""
+    named: dict[str, str] = {}
+    for option in ("--requests-file", "--results-csv", "--summary-jsonl"):
+        path = getattr(options, option[2:].replace("-", "_"))
+        other = named.setdefault(os.path.realpath(path), option) if path else option
+        if other != option and os.path.realpath(path) != os.devnull:
+            raise UserError(f"{option} and {other} name the same file: {path}")
 
 
 def need_descriptors(concurrency: int) -> None:
@@ -4004,6 +4022,7 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     require_model(options)
     if options.ca_file or options.insecure:
         tls_context(Origin.of("https://localhost", options.ca_file, options.insecure))
+    keep_files_apart(options)
     corpus = load_requests(options.requests_file, options.system_prompt)
     config = build_config(options, len(corpus))
     need_descriptors(-(-config.concurrency // config.processes))
@@ -4046,6 +4065,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # a defect of ours; what has been measured is on the disk
+        where = error.__traceback__
+        while where and where.tb_next:
+            where = where.tb_next
+        line = f" at line {where.tb_lineno}" if where else ""
+        _say(f"{Path(__file__).name}: internal error{line}: {type(error).__name__}: {plain(str(error), 300)}")
+        return 1
 
 
 if __name__ == "__main__":

@@ -79,6 +79,32 @@ def test_wrong_usage_is_one_line_and_exit_code_2(cli: Callable[..., Outcome], ar
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("pair", [("--requests-file", "--results-csv"), ("--results-csv", "--summary-jsonl")])
+def test_no_file_is_two_things(cli: Callable[..., Outcome], tmp_path: Path, pair: tuple[str, str]) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "a"}\n')
+    done = cli("--model", "m", pair[0], str(path), pair[1], str(tmp_path / "." / "corpus.jsonl"), "--overwrite")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "name the same file" in done.err
+    assert path.read_text() == '{"text": "a"}\n'
+
+
+def test_without_the_client_the_way_out_is_named(tmp_path: Path) -> None:
+    code = f"import sys; sys.modules['openai'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += "import online_bench_openai_async as b; sys.exit(b.main(['--demo']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "pip install openai" in done.stderr
+
+
+def test_a_defect_of_ours_is_one_line_too(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "build_config", lambda *_: 1 / 0)
+    done = cli("--model", "m")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "internal error at line" in done.err
+    assert "ZeroDivisionError" in done.err
+
+
 def test_wrong_usage_reaches_no_server(cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path) -> None:
     server = demo(ttft_ms=1, gap_ms=0)
     corpus = tmp_path / "corpus.jsonl"
