@@ -183,14 +183,14 @@ class Kit:
     """All that is known of a tokenizer once its vocabulary has been tried out."""
 
     words: list[Word]  # as encoded after a space
-    starters: list[Word]  # as encoded at the start of a text; no two begin with the same id
+    starters: list[Word]  # as encoded at the start of a text
     head: list[int]  # ids in front of every text: the chat template's, most often none
     tail_tokens: int  # how many ids the chat template sets behind every text
 
 
 @dataclass(frozen=True)
 class Joint:
-    """Words that may follow a shared prefix: the same first `lead` ids, then no two alike."""
+    """Words that may follow a shared prefix: their first `lead` ids are the same and part of it."""
 
     lead: int
     words: list[Word]
@@ -286,28 +286,35 @@ def alphabet(text: str) -> str:
     return "CJK" if name in ("HIRAGANA", "KATAKANA") else name
 
 
+def main_alphabet(texts: Iterable[str]) -> str:
+    return max(Counter(map(alphabet, texts)).items(), key=lambda item: item[1], default=("", 0))[0]
+
+
 def best_words(words: Sequence[Word], wanted: int) -> list[Word]:
     """The most readable words of one token, the main alphabet's first; longer ones if they are few."""
     single = [w for w in words if len(w.ids) == 1]
-    main = Counter(alphabet(w.text) for w in single or words).most_common(1)
-    foreign = {w.text: alphabet(w.text) != main[0][0] for w in words}
-    single.sort(key=lambda w: (foreign[w.text], roughness(w)))
+    main = main_alphabet(w.text for w in single if not roughness(w)) or main_alphabet(w.text for w in words)
+    ranked = sorted(words, key=lambda w: (alphabet(w.text) != main, roughness(w)))
     if len(single) >= FEW_WORDS:
-        return single[:wanted]
-    several = [w for w in words if len(w.ids) > 1]
-    several.sort(key=lambda w: (foreign[w.text], roughness(w), len(w.ids)))
-    return single + several[: FEW_WORDS * 2]
+        return [w for w in ranked if len(w.ids) == 1][:wanted]
+    costs = range(1, MAX_WORD_TOKENS + 1)
+    by_cost = [[w for w in ranked if len(w.ids) == cost][:wanted] for cost in costs]
+    return [w for same_cost in by_cost for w in same_cost]
 
 
-def distinct_starts(words: Iterable[Word], at: int = 0) -> list[Word]:
-    """One word, the shortest in tokens, for each id found at that place."""
-    best: dict[int, Word] = {}
+def different(words: Iterable[Word], at: int) -> int:
+    """How many different ids the words have at that place."""
+    return len({word.ids[at] for word in words})
+
+
+def different_first(words: Iterable[Word], at: int) -> list[Word]:
+    """The same words, those with an id at that place not seen before coming before those that repeat one."""
+    seen: Counter[int] = Counter()
+    turns = []
     for word in words:
-        if len(word.ids) > at:
-            known = best.get(word.ids[at])
-            if known is None or len(word.ids) < len(known.ids):
-                best[word.ids[at]] = word
-    return list(best.values())
+        turns.append((seen[word.ids[at]], word))
+        seen[word.ids[at]] += 1
+    return [word for _, word in sorted(turns, key=lambda turn: turn[0])]
 
 
 def joints(words: Sequence[Word]) -> list[Joint]:
@@ -322,8 +329,8 @@ def joints(words: Sequence[Word]) -> list[Joint]:
         for word in words:
             if len(word.ids) > lead:
                 alike.setdefault(word.ids[:lead], []).append(word)
-        found.extend(Joint(lead, distinct_starts(same, lead)) for same in alike.values())
-    return sorted(found, key=lambda joint: (-len(joint.words), joint.lead))
+        found.extend(Joint(lead, same) for same in alike.values())
+    return sorted(found, key=lambda joint: (-different(joint.words, joint.lead), joint.lead))
 
 
 class Supply:
@@ -467,41 +474,47 @@ class Composer:
         self._options, self._kit, self._target = options, kit, options.target
         rng = stream(options.seed, "words")
         self._supply = Supply(shuffled(kit.words, rng))
-        self._starters = shuffled(kit.starters, rng)
-        self._rng_heads = rng
+        self._starters = different_first(shuffled(kit.starters, rng), 0)
         self.prefix_tokens = max(len(kit.head), exact_floor(options.overlap, options.target))
         self.has_prefix = self.prefix_tokens > len(kit.head)
         self.whole = options.overlap == 1
         self.lead = 0
-        self._heads: list[list[Word]] = []
+        self._heads: list[list[Word]] = []  # of each group, or one list for all
         if self.has_prefix:
             self._plan_prefix()
+        else:
+            self._plan_starts()
         if not self.whole:
             self._plan_suffix()
 
     def _plan_prefix(self) -> None:
         """One starter per group, and the words that may follow the prefix."""
-        room = self.prefix_tokens - len(self._kit.head)
-        if self.whole:
-            room -= self._kit.tail_tokens
+        ask = self._options
+        room = self.prefix_tokens - len(self._kit.head) - (self._kit.tail_tokens if self.whole else 0)
         for joint in [Joint(0, [])] if self.whole else joints(self._kit.words):
             fitting = [w for w in self._starters if self._supply.ways(room - joint.lead - len(w.ids))]
-            if len(fitting) >= self._options.groups and (
-                self.whole or len(joint.words) >= min(2, self._options.group_prompts)
-            ):
-                self._starters, self.lead = fitting, joint.lead
-                self._heads = [shuffled(joint.words, self._rng_heads)]
+            parted = self.whole or different(joint.words, joint.lead) >= min(2, ask.group_prompts)
+            if parted and different(fitting, 0) >= ask.groups:
+                self._starters, self.lead = different_first(fitting, 0), joint.lead
+                self._heads = [shuffled(joint.words, stream(ask.seed, "heads"))]
                 return
         raise Refused(
-            f"this vocabulary makes no {self._options.groups} distinct prefixes of exactly "
-            f"{self.prefix_tokens} tokens - use fewer --prefix-groups or another --prefix-overlap"
+            f"this vocabulary makes no {ask.groups} distinct prefixes of exactly {self.prefix_tokens} tokens "
+            "- use fewer --prefix-groups or another --prefix-overlap"
         )
+
+    def _plan_starts(self) -> None:
+        """Without a prefix, the groups share out the first ids among themselves."""
+        groups = self._options.groups
+        owner: dict[int, int] = {}
+        heads: dict[int, list[Word]] = {}
+        for word in self._starters:
+            group = owner.setdefault(word.ids[0], len(owner) % groups)
+            heads.setdefault(group, []).append(word)
+        self._heads = [heads[group] for group in sorted(heads)]
 
     def _plan_suffix(self) -> None:
         """Which words may stand where prompts part, and the shortest target that leaves room for them."""
-        if not self.has_prefix:
-            groups = self._options.groups
-            self._heads = [self._starters[group::groups] for group in range(min(groups, len(self._starters)))]
         ask = self._options
         self.min_target = ask.min_tokens or self._target
         if ask.stdev and ask.min_tokens is None:
@@ -509,7 +522,7 @@ class Composer:
             self.min_target = next(filter(self._usable, shorter), self._target)
         spread = ask.tolerated(self.min_target)
         usable = self._usable(self.min_target) or self._usable(self.min_target, spread)
-        if len(self._heads) < (1 if self.has_prefix else ask.groups) or not usable:
+        if len(usable) < (1 if self.has_prefix else ask.groups):
             raise Refused(self._too_tight())
         self._heads = usable
 
@@ -521,9 +534,9 @@ class Composer:
             while heads != kept:
                 rounds = -(-self._options.group_prompts // max(1, len(heads)))
                 kept, heads = heads, [w for w in heads if self._fits(w, length, spread, rounds)]
-            if len(heads) < min(2, self._options.group_prompts):
+            if different(heads, self.lead) < min(2, self._options.group_prompts):
                 return []
-            found.append(heads)
+            found.append(different_first(heads, self.lead))
         return found
 
     def _fits(self, head: Word, length: int, spread: int, rounds: int) -> bool:
@@ -1095,9 +1108,9 @@ class Vocabulary:
         if anchor is None:
             raise Refused("the vocabulary holds no plain words to build prompts from - use another tokenizer")
         if sum(len(ids) == 1 for ids in found) < FEW_WORDS:
-            extra = [
-                n for n in pseudo_words(sorted(names, key=len)[:FEW_WORDS], 4 * FEW_WORDS) if n not in names
-            ]
+            main = main_alphabet(names)
+            syllables = sorted(names, key=lambda name: (alphabet(name) != main, len(name)))[:FEW_WORDS]
+            extra = [name for name in pseudo_words(syllables, wanted) if name not in names]
             found.update((w.ids, w) for w in self._measured(anchor, extra) if w.ids not in found)
         return anchor, list(found.values())
 
@@ -1140,7 +1153,7 @@ class Vocabulary:
         tail = len(common_start([ids[::-1] for ids in measured]))
         words = [Word(name, tuple(ids[len(head) : len(ids) - tail])) for name, ids in zip(names, measured)]
         short = sorted((w for w in self._faithful(words) if len(w.ids) <= MAX_WORD_TOKENS), key=roughness)
-        return distinct_starts(short), head, tail - len(anchor.later_ids)
+        return short, head, tail - len(anchor.later_ids)
 
     def _faithful(self, words: Sequence[Word]) -> list[Word]:
         """Words whose ids are all ordinary tokens and are decoded to the word again."""
