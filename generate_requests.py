@@ -24,8 +24,8 @@ What is promised, and checked on the final text of every prompt before it is wri
   * its length is the target; a prompt that stays outside --token-tolerance is an error, never a line;
   * all prompts of a prefix group agree on exactly floor(overlap x target) leading token ids: on that many
     and, as a group, on no more. With --input-tokens-stdev the prefix is measured by the mean target;
-  * two prompts of one group already differ in the first token after the prefix as long as the vocabulary has
-    as many first words as the group has prompts; beyond that, first words repeat and the next ones differ;
+  * as a rule, any two prompts of a group differ in the first token after the prefix, as long as the
+    vocabulary has as many first words as the group has prompts; then first words repeat, the next ones differ;
   * prompts of different groups differ from their first token on, and no two prompts are equal;
   * only words that the tokenizer's own ordinary tokens spell: no special tokens, no byte fallback.
 With --count-as chat all this holds for the prompt as the server sees it, one user message in the tokenizer's
@@ -61,6 +61,7 @@ import platform
 import random
 import re
 import signal
+import struct
 import sys
 import unicodedata
 from collections import Counter
@@ -94,8 +95,10 @@ WAYS_ENOUGH = 10**18  # more sequences of words than anyone will ask for
 CANDIDATES_PER_BATCH = 2048
 BATCH_TOKENS = 131_072  # encoded at a time: bounds the memory, keeps every core busy
 MAX_BATCH_PROMPTS = 512
+THREADS_PAY_CHARS = 500  # shorter texts are encoded faster than handed to a thread
 CACHED_PREFIX_TOKENS = 1_000_000
-ATTEMPTS = 12
+ATTEMPTS = 32
+ATTEMPTS_PER_TAKE = 4  # corrections of the length before other words are tried
 
 PARAGRAPH_PROMPT_WORDS = 120
 PARAGRAPH_WORDS = 60
@@ -236,6 +239,9 @@ class Maker(Protocol):
 
     def make(self, numbers: Sequence[int]) -> list[Prompt]: ...
 
+    def finish(self) -> None:
+        """What can only be checked when all prompts are made."""
+
 
 # === 3. Words (pure) ===
 
@@ -338,6 +344,7 @@ class Supply:
 
     def __init__(self, words: Sequence[Word]) -> None:
         self._words = list(words)
+        self._texts = [word.text for word in words]
         self._by_cost: dict[int, list[Word]] = {}
         for word in words:
             self._by_cost.setdefault(len(word.ids), []).append(word)
@@ -380,7 +387,8 @@ class Supply:
     def fill(self, tokens: int, rng: random.Random) -> list[str]:
         """Random words. With the same stream, more tokens only add words at the end."""
         if self._costs == [1]:
-            return [word.text for word in rng.choices(self._words, k=tokens)]
+            texts, size = self._texts, len(self._texts)
+            return [texts[drawn % size] for drawn in struct.unpack(f"<{tokens}I", rng.randbytes(4 * tokens))]
         chosen = []
         while tokens:
             word = self._words[int(rng.random() * len(self._words))]
@@ -442,6 +450,9 @@ class Paragraphs:
 
     def make(self, numbers: Sequence[int]) -> list[Prompt]:
         return [self._prompt(number) for number in numbers]
+
+    def finish(self) -> None:
+        """Paragraphs promise nothing that would have to be measured."""
 
     def _prompt(self, number: int) -> Prompt:
         seed, group, shared = self._options.seed, number % self._options.groups, self._prefix_words
@@ -584,26 +595,31 @@ class Composer:
         words = self._supply.fill(max(0, room), stream(self._options.seed, "prefix", group, take))
         return " ".join([starter.text, *words])
 
-    def head(self, number: int) -> Word:
-        """The word in which prompt `number` parts from the others of its group."""
+    def head(self, number: int, take: int = 0) -> Word:
+        """The word in which prompt `number` parts from the others of its group; another one for each take."""
         heads = self._heads[0 if self.has_prefix else number % self._options.groups]
-        return heads[number // self._options.groups % len(heads)]
+        return heads[(number // self._options.groups + take) % len(heads)]
 
-    def suffix(self, number: int, length: int, take: int) -> str:
-        """Head, the words that make it unique, random words: `length` tokens with prefix and tail."""
-        ask, head = self._options, self.head(number)
-        heads = self._heads[0 if self.has_prefix else number % ask.groups]
-        turn, rounds = number // ask.groups // len(heads), -(-ask.group_prompts // len(heads))
+    def suffix(self, number: int, length: int, take: int) -> tuple[str, Word]:
+        """Head, the words that make it unique, random words: `length` tokens with prefix and tail.
+
+        Head and unique words stand for a number of their own, for every prompt and every take of it. Where so
+        many do not fit in, all takes share one, and only the random words differ.
+        """
+        ask = self._options
+        heads = len(self._heads[0 if self.has_prefix else number % ask.groups])
+        rounds = -(-ask.group_prompts // heads)
         for near in nearest_first(length, ask.tolerated(length)):
-            rest = self._rest(head, near)
-            part = self._supply.unique_part(rest, rounds)
-            if part is not None:
-                break
-        else:
-            raise Refused(self._too_tight())
-        unique = self._supply.nth(turn, part)
-        filled = self._supply.fill(rest - part, stream(ask.seed, "fill", number, take))
-        return " ".join([head.text, *unique, *filled])
+            for takes, nth_take in ((ATTEMPTS, take), (1, 0)):
+                head = self.head(number, nth_take)
+                rest = self._rest(head, near)
+                part = self._supply.unique_part(rest, rounds * takes)
+                if part is None:
+                    continue
+                unique = self._supply.nth(number // ask.groups // heads + nth_take * rounds, part)
+                filled = self._supply.fill(rest - part, stream(ask.seed, "fill", number, take))
+                return " ".join([head.text, *unique, *filled]), head
+        raise Refused(self._too_tight())
 
 
 def nearest_first(value: int, spread: int) -> Iterator[int]:
@@ -774,8 +790,9 @@ class TiktokenEncoder:
         self.about = {**about, "vocabulary": encoding.n_vocab, "tiktoken": version}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        threads = max(1, min(len(texts), os.cpu_count() or 1))
-        return list(self._encoding.encode_ordinary_batch(list(texts), num_threads=threads))
+        if sum(map(len, texts)) < THREADS_PAY_CHARS * len(texts):
+            return [self._encoding.encode_ordinary(text) for text in texts]
+        return list(self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1))
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         return [self._encoding.decode(list(ids)) for ids in sequences]
@@ -818,9 +835,7 @@ def load_with_transformers(name: str, options: Options, local: bool) -> HuggingF
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise Refused("it has no tokenizer.json and no fast form")
-    return HuggingFaceEncoder(
-        backend, {"kind": "transformers", "name": name, "version": transformers.__version__}
-    )
+    return HuggingFaceEncoder(backend, {"kind": "transformers", "name": name, "version": transformers.__version__})
 
 
 def beside(directory: Path, name: str) -> Optional[str]:
@@ -1053,9 +1068,7 @@ def frame_of(loaded: Loaded, count_as: str) -> Frame:
         try:
             template, variables = chat_template(companion)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Refused(
-                f"the files beside the tokenizer are damaged: {reason(error)} - fetch them again"
-            ) from None
+            raise Refused(f"the files beside the tokenizer are damaged: {reason(error)} - fetch them again") from None
         if template:
             return ChatFrame(loaded.encoder, template, variables)
     raise Refused(
@@ -1138,9 +1151,7 @@ class Vocabulary:
         """Those names that, between two anchors, leave both anchors as they are."""
         first, later = anchor.first_ids, anchor.later_ids
         measured = []
-        for name, ids in zip(
-            names, self._encoder.encode([f"{anchor.text} {n} {anchor.text}" for n in names])
-        ):
+        for name, ids in zip(names, self._encoder.encode([f"{anchor.text} {n} {anchor.text}" for n in names])):
             inner = ids[len(first) : len(ids) - len(later)]
             if ids == first + inner + later and len(inner) <= MAX_WORD_TOKENS:
                 measured.append(Word(name, tuple(inner)))
@@ -1188,6 +1199,7 @@ class Draft:
     target: int
     length: int  # asked of the composer: the target, corrected by what earlier attempts were off
     take: int = 0
+    parting_id: Optional[int] = None  # the one after the shared prefix
     best: Optional[Prompt] = None
 
 
@@ -1197,6 +1209,7 @@ class ExactPrompts:
     def __init__(self, options: Options, kit: Kit, frame: Frame) -> None:
         self._options, self._kit, self._frame = options, kit, frame
         self._composer = Composer(options, kit)
+        self._partings: dict[int, set[Optional[int]]] = {}  # per group, the ids seen after its prefix
         assert options.target is not None
         self.batch = max(1, min(MAX_BATCH_PROMPTS, BATCH_TOKENS // options.target))
         kept = max(16, CACHED_PREFIX_TOKENS // (self._composer.prefix_tokens + 1))
@@ -1208,14 +1221,30 @@ class ExactPrompts:
             target = self._composer.target(number)
             drafts.append(Draft(number, target, target))
         pending = drafts
-        for _ in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS):
             self._try(pending)
             pending = [draft for draft in pending if not finished(draft)]
             if not pending:
                 break
+            for draft in pending if attempt % ATTEMPTS_PER_TAKE == 0 else ():
+                draft.take, draft.length = draft.take + 1, draft.target
         for draft in pending:
             self._settle(draft)
+        for draft in drafts:
+            seen = self._partings.setdefault(draft.number % self._options.groups, set())
+            if len(seen) < 2:  # enough to know
+                seen.add(draft.parting_id)
         return [draft.best for draft in drafts if draft.best]
+
+    def finish(self) -> None:
+        """Every group must part right after its prefix, be it in two of its prompts."""
+        lone = self._options.count - self._options.groups  # groups up to here have a second prompt
+        for group, partings in self._partings.items():
+            if len(partings) < 2 and group < lone and not self._composer.whole:
+                raise Refused(
+                    f"all prompts of group {group} agree on more than {self._composer.prefix_tokens} tokens - "
+                    "use another --seed or --prefix-overlap"
+                )
 
     def _try(self, drafts: Sequence[Draft]) -> None:
         """Compose and measure once; what is off corrects the next attempt."""
@@ -1229,8 +1258,6 @@ class ExactPrompts:
                 group = draft.number % self._options.groups
                 draft.best = Prompt(text, group, draft.target, len(ids), self._composer.prefix_tokens)
             draft.length -= off
-            if abs(draft.length - draft.target) > draft.target // 2:
-                draft.length, draft.take = draft.target, draft.take + 1
 
     def _settle(self, draft: Draft) -> None:
         off = None if draft.best is None else (draft.best.input_tokens or 0) - draft.target
@@ -1245,7 +1272,14 @@ class ExactPrompts:
         composer, group = self._composer, draft.number % self._options.groups
         if composer.whole:
             return self._shared(group).text
-        suffix = composer.suffix(draft.number, draft.length, draft.take)
+        try:
+            suffix, head = composer.suffix(draft.number, draft.length, draft.take)
+        except Refused:
+            if draft.length == draft.target:
+                raise
+            draft.length, draft.take = draft.target, draft.take + 1  # corrected beyond what can be
+            suffix, head = composer.suffix(draft.number, draft.length, draft.take)
+        draft.parting_id = head.ids[composer.lead]
         return f"{self._shared(group).text} {suffix}" if composer.has_prefix else suffix
 
     def _starts_right(self, draft: Draft, ids: list[int]) -> bool:
@@ -1253,12 +1287,9 @@ class ExactPrompts:
         composer = self._composer
         if composer.whole:
             return True
-        shared = (
-            self._shared(draft.number % self._options.groups).ids if composer.has_prefix else self._kit.head
-        )
+        shared = self._shared(draft.number % self._options.groups).ids if composer.has_prefix else self._kit.head
         place = composer.prefix_tokens
-        parting = composer.head(draft.number).ids[composer.lead]
-        return ids[:place] == shared and ids[place : place + 1] == [parting]
+        return ids[:place] == shared and ids[place : place + 1] == [draft.parting_id]
 
     def _new_shared(self, group: int) -> SharedPrefix:
         """A prefix of exactly the right length, measured in front of a word that may follow it."""
@@ -1321,9 +1352,7 @@ class CorpusFile:
             self._file = open(self._temporary, "xb")  # noqa: SIM115 - open for the whole run
         except OSError as error:
             self.discard()
-            raise Refused(
-                f"cannot write in {directory}: {error.strerror} - use another --output", 2
-            ) from None
+            raise Refused(f"cannot write in {directory}: {error.strerror} - use another --output", 2) from None
 
     def write(self, lines: Iterable[str]) -> None:
         data = "".join(lines).encode("utf-8")
@@ -1368,9 +1397,7 @@ def move_without_overwriting(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except FileExistsError:
-        raise Refused(
-            f"{target} has appeared meanwhile and is not overwritten - use another --output"
-        ) from None
+        raise Refused(f"{target} has appeared meanwhile and is not overwritten - use another --output") from None
     except OSError:
         os.rename(source, target)
     else:
@@ -1401,6 +1428,7 @@ def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
             corpus.write(lines)
             if bar is not None:
                 bar.update(len(lines))
+        maker.finish()
     finally:
         if bar is not None:
             bar.close()
@@ -1547,9 +1575,7 @@ def parsed(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     given, unknown = build_parser().parse_known_args(argv)
     if unknown:
         names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-        what = (
-            f"unknown option {', '.join(names)}" if names else f"{len(unknown)} argument(s) without an option"
-        )
+        what = f"unknown option {', '.join(names)}" if names else f"{len(unknown)} argument(s) without an option"
         raise Refused(f"{what} - see --help", 2)
     return given
 
@@ -1567,23 +1593,17 @@ def check_lengths(given: argparse.Namespace) -> None:
     if max(target, most or 0) > MAX_TARGET_TOKENS:
         raise Refused(f"{max(target, most or 0)} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
     if (least or most) and not given.input_tokens_stdev:
-        raise Refused(
-            "--min-input-tokens and --max-input-tokens bound a spread - add --input-tokens-stdev", 2
-        )
+        raise Refused("--min-input-tokens and --max-input-tokens bound a spread - add --input-tokens-stdev", 2)
     if least and most and least > most:
         raise Refused(f"--min-input-tokens {least} is above --max-input-tokens {most} - swap them", 2)
     if not (least or 1) <= target <= (most or target):
-        raise Refused(
-            f"--approx-input-tokens {target} is outside its own minimum and maximum - move them apart", 2
-        )
+        raise Refused(f"--approx-input-tokens {target} is outside its own minimum and maximum - move them apart", 2)
 
 
 def check_sharing(given: argparse.Namespace) -> None:
     """Shared prefixes that cannot be."""
     if given.prefix_groups > given.count:
-        raise Refused(
-            f"{given.prefix_groups} groups need as many prompts - raise --count or lower --prefix-groups", 2
-        )
+        raise Refused(f"{given.prefix_groups} groups need as many prompts - raise --count or lower --prefix-groups", 2)
     if given.prefix_overlap == 1 and given.prefix_groups < given.count:
         raise Refused(
             "--prefix-overlap 1 makes the prompts of a group identical, which measures only a cache - "

@@ -83,10 +83,19 @@ def metaspace_bpe(text, size):
     made = json.loads(learner.to_str())
     plain = json.loads(tokenizer.to_str())
     plain["model"].update(vocab=made["model"]["vocab"], merges=made["model"]["merges"])
-    plain["added_tokens"] = [
-        token for token in made["added_tokens"] if not token["content"].startswith("<0x")
-    ]
+    plain["added_tokens"] = [token for token in made["added_tokens"] if not token["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(plain))
+
+
+def metaspace_across_words(text, size):
+    """Merges run over spaces, so that two words side by side may be fewer tokens than each on its own."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Metaspace()
+    pairs = [" ".join(words) for line in text for words in zip(*[iter(line.split()[:-1])] * 3)]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(pairs, trainer)
+    return tokenizer
 
 
 def metaspace_unigram(text, size):
@@ -94,9 +103,7 @@ def metaspace_unigram(text, size):
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(text, trainer)
     return tokenizer
 
@@ -123,6 +130,7 @@ BUILDERS = {
     "byte-level-japanese": lambda: byte_level(unspaced_text(), 1200),
     "bytes-only": lambda: byte_level(["a b c"], 261),
     "metaspace-bpe": lambda: metaspace_bpe(spaced_text(LATIN), 1500),
+    "metaspace-across-words": lambda: metaspace_across_words(spaced_text(LATIN, 300), 3000),
     "metaspace-unigram": lambda: metaspace_unigram(spaced_text(LATIN), 1200),
     "metaspace-japanese": lambda: metaspace_unigram(unspaced_text(), 700),
     "wordpiece": lambda: wordpiece(spaced_text(LATIN), 1500),
