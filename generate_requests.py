@@ -100,6 +100,8 @@ CACHED_PREFIX_TOKENS = 1_000_000
 ATTEMPTS = 32
 ATTEMPTS_PER_TAKE = 4  # corrections of the length before other words are tried
 
+PROGRESS_DELAY_S = 1
+
 PARAGRAPH_PROMPT_WORDS = 120
 PARAGRAPH_WORDS = 60
 
@@ -299,8 +301,8 @@ def main_alphabet(texts: Iterable[str]) -> str:
 def best_words(words: Sequence[Word], wanted: int) -> list[Word]:
     """The most readable words of one token, the main alphabet's first; longer ones if they are few."""
     single = [w for w in words if len(w.ids) == 1]
-    main = main_alphabet(w.text for w in single if not roughness(w)) or main_alphabet(w.text for w in words)
-    ranked = sorted(words, key=lambda w: (alphabet(w.text) != main, roughness(w)))
+    usual = main_alphabet(w.text for w in single if not roughness(w)) or main_alphabet(w.text for w in words)
+    ranked = sorted(words, key=lambda w: (alphabet(w.text) != usual, roughness(w)))
     if len(single) >= FEW_WORDS:
         return [w for w in ranked if len(w.ids) == 1][:wanted]
     costs = range(1, MAX_WORD_TOKENS + 1)
@@ -1121,8 +1123,8 @@ class Vocabulary:
         if anchor is None:
             raise Refused("the vocabulary holds no plain words to build prompts from - use another tokenizer")
         if sum(len(ids) == 1 for ids in found) < FEW_WORDS:
-            main = main_alphabet(names)
-            syllables = sorted(names, key=lambda name: (alphabet(name) != main, len(name)))[:FEW_WORDS]
+            usual = main_alphabet(names)
+            syllables = sorted(names, key=lambda name: (alphabet(name) != usual, len(name)))[:FEW_WORDS]
             extra = [name for name in pseudo_words(syllables, wanted) if name not in names]
             found.update((w.ids, w) for w in self._measured(anchor, extra) if w.ids not in found)
         return anchor, list(found.values())
@@ -1411,7 +1413,8 @@ def progress_bar(total: int) -> Any:
     except ImportError:
         return None
     seldom = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(total=total, unit="prompt", file=sys.stderr, delay=1, mininterval=seldom, dynamic_ncols=True)
+    look = {"unit": "prompt", "file": sys.stderr, "dynamic_ncols": True}
+    return tqdm(total=total, delay=PROGRESS_DELAY_S, mininterval=seldom, **look)
 
 
 def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
@@ -1431,6 +1434,8 @@ def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
         maker.finish()
     finally:
         if bar is not None:
+            if bar.format_dict["elapsed"] > PROGRESS_DELAY_S:
+                bar.delay = 0  # else a bar that was not due for its first line would leave none
             bar.close()
     return tally
 
@@ -1440,7 +1445,7 @@ def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refused(message, 2)
+        raise Refused(message if " - " in message else f"{message} - see --help", 2)
 
 
 def whole(least: int, what: str) -> Callable[[str], int]:
@@ -1486,6 +1491,55 @@ def mean_and_deviation(text: str) -> tuple[float, float]:
     return value
 
 
+def option(help: str, metavar: str = "N", **about: Any) -> dict[str, Any]:
+    return {"help": help, "metavar": metavar, **about}
+
+
+SOME = whole(1, "at least 1")
+
+CORPUS_OPTIONS = {
+    "--count": option("prompts (default 100)", type=SOME, default=100),
+    "--output": option(
+        "directory of the corpus, made if missing (default outputs)", "DIR", type=Path, default=Path("outputs")
+    ),
+    "--prefix-overlap": option(
+        "fraction of each prompt's tokens that its group shares as prefix, 0 to 1 (default 0.0)",
+        "X",
+        type=fraction,
+        default=Decimal("0.0"),
+    ),
+    "--prefix-groups": option(
+        "distinct shared prefixes; prompts are dealt to them in turn (default 1)", type=SOME, default=1
+    ),
+}
+TOKEN_OPTIONS = {
+    "--approx-input-tokens": option(
+        "length of every prompt in tokens; without it: paragraphs, and no tokenizer is loaded", type=SOME
+    ),
+    "--input-tokens-stdev": option("spread the lengths normally around that mean", "S", type=deviation),
+    "--min-input-tokens": option("shortest length of the spread", type=SOME),
+    "--max-input-tokens": option("greatest length of the spread", type=SOME),
+    "--tokenizer-model": option(
+        "directory, tokenizer.json, OpenAI model or Hugging Face name (default gpt2)", "NAME", default="gpt2"
+    ),
+    "--token-tolerance": option(
+        "widest deviation tolerated (default: 5 tokens or 5%% of the target, whichever is more)",
+        type=whole(0, "0 or more tokens"),
+    ),
+    "--count-as": option(
+        "raw: the text alone; chat: in the tokenizer's chat template, as a server counts (default raw)",
+        "{raw,chat}",
+        choices=("raw", "chat"),
+        default="raw",
+    ),
+    "--output-tokens": option("max_tokens of each line: fixed, or mean,stdev", "N[,S]", type=mean_and_deviation),
+    "--huggingface-token": option(
+        f"for gated repositories; better from the environment: ${', $'.join(TOKEN_VARIABLES)}", "TOKEN"
+    ),
+    "--seed": option("same seed and options: same bytes (default: a fresh one)", type=whole(0, "0 or more")),
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=PROGRAM,
@@ -1493,80 +1547,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    tokens = whole(1, "a number of tokens, at least 1")
-    add("--count", type=whole(1, "at least 1"), default=100, metavar="N", help="prompts (default 100)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("outputs"),
-        metavar="DIR",
-        help="directory of the corpus, made if missing (default outputs)",
-    )
-    add(
-        "--prefix-overlap",
-        type=fraction,
-        default=Decimal("0.0"),
-        metavar="X",
-        help="fraction of each prompt's tokens that its group shares as prefix, 0 to 1 (default 0.0)",
-    )
-    add(
-        "--prefix-groups",
-        type=whole(1, "at least 1"),
-        default=1,
-        metavar="N",
-        help="distinct shared prefixes; prompts are dealt to them in turn (default 1)",
-    )
-    add(
-        "--approx-input-tokens",
-        type=tokens,
-        metavar="N",
-        help="length of every prompt in tokens; without it: paragraphs, and no tokenizer is loaded",
-    )
-    add(
-        "--input-tokens-stdev",
-        type=deviation,
-        metavar="S",
-        help="spread the lengths normally around that mean",
-    )
-    add("--min-input-tokens", type=tokens, metavar="N", help="shortest length of the spread")
-    add("--max-input-tokens", type=tokens, metavar="N", help="greatest length of the spread")
-    add(
-        "--tokenizer-model",
-        default="gpt2",
-        metavar="NAME",
-        help="directory, tokenizer.json, OpenAI model or Hugging Face name (default gpt2)",
-    )
-    add(
-        "--token-tolerance",
-        type=whole(0, "0 or more tokens"),
-        metavar="N",
-        help="widest deviation tolerated (default: 5 tokens or 5%% of the target, whichever is more)",
-    )
-    add(
-        "--count-as",
-        choices=("raw", "chat"),
-        default="raw",
-        help="raw: the text alone; chat: in the tokenizer's chat template, as a server counts (default raw)",
-    )
-    add(
-        "--output-tokens",
-        type=mean_and_deviation,
-        metavar="N[,S]",
-        help="max_tokens of each line: fixed, or mean,stdev",
-    )
-    add(
-        "--huggingface-token",
-        metavar="TOKEN",
-        help=f"for gated repositories; better from the environment: ${', $'.join(TOKEN_VARIABLES)}",
-    )
-    add(
-        "--seed",
-        type=whole(0, "0 or more"),
-        metavar="N",
-        help="same seed and options: same bytes (default: a fresh one)",
-    )
-    add("--version", action="version", version=f"{PROGRAM} {__version__}")
+    for name, about in CORPUS_OPTIONS.items():
+        parser.add_argument(name, **about)
+    for name, about in TOKEN_OPTIONS.items():
+        parser.add_argument(name, **about)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     return parser
 
 
