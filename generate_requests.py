@@ -898,7 +898,13 @@ def hub_file(options: Options, name: str, local: bool) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", options.tokenizer, re.ASCII):
         raise Refused("not the name of a repository")
     hub = need("huggingface_hub")
-    return Path(hub.hf_hub_download(options.tokenizer, name, token=options.token, local_files_only=local))
+    if local:  # the download function, even told to stay local, may look up things of its own on the network
+        found = hub.try_to_load_from_cache(options.tokenizer, name)
+        if not isinstance(found, str):
+            raise Refused(f"{name} is not there")
+        return Path(found)
+    hub.utils.logging.set_verbosity_error()  # its retries need no commentary, the outcome is ours to tell
+    return Path(hub.hf_hub_download(options.tokenizer, name, token=options.token))
 
 
 def hub_text(options: Options, local: bool, name: str) -> Optional[str]:
@@ -914,7 +920,7 @@ def from_hub(options: Options, local: bool) -> Loaded:
             hub_file(options, "tokenizer.json", local), {"kind": "huggingface", "name": options.tokenizer}
         )
     except Exception as error:
-        missing = type(error).__name__.endswith("EntryNotFoundError")
+        missing = local or type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError")
         if not missing or hub_text(options, local, "tokenizer_config.json") is None:
             raise
         encoder = load_with_transformers(options.tokenizer, options, local)
@@ -927,7 +933,9 @@ def offline() -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, in one piece."""
+    """The first line of an error, or of the one it was caused by, in one piece."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = " ".join(str(error).strip().split("\n")[0].split())
     return (text if len(text) <= 160 else text[:157] + "...") or type(error).__name__
 
@@ -952,7 +960,7 @@ def load_tokenizer(options: Options) -> Loaded:
             tried.setdefault(reason(error), place)
             if place == "a local path" and Path(options.tokenizer).expanduser().exists():
                 break
-    cure = "give a local directory or tokenizer.json, fill the cache beforehand"
+    cure = "give a local directory or tokenizer.json, fill the cache beforehand (HF_HOME, TIKTOKEN_CACHE_DIR)"
     if offline():
         cure += ", unset HF_HUB_OFFLINE"
     cure += ", or pass --huggingface-token for a gated repository"

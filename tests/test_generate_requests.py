@@ -601,7 +601,7 @@ def test_real_openai_encodings(model, name, tmp_path, capsys):
             encoding = tiktoken.get_encoding(name)
     except OSError:
         pytest.skip(f"{name} is not in tiktoken's cache, and tests download nothing")
-    for target, overlap in itertools.product((16, 100, 512), ("0", "0.3", "0.9")):
+    for target, overlap in itertools.product((16, 100, 512, *[4096] * FULL_MATRIX), ("0", "0.3", "0.9")):
         options = ["--count", 1000 if FULL_MATRIX else 100, "--approx-input-tokens", target]
         output = tmp_path / f"{target}-{overlap}"
         lines, _ = generate(output, *options, "--prefix-overlap", overlap, "--tokenizer-model", model)
@@ -717,6 +717,7 @@ def test_the_token_is_struck_out_of_what_a_library_says(tmp_path, monkeypatch, c
         raise ValueError(f"401 for {token}")
 
     monkeypatch.setattr(hub, "hf_hub_download", fail)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     options = ["--approx-input-tokens", "9", "--tokenizer-model", "gated/model", "--output", str(tmp_path / "out")]
     assert gen.main([*options, "--huggingface-token", SECRET]) == 1
     assert "401 for ***" in one_line_error(capsys, 1)
