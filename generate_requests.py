@@ -825,9 +825,9 @@ class Loaded:
 
 def load_json_tokenizer(path: Path, about: dict[str, Any]) -> HuggingFaceEncoder:
     tokenizers = need("tokenizers")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    loaded = tokenizers.Tokenizer.from_file(str(path))
-    return HuggingFaceEncoder(loaded, {**about, "tokenizer_json_sha256": digest})
+    data = path.read_bytes()
+    loaded = tokenizers.Tokenizer.from_buffer(data)
+    return HuggingFaceEncoder(loaded, {**about, "tokenizer_json_sha256": hashlib.sha256(data).hexdigest()})
 
 
 def load_with_transformers(name: str, options: Options, local: bool) -> HuggingFaceEncoder:
@@ -1377,7 +1377,8 @@ class CorpusFile:
         facts = {"file": self.path.name, "bytes": self._bytes, "sha256": self._hash.hexdigest(), **about}
         meta = self._temporary.with_suffix(".meta")
         try:
-            meta.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+            meta.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path may be no text
             self.refuse_if_there()
             move_without_overwriting(self._temporary, self.path)
             try:
@@ -1658,6 +1659,16 @@ def generate(options: Options) -> str:
     return closing_table(options, tally, corpus.path)
 
 
+def show(table: str) -> None:
+    """Print the result; the corpus is written by now, so that nobody listening is no failure."""
+    try:
+        print(table.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
+    except (OSError, UnicodeError) as error:
+        note(f"the corpus is written, but its summary could not be: {reason(error)}")
+        with suppress(OSError):  # what print has buffered would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def interrupt(_signal: int, _frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -1665,7 +1676,7 @@ def interrupt(_signal: int, _frame: Any) -> NoReturn:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         signal.signal(signal.SIGTERM, interrupt)
-        print(generate(options_of(parsed(argv), os.environ)))
+        show(generate(options_of(parsed(argv), os.environ)))
         return 0
     except Refused as error:
         message, code = str(error), error.exit_code

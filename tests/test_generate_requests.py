@@ -873,6 +873,17 @@ def test_memory_does_not_grow_with_the_count(shelf, tmp_path):
     assert peaks[1] - peaks[0] < min(12, written)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_summary_nobody_can_read_is_no_failure(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(SCRIPT), "--output", str(tmp_path)]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 0
+    assert result.stderr.count("\n") == 1
+    assert "the corpus is written" in result.stderr
+    assert len(corpus_in(tmp_path)[0]) == 100
+
+
 def test_progress_is_shown_only_for_longer_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tqdm")
     generate(tmp_path / "short", "--count", 10)
