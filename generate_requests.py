@@ -1,0 +1,1694 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = [
+#     "huggingface_hub>=0.23",
+#     "jinja2>=3.1",
+#     "tiktoken>=0.7",
+#     "tokenizers>=0.20",
+#     "tqdm>=4.60",
+# ]
+# ///
+"""Write a JSONL corpus of prompts, each exactly as many tokens long as you asked for.
+
+    generate_requests.py                                  100 natural-looking paragraphs, no tokenizer needed
+    generate_requests.py --count 1000 --approx-input-tokens 512 --tokenizer-model ./my-model
+    generate_requests.py --approx-input-tokens 2048 --prefix-overlap 0.75 --prefix-groups 4 --count-as chat \\
+                         --tokenizer-model Qwen/Qwen3-8B --output-tokens 256
+
+This one file is the whole program. Paragraphs need Python alone; token targets need `tokenizers` (a
+directory, a tokenizer.json, a Hugging Face name) or `tiktoken` (an OpenAI model name), and chat counting
+needs `jinja2`. `uv run generate_requests.py` brings them all.
+
+What is promised, and checked on the final text of every prompt before it is written:
+  * its length is the target; a prompt that stays outside --token-tolerance is an error, never a line;
+  * all prompts of a prefix group agree on exactly floor(overlap x target) leading token ids: on that many
+    and, as a group, on no more. With --input-tokens-stdev the prefix is measured by the mean target;
+  * as a rule, any two prompts of a group differ in the first token after the prefix, as long as the
+    vocabulary has as many first words as the group has prompts; then first words repeat, the next ones differ;
+  * prompts of different groups differ from their first token on, and no two prompts are equal;
+  * only words that the tokenizer's own ordinary tokens spell: no special tokens, no byte fallback.
+With --count-as chat all this holds for the prompt as the server sees it, one user message in the tokenizer's
+chat template with the generation prompt. The template's own head is then part of every prompt's prefix.
+
+Fields of a line:
+  text           the prompt
+  input_tokens   its length, measured                              (with --approx-input-tokens)
+  prefix_tokens  leading tokens shared by its whole group          (with --approx-input-tokens)
+  prefix_group   number of its group, from 0
+  max_tokens     tokens to be generated                            (with --output-tokens)
+Beside the corpus, FILE.meta.json records options, seed, tokenizer, lengths reached and the file's SHA-256.
+
+Rooms, each using only those above it:
+  1. Constants          5. Plan          9. Making prompts
+  2. Types              6. Report       10. The corpus file
+  3. Words              7. Tokenizers   11. Command line
+  4. Paragraphs         8. Chat templates
+
+Exit codes: 0 written; 1 it could not be made (tokenizer, length, disk); 2 wrong usage, or the file is there
+already; 130 interrupted. Only a finished corpus ever bears the final name.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import signal
+import struct
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Optional, Protocol
+
+# === 1. Constants ===
+
+__version__ = "1.0.0"
+
+PROGRAM = "generate_requests.py"
+TOKEN_VARIABLES = ("HUGGINGFACE_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN")
+
+MAX_TARGET_TOKENS = 10_000_000
+MIN_TOLERANCE_TOKENS = 5
+TOLERANCE_SHARE = Decimal("0.05")
+MAX_TARGET_DRAWS = 1000
+
+MAX_WORD_CHARS = 14
+MAX_WORD_TOKENS = 4
+MIN_WORDS = 2048  # looked for in a vocabulary before the search stops
+MAX_WORDS = 20_000
+FEW_WORDS = 256  # with fewer words of one token, words of several tokens are used too
+MAX_LEAD_TOKENS = 2  # tokens that all words of an alphabet may begin with, such as a lone space
+WAYS_ENOUGH = 10**18  # more sequences of words than anyone will ask for
+
+CANDIDATES_PER_BATCH = 2048
+BATCH_TOKENS = 131_072  # encoded at a time: bounds the memory, keeps every core busy
+MAX_BATCH_PROMPTS = 512
+THREADS_PAY_CHARS = 500  # shorter texts are encoded faster than handed to a thread
+CACHED_PREFIX_TOKENS = 1_000_000
+ATTEMPTS = 32
+ATTEMPTS_PER_TAKE = 4  # corrections of the length before other words are tried
+
+PROGRESS_DELAY_S = 1
+
+PARAGRAPH_PROMPT_WORDS = 120
+PARAGRAPH_WORDS = 60
+
+# OpenAI's published way to count a chat: 3 tokens a message and 1 for its role, 3 that open the reply
+OPENAI_CHAT_HEAD_TOKENS = 3  # message start, role, line end
+OPENAI_CHAT_TAIL_TOKENS = 4  # message end, reply opening
+
+VOCABULARY = {
+    "adjective": """ancient bitter bright broad calm careful clever cold common curious dark deep distant dry
+        early empty faint famous fresh gentle golden green heavy hidden honest hollow large late light little
+        lonely long lost loud narrow new noble odd old open pale patient plain proud quick quiet rare rough
+        round sharp silent silver simple slow small smooth soft steady strange strong tall thin tired warm
+        wide wild young""",
+    "noun": """archive baker bell boat bottle bridge builder captain castle child city cloud coast doctor door
+        dream engine farmer field fire fisher forest garden gate glass guest harbour hill horse house island
+        judge lamp letter library machine market meadow mill mirror mountain museum night painter paper path
+        pilot poet pupil queen railway river road room sailor school shadow ship signal singer soldier spring
+        stone storm story stranger summer table teacher tower town train traveller tree valley village voice
+        wall watch water weaver wind window winter witness writer""",
+    "verb": """admired answered avoided believed carried changed chose copied covered crossed described
+        discovered examined followed found guarded heard hid kept left lifted liked lost measured met moved
+        noticed opened painted passed praised reached remembered repaired saved saw sold studied surprised
+        touched trusted visited warned watched welcomed""",
+    "lone verb": "agreed arrived hesitated laughed listened remained returned slept smiled spoke waited",
+    "preposition": "above across after around before behind below beside beyond near past towards under",
+    "connective": "Afterwards Elsewhere Later Meanwhile Nearby Often Sometimes Soon Today Yesterday",
+    "name": """Alder Barrow Calder Denham Easton Fenwick Garrick Holm Ingham Jarrow Kelso Larkin Marlow
+        Norwood Oakley Penrose Quinn Rowan Selby Thorne Upton Vance Weston Yarrow""",
+}
+MAX_SENTENCE_WORDS = 11
+MIN_FULL_SENTENCE_WORDS = 5
+
+
+# === 2. Types ===
+
+
+class Refused(Exception):
+    """What the user is told in one line, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Word(NamedTuple):
+    """A word and the token ids it is encoded to in its place in a text."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, checked."""
+
+    count: int
+    output: Path
+    overlap: Decimal
+    groups: int
+    target: Optional[int]
+    stdev: float
+    min_tokens: Optional[int]
+    max_tokens: Optional[int]
+    tokenizer: str
+    tolerance: Optional[int]
+    count_as: str
+    output_tokens: Optional[tuple[float, float]]
+    seed: int
+    token: Optional[str] = field(default=None, repr=False)
+
+    @property
+    def group_prompts(self) -> int:
+        """Prompts in the largest group."""
+        return -(-self.count // self.groups)
+
+    def tolerated(self, target: int) -> int:
+        if self.tolerance is not None:
+            return self.tolerance
+        return max(MIN_TOLERANCE_TOKENS, int(TOLERANCE_SHARE * target))
+
+
+@dataclass(frozen=True)
+class Kit:
+    """All that is known of a tokenizer once its vocabulary has been tried out."""
+
+    words: list[Word]  # as encoded after a space
+    starters: list[Word]  # as encoded at the start of a text
+    head: list[int]  # ids in front of every text: the chat template's, most often none
+    tail_tokens: int  # how many ids the chat template sets behind every text
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Words that may follow a shared prefix: their first `lead` ids are the same and part of it."""
+
+    lead: int
+    words: list[Word]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A finished prompt, as it goes into a line."""
+
+    text: str
+    group: int
+    asked_tokens: Optional[int] = None
+    input_tokens: Optional[int] = None
+    prefix_tokens: Optional[int] = None
+
+
+class Encoder(Protocol):
+    """A tokenizer, whoever made it. No method adds special tokens."""
+
+    about: dict[str, Any]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]: ...
+
+    def ids(self) -> list[int]: ...
+
+    def pieces(self, ids: Sequence[int]) -> list[Optional[str]]:
+        """The text of single tokens; None where a token must not occur in a prompt."""
+        ...
+
+
+class Frame(Protocol):
+    """What the server sets around a text before it counts."""
+
+    def measure(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+class Maker(Protocol):
+    """Makes the prompts of the given numbers."""
+
+    batch: int
+
+    def make(self, numbers: Sequence[int]) -> list[Prompt]: ...
+
+    def finish(self) -> None:
+        """What can only be checked when all prompts are made."""
+
+
+# === 3. Words (pure) ===
+
+
+def stream(*names: object) -> random.Random:
+    """A random stream of its own for each purpose: a line's text does not depend on how lines are batched."""
+    return random.Random("/".join(map(str, names)))
+
+
+def shuffled(items: Iterable[Any], rng: random.Random) -> list[Any]:
+    return sorted(items, key=lambda _: rng.random())
+
+
+def plain_word(piece: Optional[str]) -> Optional[str]:
+    """The readable word in a token's text, if it is one: letters of any alphabet, with their marks."""
+    word = (piece or "").strip()
+    if not 0 < len(word) <= MAX_WORD_CHARS:
+        return None
+    if word.isascii():
+        return word if word.isalpha() else None
+    kinds = [unicodedata.category(char)[0] for char in word]
+    readable = kinds[0] == "L" and set(kinds) <= {"L", "M"} and word.isprintable()
+    return word if readable and unicodedata.is_normalized("NFC", word) else None
+
+
+def roughness(word: Word) -> int:
+    """0 for what reads like a word, more for short ones and for capitals."""
+    caseless = word.text.lower() == word.text.upper()
+    if word.text != word.text.lower():
+        return 3
+    return max(0, (2 if caseless else 4) - len(word.text))
+
+
+def pseudo_words(syllables: Sequence[str], wanted: int) -> Iterator[str]:
+    """Words put together from short ones, for vocabularies too small to hold enough of their own."""
+    made = 0
+    for shift in range(1, len(syllables)):
+        for place, syllable in enumerate(syllables):
+            yield syllable + syllables[(place + shift) % len(syllables)]
+            made += 1
+            if made >= wanted:
+                return
+
+
+def alphabet(text: str) -> str:
+    """The name of the alphabet of a word's first letter; the Japanese ones count as one with the Chinese."""
+    name = unicodedata.name(text[0], "").split(" ")[0]
+    return "CJK" if name in ("HIRAGANA", "KATAKANA") else name
+
+
+def main_alphabet(texts: Iterable[str]) -> str:
+    return max(Counter(map(alphabet, texts)).items(), key=lambda item: item[1], default=("", 0))[0]
+
+
+def best_words(words: Sequence[Word], wanted: int) -> list[Word]:
+    """The most readable words of one token, the main alphabet's first; longer ones if they are few."""
+    single = [w for w in words if len(w.ids) == 1]
+    usual = main_alphabet(w.text for w in single if not roughness(w)) or main_alphabet(w.text for w in words)
+    ranked = sorted(words, key=lambda w: (alphabet(w.text) != usual, roughness(w)))
+    if len(single) >= FEW_WORDS:
+        return [w for w in ranked if len(w.ids) == 1][:wanted]
+    costs = range(1, MAX_WORD_TOKENS + 1)
+    by_cost = [[w for w in ranked if len(w.ids) == cost][:wanted] for cost in costs]
+    return [w for same_cost in by_cost for w in same_cost]
+
+
+def different(words: Iterable[Word], at: int) -> int:
+    """How many different ids the words have at that place."""
+    return len({word.ids[at] for word in words})
+
+
+def different_first(words: Iterable[Word], at: int) -> list[Word]:
+    """The same words, those with an id at that place not seen before coming before those that repeat one."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for word in words:
+        turns.append((seen[word.ids[at]], word))
+        seen[word.ids[at]] += 1
+    return [word for _, word in sorted(turns, key=lambda turn: turn[0])]
+
+
+def joints(words: Sequence[Word]) -> list[Joint]:
+    """The ways to go on after a shared prefix, the one with most different words first.
+
+    Where an alphabet is not written with spaces, every word may begin with the same token, a lone space. That
+    token then belongs to the prefix, and the words differ from the next one on.
+    """
+    found: list[Joint] = []
+    for lead in range(MAX_LEAD_TOKENS + 1):
+        alike: dict[tuple[int, ...], list[Word]] = {}
+        for word in words:
+            if len(word.ids) > lead:
+                alike.setdefault(word.ids[:lead], []).append(word)
+        found.extend(Joint(lead, same) for same in alike.values())
+    return sorted(found, key=lambda joint: (-different(joint.words, joint.lead), joint.lead))
+
+
+class Supply:
+    """Sequences of words that cost exactly so many tokens: how many there are, the n-th one, a random one."""
+
+    def __init__(self, words: Sequence[Word]) -> None:
+        self._words = list(words)
+        self._texts = [word.text for word in words]
+        self._by_cost: dict[int, list[Word]] = {}
+        for word in words:
+            self._by_cost.setdefault(len(word.ids), []).append(word)
+        self._costs = sorted(self._by_cost)
+        self._ways = [1]
+
+    def ways(self, tokens: int) -> int:
+        """How many sequences of words cost exactly `tokens`, counted up to WAYS_ENOUGH."""
+        if tokens < 0 or not self._costs:
+            return int(tokens == 0)
+        while len(self._ways) <= tokens:
+            if self._costs[0] == 1 and self._ways[-1] == WAYS_ENOUGH:
+                return WAYS_ENOUGH
+            size = len(self._ways)
+            total = sum(len(self._by_cost[c]) * self._ways[size - c] for c in self._costs if c <= size)
+            self._ways.append(min(total, WAYS_ENOUGH))
+        return self._ways[tokens]
+
+    def unique_part(self, tokens: int, rounds: int) -> Optional[int]:
+        """The fewest of `tokens` in which `rounds` sequences differ while the rest can still be filled."""
+        for part in range(tokens + 1):
+            if self.ways(part) >= rounds and self.ways(tokens - part):
+                return part
+        return None
+
+    def nth(self, number: int, tokens: int) -> list[str]:
+        """Sequence `number` of those that cost `tokens`: other numbers give other sequences."""
+        words = []
+        while tokens:
+            for cost in self._costs:
+                rest = self.ways(tokens - cost)
+                here = len(self._by_cost[cost]) * rest
+                if number < here:
+                    break
+                number -= here
+            words.append(self._by_cost[cost][number // rest].text)
+            number, tokens = number % rest, tokens - cost
+        return words
+
+    def fill(self, tokens: int, rng: random.Random) -> list[str]:
+        """Random words. With the same stream, more tokens only add words at the end."""
+        if self._costs == [1]:
+            texts, size = self._texts, len(self._texts)
+            return [texts[drawn % size] for drawn in struct.unpack(f"<{tokens}I", rng.randbytes(4 * tokens))]
+        chosen = []
+        while tokens:
+            word = self._words[int(rng.random() * len(self._words))]
+            if not self.ways(tokens - len(word.ids)):
+                fitting = [w for cost in self._costs if self.ways(tokens - cost) for w in self._by_cost[cost]]
+                word = fitting[int(rng.random() * len(fitting))]
+            chosen.append(word.text)
+            tokens -= len(word.ids)
+        return chosen
+
+
+# === 4. Paragraphs (pure) ===
+
+
+CHOICES = {kind: names.split() for kind, names in VOCABULARY.items()}
+
+
+def sentence(words: int, rng: random.Random) -> str:
+    """A grammatical English sentence of exactly so many words, 1 to 11."""
+
+    def any_(kind: str) -> str:
+        return rng.choice(CHOICES[kind])
+
+    if words < MIN_FULL_SENTENCE_WORDS:
+        subject = ["", "They ", "The {noun} ", "The {adjective} {noun} "][words - 1]
+        start = subject.format(noun=any_("noun"), adjective=any_("adjective"))
+        return f"{start}{any_('lone verb')}.".capitalize() if words == 1 else f"{start}{any_('lone verb')}."
+    extra = words - MIN_FULL_SENTENCE_WORDS
+    where = f" {any_('preposition')} the {any_('noun')}" if extra >= 3 else ""
+    extra -= 3 if where else 0
+    things = [any_("noun"), any_("noun")]
+    for place in range(min(2, extra)):
+        things[place] = f"{any_('adjective')} {things[place]}"
+    core = f"the {things[0]} {any_('verb')} the {things[1]}{where}."
+    return f"{any_('connective')}, {core}" if extra == 3 else core[0].upper() + core[1:]
+
+
+def prose(opening: str, words: int, rng: random.Random) -> str:
+    """Whole sentences in paragraphs, together of exactly `words` words, the opening's included."""
+    text = " ".join(opening.split()[:words])
+    written, paragraph = len(text.split()), 0
+    while written < words:
+        here = min(rng.randint(MIN_FULL_SENTENCE_WORDS, MAX_SENTENCE_WORDS), words - written)
+        turn = written - paragraph >= PARAGRAPH_WORDS
+        text += ("\n\n" if turn else " ") + sentence(here, rng)
+        paragraph = written if turn else paragraph
+        written += here
+    return text
+
+
+class Paragraphs:
+    """Prompts without a tokenizer: the shared prefix is a fraction of their words."""
+
+    batch = 256
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._prefix_words = int(options.overlap * PARAGRAPH_PROMPT_WORDS)
+
+    def make(self, numbers: Sequence[int]) -> list[Prompt]:
+        return [self._prompt(number) for number in numbers]
+
+    def finish(self) -> None:
+        """Paragraphs promise nothing that would have to be measured."""
+
+    def _prompt(self, number: int) -> Prompt:
+        seed, group, shared = self._options.seed, number % self._options.groups, self._prefix_words
+        rng, names = stream(seed, "paragraphs", number), CHOICES["name"]
+        own = PARAGRAPH_PROMPT_WORDS - shared
+        if not shared:
+            own = rng.randint(own * 2 // 3, own * 4 // 3)
+        parts = []
+        if shared:
+            opening = f"{names[group % len(names)]}-{group + 1} reports."
+            parts.append(prose(opening, shared, stream(seed, "shared", group)))
+        if own:
+            parts.append(prose(f"{names[number % len(names)]}-{number + 1} writes.", own, rng))
+        return Prompt(" ".join(parts), group)
+
+
+# === 5. Plan (pure) ===
+
+
+def exact_floor(share: Decimal, tokens: int) -> int:
+    """floor(share x tokens) of the share as it was typed: 0.29 of 100 is 29, which floats make 28."""
+    return int(share * tokens)
+
+
+class Composer:
+    """Puts words together that should add up to the target; only the tokenizer can tell if they do."""
+
+    def __init__(self, options: Options, kit: Kit) -> None:
+        assert options.target is not None
+        self._options, self._kit, self._target = options, kit, options.target
+        rng = stream(options.seed, "words")
+        self._supply = Supply(shuffled(kit.words, rng))
+        self._starters = different_first(shuffled(kit.starters, rng), 0)
+        self.prefix_tokens = max(len(kit.head), exact_floor(options.overlap, options.target))
+        self.has_prefix = self.prefix_tokens > len(kit.head)
+        self.whole = options.overlap == 1
+        self.lead = 0
+        self._heads: list[list[Word]] = []  # of each group, or one list for all
+        if self.has_prefix:
+            self._plan_prefix()
+        else:
+            self._plan_starts()
+        if not self.whole:
+            self._plan_suffix()
+
+    def _plan_prefix(self) -> None:
+        """One starter per group, and the words that may follow the prefix."""
+        ask = self._options
+        room = self.prefix_tokens - len(self._kit.head) - (self._kit.tail_tokens if self.whole else 0)
+        for joint in [Joint(0, [])] if self.whole else joints(self._kit.words):
+            fitting = [w for w in self._starters if self._supply.ways(room - joint.lead - len(w.ids))]
+            parted = self.whole or different(joint.words, joint.lead) >= min(2, ask.group_prompts)
+            if parted and different(fitting, 0) >= ask.groups:
+                self._starters, self.lead = different_first(fitting, 0), joint.lead
+                self._heads = [shuffled(joint.words, stream(ask.seed, "heads"))]
+                return
+        raise Refused(
+            f"this vocabulary makes no {ask.groups} distinct prefixes of exactly {self.prefix_tokens} tokens "
+            "- use fewer --prefix-groups or another --prefix-overlap"
+        )
+
+    def _plan_starts(self) -> None:
+        """Without a prefix, the groups share out the first ids among themselves."""
+        groups = self._options.groups
+        owner: dict[int, int] = {}
+        heads: dict[int, list[Word]] = {}
+        for word in self._starters:
+            group = owner.setdefault(word.ids[0], len(owner) % groups)
+            heads.setdefault(group, []).append(word)
+        self._heads = [heads[group] for group in sorted(heads)]
+
+    def _plan_suffix(self) -> None:
+        """Which words may stand where prompts part, and the shortest target that leaves room for them."""
+        ask = self._options
+        self.min_target = ask.min_tokens or self._target
+        if ask.stdev and ask.min_tokens is None:
+            shorter = range(self.prefix_tokens + 1, self._target)
+            self.min_target = next(filter(self._usable, shorter), self._target)
+        spread = ask.tolerated(self.min_target)
+        usable = self._usable(self.min_target) or self._usable(self.min_target, spread)
+        if len(usable) < (1 if self.has_prefix else ask.groups):
+            raise Refused(self._too_tight())
+        self._heads = usable
+
+    def _usable(self, length: int, spread: int = 0) -> list[list[Word]]:
+        """Per group, the words that prompts of this length can part with; empty if they cannot all differ."""
+        found = []
+        for heads in self._heads:
+            kept: list[Word] = []
+            while heads != kept:
+                rounds = -(-self._options.group_prompts // max(1, len(heads)))
+                kept, heads = heads, [w for w in heads if self._fits(w, length, spread, rounds)]
+            if different(heads, self.lead) < min(2, self._options.group_prompts):
+                return []
+            found.append(different_first(heads, self.lead))
+        return found
+
+    def _fits(self, head: Word, length: int, spread: int, rounds: int) -> bool:
+        return any(
+            self._supply.unique_part(self._rest(head, near), rounds) is not None
+            for near in nearest_first(length, spread)
+        )
+
+    def _rest(self, head: Word, length: int) -> int:
+        """Tokens left for the words after the prefix and the head."""
+        return length - self.prefix_tokens + self.lead - len(head.ids) - self._kit.tail_tokens
+
+    def _too_tight(self) -> str:
+        room = self.min_target - self.prefix_tokens - self._kit.tail_tokens
+        head = f"{self.min_target} tokens, {self.prefix_tokens} of them shared"
+        if self._kit.tail_tokens:
+            head += f" and {self._kit.tail_tokens} closing the chat template"
+        return (
+            f"{head}, leave {max(0, room)} to tell {self._options.group_prompts} prompts apart in each of "
+            f"{self._options.groups} group(s), and this vocabulary has too few words for that - ask for more "
+            "tokens, fewer prompts or less overlap"
+        )
+
+    def target(self, number: int) -> int:
+        """The length asked for: fixed, or drawn from a normal distribution cut at the bounds."""
+        ask = self._options
+        if not ask.stdev:
+            return self._target
+        rng = stream(ask.seed, "target", number)
+        high = ask.max_tokens or MAX_TARGET_TOKENS
+        for _ in range(MAX_TARGET_DRAWS):
+            drawn = round(rng.gauss(self._target, ask.stdev))
+            if self.min_target <= drawn <= high:
+                return drawn
+        return self._target
+
+    def prefix(self, group: int, extra: int, take: int) -> str:
+        """The shared prefix; `extra` tokens more than should be needed, of another random stream per take."""
+        starter = self._starters[group]
+        room = self.prefix_tokens - len(self._kit.head) - self.lead - len(starter.ids) + extra
+        if self.whole:
+            room -= self._kit.tail_tokens
+        while room > 0 and not self._supply.ways(room):
+            room += 1
+        words = self._supply.fill(max(0, room), stream(self._options.seed, "prefix", group, take))
+        return " ".join([starter.text, *words])
+
+    def head(self, number: int, take: int = 0) -> Word:
+        """The word in which prompt `number` parts from the others of its group; another one for each take."""
+        heads = self._heads[0 if self.has_prefix else number % self._options.groups]
+        return heads[(number // self._options.groups + take) % len(heads)]
+
+    def suffix(self, number: int, length: int, take: int) -> tuple[str, Word]:
+        """Head, the words that make it unique, random words: `length` tokens with prefix and tail.
+
+        Head and unique words stand for a number of their own, for every prompt and every take of it. Where so
+        many do not fit in, all takes share one, and only the random words differ.
+        """
+        ask = self._options
+        heads = len(self._heads[0 if self.has_prefix else number % ask.groups])
+        rounds = -(-ask.group_prompts // heads)
+        for near in nearest_first(length, ask.tolerated(length)):
+            for takes, nth_take in ((ATTEMPTS, take), (1, 0)):
+                head = self.head(number, nth_take)
+                rest = self._rest(head, near)
+                part = self._supply.unique_part(rest, rounds * takes)
+                if part is None:
+                    continue
+                unique = self._supply.nth(number // ask.groups // heads + nth_take * rounds, part)
+                filled = self._supply.fill(rest - part, stream(ask.seed, "fill", number, take))
+                return " ".join([head.text, *unique, *filled]), head
+        raise Refused(self._too_tight())
+
+
+def nearest_first(value: int, spread: int) -> Iterator[int]:
+    yield value
+    for step in range(1, spread + 1):
+        yield value + step
+        yield value - step
+
+
+def drawn_output_tokens(options: Options, number: int) -> Optional[int]:
+    if options.output_tokens is None:
+        return None
+    mean, stdev = options.output_tokens
+    return max(1, round(stream(options.seed, "output", number).gauss(mean, stdev) if stdev else mean))
+
+
+# === 6. Report (pure) ===
+
+
+@dataclass
+class Lengths:
+    """A distribution kept as a histogram, so that it does not grow with the corpus."""
+
+    seen: "Counter[int]" = field(default_factory=Counter)
+
+    def describe(self) -> Optional[dict[str, float]]:
+        n = sum(self.seen.values())
+        if not n:
+            return None
+        mean = sum(value * times for value, times in self.seen.items()) / n
+        variance = sum(times * (value - mean) ** 2 for value, times in self.seen.items()) / n
+        return {"min": min(self.seen), "mean": mean, "max": max(self.seen), "stdev": math.sqrt(variance)}
+
+
+@dataclass
+class Tally:
+    """What has been written so far."""
+
+    prompts: int = 0
+    exact: int = 0
+    asked: Lengths = field(default_factory=Lengths)
+    reached: Lengths = field(default_factory=Lengths)
+    prefix: Lengths = field(default_factory=Lengths)
+
+    def add(self, prompt: Prompt) -> None:
+        self.prompts += 1
+        for lengths, value in (
+            (self.asked, prompt.asked_tokens),
+            (self.reached, prompt.input_tokens),
+            (self.prefix, prompt.prefix_tokens),
+        ):
+            if value is not None:
+                lengths.seen[value] += 1
+        self.exact += prompt.input_tokens is not None and prompt.input_tokens == prompt.asked_tokens
+
+
+def line_of(prompt: Prompt, max_tokens: Optional[int]) -> str:
+    fields: dict[str, Any] = {"text": prompt.text}
+    if prompt.input_tokens is not None:
+        fields.update(input_tokens=prompt.input_tokens, prefix_tokens=prompt.prefix_tokens)
+    fields["prefix_group"] = prompt.group
+    if max_tokens is not None:
+        fields["max_tokens"] = max_tokens
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def file_stem(options: Options) -> str:
+    """Prompt count, target, overlap and tokenizer, safe for a file name."""
+    target = "natural" if options.target is None else options.target
+    safe = re.sub(r"[^\w.-]+", "-", options.tokenizer).encode("utf-8")[-80:].decode("utf-8", "ignore")
+    safe = safe.strip("-._") or "tokenizer"
+    return f"requests_{options.count}_tokens{target}_overlap{float(options.overlap)}_{safe}"
+
+
+def closing_table(options: Options, tally: Tally, path: Path) -> str:
+    rows = [f"{tally.prompts} prompts in {path}"]
+    asked, reached, prefix = (part.describe() for part in (tally.asked, tally.reached, tally.prefix))
+    if asked and reached and prefix:
+        rows.append(f"{'tokens':<10}{'min':>9}{'mean':>12}{'max':>9}")
+        for name, row in (("asked", asked), ("reached", reached)):
+            rows.append(f"{name:<10}{row['min']:>9}{row['mean']:>12.1f}{row['max']:>9}")
+        rows.append(f"exact: {tally.exact} of {tally.prompts} ({tally.exact / tally.prompts:.1%})")
+        wanted = exact_floor(options.overlap, options.target or 0)
+        where = f" in each of {options.groups} groups" if options.groups > 1 else ""
+        rows.append(f"shared prefix: asked {wanted} tokens, reached {prefix['min']}{where}")
+    rows.append(f"seed: {options.seed}")
+    return "\n".join(rows)
+
+
+def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) -> dict[str, Any]:
+    """What the file is and how to make it again; never the token."""
+    asked = {
+        "count": options.count,
+        "prefix_overlap": float(options.overlap),
+        "prefix_groups": options.groups,
+        "approx_input_tokens": options.target,
+        "input_tokens_stdev": options.stdev if options.target else None,
+        "min_input_tokens": options.min_tokens,
+        "max_input_tokens": options.max_tokens,
+        "tokenizer_model": options.tokenizer if options.target else None,
+        "token_tolerance": options.tolerated(options.target) if options.target else None,
+        "count_as": options.count_as if options.target else None,
+        "output_tokens": options.output_tokens,
+        "seed": options.seed,
+    }
+    prefix = tally.prefix.describe()
+    return {
+        "generator": {"name": PROGRAM, "version": __version__, "python": platform.python_version()},
+        "options": asked,
+        "tokenizer": about,
+        "prompts": tally.prompts,
+        "asked_tokens": tally.asked.describe(),
+        "input_tokens": tally.reached.describe(),
+        "exact_prompts": tally.exact if options.target else None,
+        "prefix_tokens": prefix["min"] if prefix else None,
+    }
+
+
+# === 7. Tokenizers ===
+
+
+def need(module: str) -> Any:
+    """Import a package when it is first needed, or say how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise Refused(f"{package} cannot be imported ({error}) - pip install {package}") from None
+
+
+class HuggingFaceEncoder:
+    """The `tokenizers` library: byte-level BPE, metaspace BPE and Unigram, WordPiece."""
+
+    def __init__(self, tokenizer: Any, about: dict[str, Any]) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
+        self._added = set(tokenizer.get_added_tokens_decoder())
+        version = need("tokenizers").__version__
+        self.about = {**about, "vocabulary": tokenizer.get_vocab_size(), "tokenizers": version}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._encode(list(texts), add_special_tokens=False)]
+
+    def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        return list(self._tokenizer.decode_batch([list(ids) for ids in sequences], skip_special_tokens=False))
+
+    def ids(self) -> list[int]:
+        return sorted(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - self._added)
+
+    def pieces(self, ids: Sequence[int]) -> list[Optional[str]]:
+        texts = self.decode([[each] for each in ids])
+        return [text if self._ordinary(each, text) else None for each, text in zip(ids, texts)]
+
+    def _ordinary(self, each: int, text: str) -> bool:
+        name = self._tokenizer.id_to_token(each) or ""
+        fallback = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name)
+        return each not in self._added and not fallback and text.isprintable() and "\ufffd" not in text
+
+
+class TiktokenEncoder:
+    """OpenAI's encodings."""
+
+    def __init__(self, encoding: Any, about: dict[str, Any]) -> None:
+        self._encoding = encoding
+        version = getattr(need("tiktoken"), "__version__", None)
+        self.about = {**about, "vocabulary": encoding.n_vocab, "tiktoken": version}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if sum(map(len, texts)) < THREADS_PAY_CHARS * len(texts):
+            return [self._encoding.encode_ordinary(text) for text in texts]
+        return list(self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1))
+
+    def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        return [self._encoding.decode(list(ids)) for ids in sequences]
+
+    def ids(self) -> list[int]:
+        special = {self._encoding.encode_single_token(name) for name in self._encoding.special_tokens_set}
+        return [each for each in range(self._encoding.n_vocab) if each not in special]
+
+    def pieces(self, ids: Sequence[int]) -> list[Optional[str]]:
+        return [self._piece(each) for each in ids]
+
+    def _piece(self, each: int) -> Optional[str]:
+        try:
+            text: str = self._encoding.decode_single_token_bytes(each).decode("utf-8")
+        except (KeyError, UnicodeDecodeError):  # a hole in the numbering, or part of a character
+            return None
+        return text if text.isprintable() else None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tokenizer and the text files that came with it, read only when a chat template is asked for."""
+
+    encoder: Encoder
+    companions: tuple[Callable[[str], Optional[str]], ...] = ()  # where to look, the nearest first
+    openai_chat: bool = False
+
+
+def load_json_tokenizer(path: Path, about: dict[str, Any]) -> HuggingFaceEncoder:
+    tokenizers = need("tokenizers")
+    data = path.read_bytes()
+    loaded = tokenizers.Tokenizer.from_buffer(data)
+    return HuggingFaceEncoder(loaded, {**about, "tokenizer_json_sha256": hashlib.sha256(data).hexdigest()})
+
+
+def load_with_transformers(name: str, options: Options, local: bool) -> HuggingFaceEncoder:
+    """Only for tokenizers that come without a tokenizer.json."""
+    transformers = need("transformers")
+    loaded = transformers.AutoTokenizer.from_pretrained(name, token=options.token, local_files_only=local)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise Refused("it has no tokenizer.json and no fast form")
+    return HuggingFaceEncoder(backend, {"kind": "transformers", "name": name, "version": transformers.__version__})
+
+
+def beside(directory: Path, name: str) -> Optional[str]:
+    path = directory / name
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def from_path(options: Options) -> Loaded:
+    path = Path(options.tokenizer).expanduser()
+    if not path.exists():
+        raise Refused("no such file or directory")
+    directory = path if path.is_dir() else path.parent
+    source = path / "tokenizer.json" if path.is_dir() else path
+    about = {"kind": "file", "name": str(source)}
+    if source.exists():
+        encoder = load_json_tokenizer(source, about)
+    elif (directory / "tokenizer_config.json").exists():
+        encoder = load_with_transformers(str(directory), options, local=True)
+    else:
+        raise Refused("the directory holds no tokenizer.json")
+    return Loaded(encoder, (functools.partial(beside, directory),))
+
+
+@contextmanager
+def no_downloads(loader: Any) -> Iterator[None]:
+    """tiktoken has no offline mode: refuse its network reads for a while; cached files still work."""
+    read = loader.read_file
+
+    def local_only(place: str) -> bytes:
+        if "://" in place:
+            raise FileNotFoundError("its file is not in the cache (TIKTOKEN_CACHE_DIR)")
+        data: bytes = read(place)
+        return data
+
+    loader.read_file = local_only
+    try:
+        yield
+    finally:
+        loader.read_file = read
+
+
+def from_tiktoken(options: Options, local: bool) -> Loaded:
+    tiktoken = need("tiktoken")
+    try:
+        name = importlib.import_module("tiktoken.model").encoding_name_for_model(options.tokenizer)
+    except KeyError:
+        raise Refused("no OpenAI model of that name is known to tiktoken") from None
+    if local:
+        with no_downloads(importlib.import_module("tiktoken.load")):
+            encoding = tiktoken.get_encoding(name)
+    else:
+        encoding = tiktoken.get_encoding(name)
+    about = {"kind": "tiktoken", "name": name}
+    return Loaded(TiktokenEncoder(encoding, about), openai_chat=True)
+
+
+def hub_file(options: Options, name: str, local: bool) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", options.tokenizer, re.ASCII):
+        raise Refused("not the name of a repository")
+    hub = need("huggingface_hub")
+    if local:  # the download function, even told to stay local, may look up things of its own on the network
+        found = hub.try_to_load_from_cache(options.tokenizer, name)
+        if not isinstance(found, str):
+            raise Refused(f"{name} is not there")
+        return Path(found)
+    hub.utils.logging.set_verbosity_error()  # its retries need no commentary, the outcome is ours to tell
+    return Path(hub.hf_hub_download(options.tokenizer, name, token=options.token))
+
+
+def hub_text(options: Options, local: bool, name: str) -> Optional[str]:
+    try:
+        return hub_file(options, name, local).read_text(encoding="utf-8")
+    except Exception:  # no such file in the repository or the cache, or no way there: all mean "not found"
+        return None
+
+
+def from_hub(options: Options, local: bool) -> Loaded:
+    try:
+        encoder = load_json_tokenizer(
+            hub_file(options, "tokenizer.json", local), {"kind": "huggingface", "name": options.tokenizer}
+        )
+    except Exception as error:
+        missing = local or type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError")
+        if not missing or hub_text(options, local, "tokenizer_config.json") is None:
+            raise
+        encoder = load_with_transformers(options.tokenizer, options, local)
+    places = [True] if offline() else [True, False]
+    return Loaded(encoder, tuple(functools.partial(hub_text, options, place) for place in places))
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, or of the one it was caused by, in one piece."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).strip().split("\n")[0].split())
+    return (text if len(text) <= 160 else text[:157] + "...") or type(error).__name__
+
+
+def load_tokenizer(options: Options) -> Loaded:
+    """Path, OpenAI name, Hub name: first what is on this machine, then the network unless told offline."""
+    places: list[tuple[str, Callable[[], Loaded]]] = [
+        ("a local path", lambda: from_path(options)),
+        ("tiktoken's cache", lambda: from_tiktoken(options, local=True)),
+        ("the Hugging Face cache", lambda: from_hub(options, local=True)),
+    ]
+    if not offline():
+        places.append(("tiktoken's download", lambda: from_tiktoken(options, local=False)))
+        places.append(("the Hugging Face Hub", lambda: from_hub(options, local=False)))
+    tried: dict[str, str] = {}
+    for place, load in places:
+        try:
+            return load()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the libraries raise what they like, panics of compiled code included
+            tried.setdefault(reason(error), place)
+            if place == "a local path" and Path(options.tokenizer).expanduser().exists():
+                break
+    cure = "give a local directory or tokenizer.json, fill the cache beforehand (HF_HOME, TIKTOKEN_CACHE_DIR)"
+    if offline():
+        cure += ", unset HF_HUB_OFFLINE"
+    cure += ", or pass --huggingface-token for a gated repository"
+    places_tried = "; ".join(f"{place} ({why})" for why, place in tried.items())
+    if options.token:
+        places_tried = places_tried.replace(options.token, "***")
+    raise Refused(f"tokenizer {options.tokenizer!r} does not load; tried {places_tried} - {cure}")
+
+
+# === 8. Chat templates ===
+
+
+class RawFrame:
+    """The text alone."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.measure = encoder.encode
+
+
+class OpenAIFrame:
+    """OpenAI's published count: 3 tokens open the message, 4 close it and open the reply."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encode = encoder.encode
+
+    def measure(self, texts: Sequence[str]) -> list[list[int]]:
+        head, tail = [-1] * OPENAI_CHAT_HEAD_TOKENS, [-1] * OPENAI_CHAT_TAIL_TOKENS
+        return [head + ids + tail for ids in self._encode(texts)]
+
+
+class ChatFrame:
+    """One user message in the tokenizer's chat template, with the generation prompt."""
+
+    def __init__(self, encoder: Encoder, template: str, variables: dict[str, str]) -> None:
+        self._encode = encoder.encode
+        self._variables = variables
+        try:
+            self._template = chat_environment().from_string(template)
+        except Exception as error:
+            raise Refused(f"the chat template cannot be read: {reason(error)} - use --count-as raw") from None
+        self._parts = False
+        probe = "probe"
+        if probe not in self._render(probe):
+            self._parts = True  # the template wants the content as a list of parts
+        if probe not in self._render(probe):
+            raise Refused("the chat template leaves the user's message out - use --count-as raw")
+
+    def measure(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encode([self._render(text) for text in texts])
+
+    def _render(self, text: str) -> str:
+        content = [{"type": "text", "text": text}] if self._parts else text
+        try:
+            rendered: str = self._template.render(
+                messages=[{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._variables,
+            )
+        except Exception as error:
+            raise Refused(f"the chat template fails: {reason(error)} - use --count-as raw") from None
+        return rendered
+
+
+def chat_environment() -> Any:
+    """Jinja as chat templates expect it: sandboxed, with loop controls and the helpers of `transformers`."""
+    sandbox, nodes, ext = need("jinja2.sandbox"), need("jinja2.nodes"), need("jinja2.ext")
+
+    class Generation(ext.Extension):  # type: ignore[misc, name-defined]  # the base is imported lazily
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: importlib.import_module("time").strftime(form)
+    return environment
+
+
+def chat_template(companion: Callable[[str], Optional[str]]) -> tuple[Optional[str], dict[str, str]]:
+    """The template and the special tokens it may name, as they came with the tokenizer."""
+    config = json.loads(companion("tokenizer_config.json") or "{}")
+    known = {**json.loads(companion("special_tokens_map.json") or "{}"), **config}
+    variables = {}
+    for name, value in known.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            variables[name] = text
+    template = companion("chat_template.jinja") or config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template, variables
+
+
+def frame_of(loaded: Loaded, count_as: str) -> Frame:
+    if count_as == "raw":
+        return RawFrame(loaded.encoder)
+    if loaded.openai_chat:
+        return OpenAIFrame(loaded.encoder)
+    for companion in loaded.companions:
+        try:
+            template, variables = chat_template(companion)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Refused(f"the files beside the tokenizer are damaged: {reason(error)} - fetch them again") from None
+        if template:
+            return ChatFrame(loaded.encoder, template, variables)
+    raise Refused(
+        "the tokenizer has no chat template (tokenizer_config.json, chat_template.jinja) - "
+        "use --count-as raw, or the tokenizer of a chat model"
+    )
+
+
+# === 9. Making prompts ===
+
+
+class Anchor(NamedTuple):
+    """A word with known ids, between two of which another word is measured."""
+
+    text: str
+    first_ids: list[int]
+    later_ids: list[int]
+
+
+class Vocabulary:
+    """Finds the words of a tokenizer that can be strung together without changing their ids."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._usable: dict[int, bool] = {}
+
+    def kit(self, frame: Frame, wanted: int) -> Kit:
+        anchor, words = self._words(wanted)
+        chosen = best_words(words, wanted)
+        names = dict.fromkeys(text for word in words for text in (word.text, word.text.capitalize()))
+        starters, head, tail_tokens = self._starters(frame, anchor, list(names))
+        if not chosen or not starters:
+            raise Refused("the vocabulary holds no plain words to build prompts from - use another tokenizer")
+        return Kit(chosen, starters, head, tail_tokens)
+
+    def _words(self, wanted: int) -> tuple[Anchor, list[Word]]:
+        """Words in order of their ids, the frequent ones first, until enough are found."""
+        found: dict[tuple[int, ...], Word] = {}
+        names: dict[str, None] = {}
+        anchor: Optional[Anchor] = None
+        ids = self._encoder.ids()
+        for start in range(0, len(ids), CANDIDATES_PER_BATCH):
+            fresh = self._names(ids[start : start + CANDIDATES_PER_BATCH], names)
+            anchor = anchor or self._anchor(fresh)
+            if anchor:
+                found.update((w.ids, w) for w in self._measured(anchor, fresh) if w.ids not in found)
+            good = Counter(alphabet(w.text) for w in found.values() if len(w.ids) == 1 and not roughness(w))
+            if max(good.values(), default=0) >= wanted:
+                break
+        if anchor is None:
+            raise Refused("the vocabulary holds no plain words to build prompts from - use another tokenizer")
+        if sum(len(ids) == 1 for ids in found) < FEW_WORDS:
+            usual = main_alphabet(names)
+            syllables = sorted(names, key=lambda name: (alphabet(name) != usual, len(name)))[:FEW_WORDS]
+            extra = [name for name in pseudo_words(syllables, wanted) if name not in names]
+            found.update((w.ids, w) for w in self._measured(anchor, extra) if w.ids not in found)
+        return anchor, list(found.values())
+
+    def _names(self, ids: Sequence[int], known: dict[str, None]) -> list[str]:
+        """The plain words among these tokens that are not yet known."""
+        fresh = []
+        for piece in self._encoder.pieces(ids):
+            name = plain_word(piece)
+            if name is not None and name not in known:
+                known[name] = None
+                fresh.append(name)
+        return fresh
+
+    def _anchor(self, names: Sequence[str]) -> Optional[Anchor]:
+        once, twice, thrice = (
+            self._encoder.encode([" ".join([name] * times) for name in names]) for times in (1, 2, 3)
+        )
+        for name, one, two, three in zip(names, once, twice, thrice):
+            later = two[len(one) :]
+            if one and later and two == one + later and three == one + later + later and self._clean(later):
+                return Anchor(name, one, later)
+        return None
+
+    def _measured(self, anchor: Anchor, names: Sequence[str]) -> list[Word]:
+        """Those names that, between two anchors, leave both anchors as they are."""
+        first, later = anchor.first_ids, anchor.later_ids
+        measured = []
+        for name, ids in zip(names, self._encoder.encode([f"{anchor.text} {n} {anchor.text}" for n in names])):
+            inner = ids[len(first) : len(ids) - len(later)]
+            if ids == first + inner + later and len(inner) <= MAX_WORD_TOKENS:
+                measured.append(Word(name, tuple(inner)))
+        return self._faithful(measured)
+
+    def _starters(self, frame: Frame, anchor: Anchor, names: list[str]) -> tuple[list[Word], list[int], int]:
+        """Words as a text may begin, and what the frame sets before and behind every text."""
+        measured = frame.measure([f"{name} {anchor.text}" for name in names])
+        head = common_start(measured)
+        tail = len(common_start([ids[::-1] for ids in measured]))
+        words = [Word(name, tuple(ids[len(head) : len(ids) - tail])) for name, ids in zip(names, measured)]
+        short = sorted((w for w in self._faithful(words) if len(w.ids) <= MAX_WORD_TOKENS), key=roughness)
+        return short, head, tail - len(anchor.later_ids)
+
+    def _faithful(self, words: Sequence[Word]) -> list[Word]:
+        """Words whose ids are all ordinary tokens and are decoded to the word again."""
+        clean = [word for word in words if word.ids and self._clean(word.ids)]
+        decoded = self._encoder.decode([word.ids for word in clean])
+        return [word for word, text in zip(clean, decoded) if text.strip() == word.text]
+
+    def _clean(self, ids: Sequence[int]) -> bool:
+        unknown = [each for each in ids if each not in self._usable]
+        for each, piece in zip(unknown, self._encoder.pieces(unknown)):
+            self._usable[each] = piece is not None
+        return all(self._usable[each] for each in ids)
+
+
+def common_start(sequences: Sequence[list[int]]) -> list[int]:
+    """The longest start that all sequences share: that of the least and the greatest."""
+    least, greatest = min(sequences, default=[]), max(sequences, default=[])
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, greatest))
+    return [pair[0] for pair in same]
+
+
+class SharedPrefix(NamedTuple):
+    text: str
+    ids: list[int]
+
+
+@dataclass
+class Draft:
+    """A prompt in the making."""
+
+    number: int
+    target: int
+    length: int  # asked of the composer: the target, corrected by what earlier attempts were off
+    take: int = 0
+    parting_id: Optional[int] = None  # the one after the shared prefix
+    best: Optional[Prompt] = None
+
+
+class ExactPrompts:
+    """Composes, measures the final text, and repairs until it is exact."""
+
+    def __init__(self, options: Options, kit: Kit, frame: Frame) -> None:
+        self._options, self._kit, self._frame = options, kit, frame
+        self._composer = Composer(options, kit)
+        self._partings: dict[int, set[Optional[int]]] = {}  # per group, the ids seen after its prefix
+        assert options.target is not None
+        self.batch = max(1, min(MAX_BATCH_PROMPTS, BATCH_TOKENS // options.target))
+        kept = max(16, CACHED_PREFIX_TOKENS // (self._composer.prefix_tokens + 1))
+        self._shared = functools.lru_cache(maxsize=kept)(self._new_shared)
+
+    def make(self, numbers: Sequence[int]) -> list[Prompt]:
+        drafts = []
+        for number in numbers:
+            target = self._composer.target(number)
+            drafts.append(Draft(number, target, target))
+        pending = drafts
+        for attempt in range(1, ATTEMPTS):
+            self._try(pending)
+            pending = [draft for draft in pending if not finished(draft)]
+            if not pending:
+                break
+            for draft in pending if attempt % ATTEMPTS_PER_TAKE == 0 else ():
+                draft.take, draft.length = draft.take + 1, draft.target
+        for draft in pending:
+            self._settle(draft)
+        for draft in drafts:
+            seen = self._partings.setdefault(draft.number % self._options.groups, set())
+            if len(seen) < 2:  # enough to know
+                seen.add(draft.parting_id)
+        return [draft.best for draft in drafts if draft.best]
+
+    def finish(self) -> None:
+        """Every group must part right after its prefix, be it in two of its prompts."""
+        lone = self._options.count - self._options.groups  # groups up to here have a second prompt
+        for group, partings in self._partings.items():
+            if len(partings) < 2 and group < lone and not self._composer.whole:
+                raise Refused(
+                    f"all prompts of group {group} agree on more than {self._composer.prefix_tokens} tokens - "
+                    "use another --seed or --prefix-overlap"
+                )
+
+    def _try(self, drafts: Sequence[Draft]) -> None:
+        """Compose and measure once; what is off corrects the next attempt."""
+        texts = [self._text(draft) for draft in drafts]
+        for draft, text, ids in zip(drafts, texts, self._frame.measure(texts)):
+            off = len(ids) - draft.target
+            if not self._starts_right(draft, ids):
+                draft.take += 1
+                continue
+            if draft.best is None or abs(off) < abs((draft.best.input_tokens or 0) - draft.target):
+                group = draft.number % self._options.groups
+                draft.best = Prompt(text, group, draft.target, len(ids), self._composer.prefix_tokens)
+            draft.length -= off
+
+    def _settle(self, draft: Draft) -> None:
+        off = None if draft.best is None else (draft.best.input_tokens or 0) - draft.target
+        if off is None or abs(off) > self._options.tolerated(draft.target):
+            why = "its shared prefix does not hold" if off is None else f"the nearest is {off:+d} tokens off"
+            raise Refused(
+                f"prompt {draft.number} of {draft.target} tokens cannot be made: {why} - "
+                "ask for another length or overlap, or allow more --token-tolerance"
+            )
+
+    def _text(self, draft: Draft) -> str:
+        composer, group = self._composer, draft.number % self._options.groups
+        if composer.whole:
+            return self._shared(group).text
+        try:
+            suffix, head = composer.suffix(draft.number, draft.length, draft.take)
+        except Refused:
+            if draft.length == draft.target:
+                raise
+            draft.length, draft.take = draft.target, draft.take + 1  # corrected beyond what can be
+            suffix, head = composer.suffix(draft.number, draft.length, draft.take)
+        draft.parting_id = head.ids[composer.lead]
+        return f"{self._shared(group).text} {suffix}" if composer.has_prefix else suffix
+
+    def _starts_right(self, draft: Draft, ids: list[int]) -> bool:
+        """The group's prefix, and then at once the word that parts this prompt from the others."""
+        composer = self._composer
+        if composer.whole:
+            return True
+        shared = self._shared(draft.number % self._options.groups).ids if composer.has_prefix else self._kit.head
+        place = composer.prefix_tokens
+        return ids[:place] == shared and ids[place : place + 1] == [draft.parting_id]
+
+    def _new_shared(self, group: int) -> SharedPrefix:
+        """A prefix of exactly the right length, measured in front of a word that may follow it."""
+        composer, extra, take = self._composer, 0, 0
+        place = after = composer.prefix_tokens
+        follower = Word("", ())
+        if not composer.whole:
+            follower = composer.head(group)
+            after = place + len(follower.ids) - composer.lead + self._kit.tail_tokens
+        for _ in range(ATTEMPTS):
+            text = composer.prefix(group, extra, take)
+            ids = self._frame.measure([f"{text} {follower.text}".rstrip()])[0]
+            off = len(ids) - after
+            if not off and (composer.whole or ids[place] == follower.ids[composer.lead]):
+                return SharedPrefix(text, ids[:place])
+            extra, take = (extra - off, take) if off and abs(extra - off) < place else (0, take + 1)
+        raise Refused(
+            f"a shared prefix of exactly {place} tokens cannot be made with this tokenizer - "
+            "use another --prefix-overlap or --approx-input-tokens"
+        )
+
+
+def finished(draft: Draft) -> bool:
+    return draft.best is not None and draft.best.input_tokens == draft.target
+
+
+def exact_maker(options: Options, loaded: Loaded) -> ExactPrompts:
+    frame = frame_of(loaded, options.count_as)
+    wanted = min(MAX_WORDS, max(MIN_WORDS, 4 * options.group_prompts, 4 * options.groups))
+    return ExactPrompts(options, Vocabulary(loaded.encoder).kit(frame, wanted), frame)
+
+
+# === 10. The corpus file ===
+
+
+class CorpusFile:
+    """Written under a temporary name beside its final one; takes the final name only when all is on disk."""
+
+    def __init__(self, directory: Path, stem: str) -> None:
+        self.path = directory / f"{stem}.jsonl"
+        self.meta_path = directory / f"{stem}.meta.json"
+        self._temporary = directory / f".{stem}.{os.urandom(4).hex()}.part"
+        self._made: list[Path] = []
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+        self._file: Any = None
+
+    def refuse_if_there(self) -> None:
+        for path in (self.path, self.meta_path):
+            if os.path.lexists(path):
+                raise Refused(f"{path} exists and is never overwritten - move it, or use another --output", 2)
+
+    def open(self) -> None:
+        directory = self.path.parent
+        missing = list(itertools.takewhile(lambda p: not p.exists(), [directory, *directory.parents]))
+        try:
+            for path in reversed(missing):
+                path.mkdir(exist_ok=True)
+                self._made.append(path)
+            self._file = open(self._temporary, "xb")  # noqa: SIM115 - open for the whole run
+        except OSError as error:
+            self.discard()
+            raise Refused(f"cannot write in {directory}: {error.strerror} - use another --output", 2) from None
+
+    def write(self, lines: Iterable[str]) -> None:
+        data = "".join(lines).encode("utf-8")
+        self._file.write(data)
+        self._hash.update(data)
+        self._bytes += len(data)
+
+    def publish(self, about: dict[str, Any]) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        facts = {"file": self.path.name, "bytes": self._bytes, "sha256": self._hash.hexdigest(), **about}
+        meta = self._temporary.with_suffix(".meta")
+        try:
+            text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+            meta.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path may be no text
+            self.refuse_if_there()
+            move_without_overwriting(self._temporary, self.path)
+            try:
+                move_without_overwriting(meta, self.meta_path)
+            except BaseException:
+                self.path.unlink()
+                raise
+        finally:
+            if meta.exists():
+                meta.unlink()
+        self._made = []
+
+    def discard(self) -> None:
+        """Leave nothing behind that was not there before."""
+        if self._file is not None:
+            with suppress(OSError):  # what cannot be flushed is thrown away anyway
+                self._file.close()
+        with suppress(OSError):  # never made, or already renamed
+            self._temporary.unlink()
+        for directory in reversed(self._made):
+            with suppress(OSError):  # somebody else has put something there
+                directory.rmdir()
+
+
+def move_without_overwriting(source: Path, target: Path) -> None:
+    """A hard link fails where the target exists, a rename replaces it; some disks have only renames."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise Refused(f"{target} has appeared meanwhile and is not overwritten - use another --output") from None
+    except OSError:
+        os.rename(source, target)
+    else:
+        os.unlink(source)
+
+
+def progress_bar(total: int) -> Any:
+    """Shown on stderr once a second has passed; None without tqdm."""
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        return None
+    seldom = 0.2 if sys.stderr.isatty() else 10
+    look = {"unit": "prompt", "file": sys.stderr, "dynamic_ncols": True}
+    return tqdm(total=total, delay=PROGRESS_DELAY_S, mininterval=seldom, **look)
+
+
+def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
+    tally = Tally()
+    bar = progress_bar(options.count)
+    try:
+        while tally.prompts < options.count:
+            end = min(options.count, tally.prompts + maker.batch)
+            numbers = range(tally.prompts, end)
+            lines = []
+            for number, prompt in zip(numbers, maker.make(numbers)):
+                tally.add(prompt)
+                lines.append(line_of(prompt, drawn_output_tokens(options, number)))
+            corpus.write(lines)
+            if bar is not None:
+                bar.update(len(lines))
+        maker.finish()
+    finally:
+        if bar is not None:
+            if bar.format_dict["elapsed"] > PROGRESS_DELAY_S:
+                bar.delay = 0  # else a bar that was not due for its first line would leave none
+            bar.close()
+    return tally
+
+
+# === 11. Command line ===
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refused(message if " - " in message else f"{message} - see --help", 2)
+
+
+def whole(least: int, what: str) -> Callable[[str], int]:
+    """An argument type: a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number - give {what}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small - give {what}")
+        return value
+
+    return parse
+
+
+def fraction(text: str) -> Decimal:
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not 0 <= value <= 1 if value.is_finite() else True:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no fraction - give a number from 0 to 1")
+    return value
+
+
+def deviation(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no deviation - give a number of tokens from 0 on")
+    return value
+
+
+def mean_and_deviation(text: str) -> tuple[float, float]:
+    mean, comma, stdev = text.partition(",")
+    value = deviation(mean), deviation(stdev) if comma else 0.0
+    if value[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too small - give at least 1 token, or MEAN,STDEV")
+    return value
+
+
+def option(help: str, metavar: str = "N", **about: Any) -> dict[str, Any]:
+    return {"help": help, "metavar": metavar, **about}
+
+
+SOME = whole(1, "at least 1")
+
+CORPUS_OPTIONS = {
+    "--count": option("prompts (default 100)", type=SOME, default=100),
+    "--output": option(
+        "directory of the corpus, made if missing (default outputs)", "DIR", type=Path, default=Path("outputs")
+    ),
+    "--prefix-overlap": option(
+        "fraction of each prompt's tokens that its group shares as prefix, 0 to 1 (default 0.0)",
+        "X",
+        type=fraction,
+        default=Decimal("0.0"),
+    ),
+    "--prefix-groups": option(
+        "distinct shared prefixes; prompts are dealt to them in turn (default 1)", type=SOME, default=1
+    ),
+}
+TOKEN_OPTIONS = {
+    "--approx-input-tokens": option(
+        "length of every prompt in tokens; without it: paragraphs, and no tokenizer is loaded", type=SOME
+    ),
+    "--input-tokens-stdev": option("spread the lengths normally around that mean", "S", type=deviation),
+    "--min-input-tokens": option("shortest length of the spread", type=SOME),
+    "--max-input-tokens": option("greatest length of the spread", type=SOME),
+    "--tokenizer-model": option(
+        "directory, tokenizer.json, OpenAI model or Hugging Face name (default gpt2)", "NAME", default="gpt2"
+    ),
+    "--token-tolerance": option(
+        "widest deviation tolerated (default: 5 tokens or 5%% of the target, whichever is more)",
+        type=whole(0, "0 or more tokens"),
+    ),
+    "--count-as": option(
+        "raw: the text alone; chat: in the tokenizer's chat template, as a server counts (default raw)",
+        "{raw,chat}",
+        choices=("raw", "chat"),
+        default="raw",
+    ),
+    "--output-tokens": option("max_tokens of each line: fixed, or mean,stdev", "N[,S]", type=mean_and_deviation),
+    "--huggingface-token": option(
+        f"for gated repositories; better from the environment: ${', $'.join(TOKEN_VARIABLES)}", "TOKEN"
+    ),
+    "--seed": option("same seed and options: same bytes (default: a fresh one)", type=whole(0, "0 or more")),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=PROGRAM,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, about in CORPUS_OPTIONS.items():
+        parser.add_argument(name, **about)
+    for name, about in TOKEN_OPTIONS.items():
+        parser.add_argument(name, **about)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    return parser
+
+
+def parsed(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Unknown arguments are refused by name alone: the value of a misspelt option might be a token."""
+    given, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+        what = f"unknown option {', '.join(names)}" if names else f"{len(unknown)} argument(s) without an option"
+        raise Refused(f"{what} - see --help", 2)
+    return given
+
+
+def check_lengths(given: argparse.Namespace) -> None:
+    """Options of a token target that contradict each other."""
+    target, least, most = given.approx_input_tokens, given.min_input_tokens, given.max_input_tokens
+    if target is None:
+        alone = ("input_tokens_stdev", "min_input_tokens", "max_input_tokens", "token_tolerance")
+        stray = [name for name in alone if getattr(given, name) is not None]
+        stray += ["count_as"] if given.count_as != "raw" else []
+        if stray:
+            raise Refused(f"--{stray[0].replace('_', '-')} needs a length - add --approx-input-tokens", 2)
+        return
+    if max(target, most or 0) > MAX_TARGET_TOKENS:
+        raise Refused(f"{max(target, most or 0)} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
+    if (least or most) and not given.input_tokens_stdev:
+        raise Refused("--min-input-tokens and --max-input-tokens bound a spread - add --input-tokens-stdev", 2)
+    if least and most and least > most:
+        raise Refused(f"--min-input-tokens {least} is above --max-input-tokens {most} - swap them", 2)
+    if not (least or 1) <= target <= (most or target):
+        raise Refused(f"--approx-input-tokens {target} is outside its own minimum and maximum - move them apart", 2)
+
+
+def check_sharing(given: argparse.Namespace) -> None:
+    """Shared prefixes that cannot be."""
+    if given.prefix_groups > given.count:
+        raise Refused(f"{given.prefix_groups} groups need as many prompts - raise --count or lower --prefix-groups", 2)
+    if given.prefix_overlap == 1 and given.prefix_groups < given.count:
+        raise Refused(
+            "--prefix-overlap 1 makes the prompts of a group identical, which measures only a cache - "
+            "give less than 1, or as many --prefix-groups as --count",
+            2,
+        )
+    if given.prefix_overlap == 1 and given.input_tokens_stdev:
+        raise Refused("--prefix-overlap 1 leaves no room for a spread - drop --input-tokens-stdev", 2)
+
+
+def options_of(given: argparse.Namespace, environment: Any) -> Options:
+    check_lengths(given)
+    check_sharing(given)
+    from_environment = (environment.get(name) for name in TOKEN_VARIABLES)
+    return Options(
+        count=given.count,
+        output=given.output,
+        overlap=given.prefix_overlap,
+        groups=given.prefix_groups,
+        target=given.approx_input_tokens,
+        stdev=given.input_tokens_stdev or 0.0,
+        min_tokens=given.min_input_tokens,
+        max_tokens=given.max_input_tokens,
+        tokenizer=given.tokenizer_model,
+        tolerance=given.token_tolerance,
+        count_as=given.count_as,
+        output_tokens=given.output_tokens,
+        seed=random.SystemRandom().randrange(2**32) if given.seed is None else given.seed,
+        token=given.huggingface_token or next(filter(None, from_environment), None),
+    )
+
+
+def note(message: str) -> None:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+
+
+def maker_of(options: Options) -> tuple[Maker, Optional[dict[str, Any]]]:
+    """Who makes the prompts, and what is worth knowing of the tokenizer."""
+    if options.target is None:
+        return Paragraphs(options), None
+    loaded = load_tokenizer(options)
+    about = loaded.encoder.about
+    note(f"tokenizer: {about['name']} ({about['kind']}, {about['vocabulary']} tokens)")
+    return exact_maker(options, loaded), about
+
+
+def generate(options: Options) -> str:
+    """The whole run; returns the closing table."""
+    corpus = CorpusFile(options.output, file_stem(options))
+    corpus.refuse_if_there()
+    corpus.open()
+    try:
+        maker, about = maker_of(options)
+        tally = write_corpus(options, maker, corpus)
+        corpus.publish(manifest(options, tally, about))
+    except BaseException:
+        corpus.discard()
+        raise
+    return closing_table(options, tally, corpus.path)
+
+
+def show(table: str) -> None:
+    """Print the result; the corpus is written by now, so that nobody listening is no failure."""
+    try:
+        print(table.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
+    except (OSError, UnicodeError) as error:
+        note(f"the corpus is written, but its summary could not be: {reason(error)}")
+        with suppress(OSError):  # what print has buffered would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def interrupt(_signal: int, _frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    try:
+        signal.signal(signal.SIGTERM, interrupt)
+        show(generate(options_of(parsed(argv), os.environ)))
+        return 0
+    except Refused as error:
+        message, code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        message, code = "interrupted, nothing written - start it again", 130
+    except OSError as error:
+        message, code = f"{error.strerror or error} - free some space, or use another --output", 1
+    except Exception as error:
+        message, code = f"unexpected {type(error).__name__}: {reason(error)} - please report it", 1
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
