@@ -793,19 +793,19 @@ def _starved(summary: Summary, health: Sequence[Health]) -> Optional[str]:
 CLIENT_RULES = (_busy_core, _starved, _slow_hands, _lagging_clock)
 
 
-def _cure(config: Config, health: Sequence[Health]) -> str:
+def _cure(summary: Summary, config: Config, health: Sequence[Health]) -> str:
     cores = os.cpu_count() or 1
-    cures = []
+    cures = ["a core of its own for this client"] if _starved(summary, health) else []
     if any(h.transport.startswith("sdk") for h in health) and config.transport == "auto":
         cures.append("pip install httptools uvloop")
-    if len(health) < cores:
+    if len(health) < cores and not cures:
         cures.append(f"--processes {min(cores, 2 * len(health))}")
     return ", or ".join(cures) or "a machine with more free cores, or a lower --concurrency"
 
 
 def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
     reason = client_bound(summary, health)
-    return f"client-bound: {reason}. Cure: {_cure(config, health)}" if reason else None
+    return f"client-bound: {reason}. Cure: {_cure(summary, config, health)}" if reason else None
 
 
 def _warn_prompt_length(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
