@@ -22,7 +22,7 @@ Rooms, each using only rooms above it:
     4. Request (pure)            8. Options                      12. Stations
                                                                  13. Locust
 
-Environment (each is also an option: `locust -f locust_batch.py --help`):
+Environment (each is also an option: `python locust_batch.py --help`, which else is `locust -f` of it):
     REQUESTS_FILE         corpus, read on the master alone; default requests.jsonl
     OPENAI_ENDPOINT_PATH  joined to --host; default /v1/chat/completions
     OPENAI_API_KEY        bearer token; absent or empty: no Authorization header
@@ -82,8 +82,10 @@ import gevent.ssl
 from gevent.event import Event
 from geventhttpclient.response import HTTPParseError, HTTPResponse
 from locust import User, constant, events
+from locust.argument_parser import get_parser
 from locust.exception import RPCError, StopUser
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import WORKER_REPORT_INTERVAL, MasterRunner, WorkerRunner
+from locust.stats import CSV_STATS_INTERVAL_SEC
 
 __version__ = "1.0.0"
 
@@ -586,8 +588,8 @@ def summary_text(tally: Tally, unsent: int, results: str) -> str:
     for q in (50, 90, 99):
         value = percentile(latencies, q)
         line(f"Latency p{q} (ms)", "-" if value is None else f"{value:.3f}", f"exact, n={len(latencies)}")
-    for kind, number in tally.errors.most_common():
-        line(f"! {kind}", str(number), f"first: {tally.first_errors[kind]}")
+    for kind, times in tally.errors.most_common():
+        line(f"! {kind}", str(times), f"first: {tally.first_errors[kind]}")
     if unsent:
         line("! never sent", str(unsent), "the run ended before their turn")
     if tally.without_usage:
@@ -667,8 +669,13 @@ def target_url(host: Optional[str]) -> str:
         raise UsageError("no server: give it with --host, e.g. --host http://127.0.0.1:8000")
     try:
         target = urlsplit(host)
-        if target.scheme in ("http", "https") and target.hostname and target.port != 0:
-            target.hostname.encode("idna")
+        name = target.hostname or ""
+        if (
+            target.scheme in ("http", "https")
+            and target.port != 0
+            and re.fullmatch(r"[^\s\x00-\x1f/]+", name)
+        ):
+            name.encode("idna")
             return host
     except ValueError:
         pass
@@ -1044,7 +1051,17 @@ class Desk:
     def end(self) -> None:
         if self.run is not None and not self.run.ending:
             self.run.ending = True
-            gevent.spawn(self.runner.quit if self.options.headless else self.runner.stop)
+            gevent.spawn(self.leave)
+
+    def leave(self) -> None:
+        if (
+            self.options.headless and self.options.csv_prefix
+        ):  # Locust writes them now and then, not at the end
+            gevent.sleep(CSV_STATS_INTERVAL_SEC * 1.5 + (WORKER_REPORT_INTERVAL if self.distributed else 0))
+        if self.options.headless:
+            self.runner.quit()
+        else:
+            self.runner.stop()
 
     def on_stopping(self) -> None:
         """Before Locust stops anyone: workers finish or give up what they have begun, and send the rows."""
@@ -1394,6 +1411,7 @@ def leave(runner: Any, options: Any, error: UsageError) -> None:
     deadline = time.perf_counter() + DRAIN_GRACE_S
     while len(getattr(runner, "clients", ())) < (options.processes or 0) and time.perf_counter() < deadline:
         gevent.sleep(TICK_S / 4)
+    gevent.sleep(TICK_S * 2 if options.processes else 0)  # Locust's worker cannot leave while still arriving
     runner.quit()
     raise SystemExit(2)
 
@@ -1458,8 +1476,15 @@ def set_up_worker(environment: Any) -> None:
     environment.events.quitting.add_listener(on_quitting)
 
 
-if __name__ == "__main__":  # `uv run locust_batch.py ...` is `locust -f locust_batch.py ...`
-    os.execv(sys.executable, [sys.executable, "-m", "locust", "-f", __file__, *sys.argv[1:]])
+def main(arguments: list[str]) -> None:
+    """`python locust_batch.py ...` is `locust -f locust_batch.py ...`, and its --help knows our options."""
+    if {"-h", "--help"} & set(arguments):
+        get_parser().parse_args(["--help"])
+    os.execv(sys.executable, [sys.executable, "-m", "locust", "-f", __file__, *arguments])
+
+
 listen: Any = events
 listen.init_command_line_parser.add_listener(add_options)
 listen.init.add_listener(on_init)
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""A real-socket chat server for the Locust tests: it remembers what arrived, by content, and how long it took.
+"""A real-socket chat server for the Locust tests: it remembers what arrived, by content, and what it took.
 
     python tests/locust_server.py [--delay-ms 200] [--fault http_500]
 
@@ -11,6 +11,8 @@ import asyncio
 import gzip
 import json
 import re
+import socket
+import struct
 import sys
 import time
 from collections import Counter
@@ -21,13 +23,16 @@ FAULT = re.compile(r"\[fault:(\w+)\]")
 def usage_of(text):
     """The tokens that this server counts for a prompt: a test can do the same sum."""
     tokens_in, tokens_out = len(text.split()) + 10, 1 + len(text) % 7
-    return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out}
+    return {
+        "prompt_tokens": tokens_in,
+        "completion_tokens": tokens_out,
+        "total_tokens": tokens_in + tokens_out,
+    }
 
 
 def head(status, length, extra=""):
-    return (
-        f"HTTP/1.1 {status} Whatever\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{extra}\r\n"
-    ).encode()
+    lines = f"HTTP/1.1 {status} Whatever\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+    return (lines + extra + "\r\n").encode()
 
 
 def whole(status, body, extra=""):
@@ -52,7 +57,9 @@ def reply(fault, text, key):
     """(bytes, close afterwards) for a fault; None bytes: reset the connection."""
     good = chat(text)
     if fault.startswith("http_"):
-        return whole(int(fault[5:]), error(f"refused {key} \x1b[31mred\x1b[0m\nline"), "Retry-After: 7\r\n"), False
+        return whole(
+            int(fault[5:]), error(f"refused {key} \x1b[31mred\x1b[0m\nline"), "Retry-After: 7\r\n"
+        ), False
     return {
         "": lambda: (whole(200, good), False),
         "reset": lambda: (None, True),
@@ -66,8 +73,14 @@ def reply(fault, text, key):
         "error_body": lambda: (whole(200, error("=cmd|' /C calc'!A0")), False),
         "empty": lambda: (whole(200, b""), False),
         "no_usage": lambda: (whole(200, {**good, "usage": None}), False),
-        "mad_usage": lambda: (whole(200, {**good, "usage": {"prompt_tokens": -1, "total_tokens": "9"}}), False),
-        "gzip": lambda: (whole(200, gzip.compress(json.dumps(good).encode()), "Content-Encoding: gzip\r\n"), False),
+        "mad_usage": lambda: (
+            whole(200, {**good, "usage": {"prompt_tokens": -1, "total_tokens": "9"}}),
+            False,
+        ),
+        "gzip": lambda: (
+            whole(200, gzip.compress(json.dumps(good).encode()), "Content-Encoding: gzip\r\n"),
+            False,
+        ),
         "no_length": lambda: (b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps(good).encode(), True),
         "interim": lambda: (b"HTTP/1.1 102 Processing\r\n\r\n" + whole(200, good), False),
         "says_close": lambda: (whole(200, good, "Connection: close\r\n"), True),
@@ -81,6 +94,7 @@ class Truth:
     def __init__(self):
         self.texts = Counter()
         self.took_ms = {}
+        self.usage = {}
         self.tokens = Counter()
         self.bodies = {}
         self.authorization = Counter()
@@ -88,7 +102,7 @@ class Truth:
         self.first_s = None
 
     def as_json(self):
-        return json.dumps({name: value for name, value in vars(self).items()}).encode()
+        return json.dumps(vars(self)).encode()
 
 
 class Connection(asyncio.Protocol):
@@ -137,9 +151,12 @@ class Connection(asyncio.Protocol):
         truth = self.truth
         data, close = reply(fault, text, key)
         if not fault or fault in ("gzip", "no_length", "interim", "says_close", "just_closes"):
+            truth.usage[text] = usage_of(text)
             truth.tokens.update(usage_of(text))
         truth.now -= 1
         if data is None:
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
             return
         self.transport.write(data)
