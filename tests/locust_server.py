@@ -98,7 +98,8 @@ class Truth:
         self.tokens = Counter()
         self.bodies = {}
         self.authorization = Counter()
-        self.connections = self.now = self.most = 0
+        self.connections = self.now = self.most = self.answered = 0
+        self.total_ms = 0.0
         self.first_s = None
 
     def as_json(self):
@@ -160,7 +161,9 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
             return
         self.transport.write(data)
-        truth.took_ms[text] = (time.perf_counter() - arrived) * 1000
+        took_ms = truth.took_ms[text] = (time.perf_counter() - arrived) * 1000
+        truth.answered += 1
+        truth.total_ms += took_ms
         if close:
             self.transport.close()
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import types
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -39,6 +40,8 @@ needs_locust = pytest.mark.skipif(
 
 class Anything:
     def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
         return Anything()
 
     def __call__(self, *args, **kwargs):
@@ -533,7 +536,7 @@ def test_workers_started_by_hand(bench, serve):
 
 @needs_locust
 def test_a_worker_killed_half_way(bench, serve):
-    server = serve("--delay-ms", "300")
+    server = serve("--delay-ms", "100")
     bench.corpus(TEXTS)
     master, workers = start_many(bench, server, 40, 4)
     server.wait_for(200)
@@ -554,7 +557,7 @@ def test_a_worker_killed_half_way(bench, serve):
 
 @needs_locust
 def test_a_worker_told_to_leave_gives_its_prompts_back(bench, serve):
-    server = serve("--delay-ms", "300")
+    server = serve("--delay-ms", "150")
     bench.corpus(TEXTS[:200])
     master, workers = start_many(bench, server, 40, 3, "--stop-timeout", 5)
     server.wait_for(60)
@@ -752,6 +755,14 @@ def post(url, **form):
         return json.load(reply)
 
 
+def stop(url):
+    try:
+        return post(url + "/stop")
+    except urllib.error.HTTPError:  # a GET on the Locust that runs on Python 3.9
+        with urllib.request.urlopen(url + "/stop", timeout=WAIT_S) as reply:
+            return json.load(reply)
+
+
 def web_names(url):
     with urllib.request.urlopen(url + "/stats/requests", timeout=WAIT_S) as reply:
         return {row["name"] for row in json.load(reply)["stats"]}
@@ -789,8 +800,7 @@ def test_web_ui_starts_stops_and_starts_again(bench, serve):
 
     assert post(url + "/swarm", user_count=2, spawn_rate=2)["success"]
     server.wait_for(4)
-    with urllib.request.urlopen(url + "/stop", b"", timeout=WAIT_S) as reply:
-        assert json.load(reply)["success"]
+    assert stop(url)["success"]
     wait_until(lambda: summaries() == 1)
     first = len(bench.rows())
     assert 4 <= first < 40
