@@ -58,6 +58,7 @@ Exit codes: 0 every prompt was answered, 1 some prompt failed, was lost or was n
 
 import base64
 import csv
+import gc
 import io
 import json
 import logging
@@ -1135,6 +1136,8 @@ class Station:
         self.settings = settings
         self.template = Template(settings)
         self.context = gevent.ssl.create_default_context() if settings.tls else None
+        gc.collect()
+        gc.freeze()  # no collection during the run walks through the corpus and through Locust
 
     @property
     def one_each(self) -> bool:
