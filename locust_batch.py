@@ -120,6 +120,7 @@ COLUMNS = (
     *("finish_reason", "chunks", "cached_tokens", "reasoning_tokens", "new_connection", "http_status"),
 )
 
+IMPORTED_BY = os.getpid()  # with --processes, Locust forks its workers after importing this file
 logger = logging.getLogger(__name__)
 
 
@@ -1091,7 +1092,9 @@ class Desk:
         if not self.distributed:
             run.ledger.release(LOCAL)
         lost = [
-            Record(index, HTTP_ERROR, "worker_lost", "its worker went away; the server may have seen it")
+            Record(
+                index, HTTP_ERROR, "worker_lost", "its worker did not report it; the server may have seen it"
+            )
             for index in run.ledger.lost()
         ]
         run.closed = run.ending = True
@@ -1458,8 +1461,17 @@ def set_up_desk(environment: Any, desk: Desk) -> None:
     environment.events.quitting.add_listener(on_quitting)
 
 
+def leave_with_parent(runner: Any) -> None:
+    """A worker forked by --processes ends with the process that forked it, however that ended."""
+    while os.getppid() == IMPORTED_BY:
+        gevent.sleep(1)
+    runner.quit()
+
+
 def set_up_worker(environment: Any) -> None:
     station = environment.batch_station = RemoteStation(environment)
+    if os.getpid() != IMPORTED_BY:
+        gevent.spawn(leave_with_parent, environment.runner)
     own_key = environment.parsed_options.openai_api_key
 
     def on_test_start(**_: Any) -> None:

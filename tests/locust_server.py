@@ -98,7 +98,7 @@ class Truth:
         self.tokens = Counter()
         self.bodies = {}
         self.authorization = Counter()
-        self.connections = self.now = self.most = self.answered = 0
+        self.connections = self.now_open = self.now = self.most = self.answered = 0
         self.total_ms = 0.0
         self.first_s = None
 
@@ -113,6 +113,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport):
         self.transport = transport
         self.truth.connections += 1
+        self.truth.now_open += 1
+
+    def connection_lost(self, error):
+        self.truth.now_open -= 1
 
     def data_received(self, data):
         self.buffer += data

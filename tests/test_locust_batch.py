@@ -738,6 +738,17 @@ def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
 
 
 @needs_locust
+def test_forked_workers_end_with_a_master_that_is_killed(bench, serve):
+    server = serve("--fault", "hang")
+    bench.corpus(TEXTS[:4])
+    users = ("--headless", "--host", server.url, "-u", 4, "-r", 4)
+    process = bench.start(*users, *forked(2))
+    server.wait_for(4)
+    process.kill()
+    wait_until(lambda: server.truth()["now_open"] == 1)  # this very question
+
+
+@needs_locust
 def test_a_second_run_appends_and_heals_a_row_cut_short(bench, serve):
     server = serve()
     bench.corpus(TEXTS[:3])
