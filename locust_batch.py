@@ -922,7 +922,9 @@ class Desk:
         self.prepared: Optional[tuple[Settings, dict[int, Prompt], Sheet]] = None
         self.run: Optional[Run] = None
         self.runs = 0
+        self.greeted: set[str] = set()  # workers that can take our messages: Locust counts them in earlier
         if self.distributed:
+            self.runner.register_message(MESSAGE + "hello", lambda msg, **_: self.greeted.add(msg.node_id))
             self.runner.register_message(MESSAGE + "want", self.on_want)
             self.runner.register_message(MESSAGE + "rows", self.on_rows)
             self.runner.register_message(MESSAGE + "released", self.on_released)
@@ -946,7 +948,7 @@ class Desk:
         now = time.perf_counter()
         self.run = Run(self.runs, settings, corpus, Ledger(corpus, plan), sheet, zero=now, heard=now)
         if self.distributed:
-            for worker in workers:
+            for worker in self.greeted.intersection(workers):
                 self.deal(worker, {"ticket": 0, "urgent": 0, "spare": self.stock()})
 
     def stock(self) -> int:
@@ -984,7 +986,7 @@ class Desk:
     def header(self, prompts: list[list[Any]], ticket: int, left: int) -> dict[str, Any]:
         run = self.run
         if run is None or run.ending:
-            return {"run": 0, "prompts": [], "ticket": ticket, "left": 0, "more": 0}
+            return {"run": 0, "prompts": [], "ticket": ticket, "left": 0, "more": 0, "ramped": False}
         return {
             "run": run.number,
             "at_s": time.perf_counter() - run.zero,
@@ -994,6 +996,7 @@ class Desk:
             "ticket": ticket,
             "left": left,
             "more": 1,
+            "ramped": run.ramped,
         }
 
     def parts(self, indices: Iterable[int]) -> Iterator[list[list[Any]]]:
@@ -1186,6 +1189,7 @@ class LocalStation(Station):
 
 class RemoteStation(Station):
     """On a worker: prompts and rows travel in Locust's own messages, sent by one greenlet, the courier.
+    Nothing here relies on Locust's events at the start of a run: for a late worker, they come too early.
 
     A user who finds the pool empty draws a ticket and waits until the desk has answered it. The pool is
     refilled before it is empty, so that in the steady state nobody waits.
@@ -1205,6 +1209,8 @@ class RemoteStation(Station):
         self.errand = Event()
         self.runner.register_message(MESSAGE + "prompts", self.on_prompts)
         self.runner.register_message(MESSAGE + "halt", self.on_halt)
+        self.own_key = environment.parsed_options.openai_api_key
+        self.runner.send_message(MESSAGE + "hello")
         gevent.spawn(self.courier)
 
     @property
@@ -1216,8 +1222,15 @@ class RemoteStation(Station):
         self.run, self.each, self.stock = header["run"], header["one_each"], header["stock"]
         self.zero = time.perf_counter() - header["at_s"]
         self.pool.clear()
+        self.settings = None
         self.halted = False
         self.ramped.clear()
+
+    def configure_as_told(self) -> None:
+        """The first user is here, so Locust has brought the master's options."""
+        options = self.environment.parsed_options
+        options.openai_api_key = options.openai_api_key or self.own_key
+        self.configure(settings_from(options, self.environment.host))
 
     def on_prompts(self, environment: Any, msg: Any, **_: Any) -> None:
         data = msg.data
@@ -1226,6 +1239,8 @@ class RemoteStation(Station):
         self.pool.extend(Prompt(*values) for values in data["prompts"])
         self.left, self.more = data["left"], data["more"]
         self.answered = max(self.answered, data["ticket"])
+        if data["ramped"]:
+            self.ramped.set()
         self.tell()
 
     def tell(self) -> None:
@@ -1235,6 +1250,8 @@ class RemoteStation(Station):
     def take(self) -> Optional[Prompt]:
         while not self.halted:
             if self.pool:
+                if self.settings is None:
+                    self.configure_as_told()
                 prompt = self.pool.popleft()
                 if self.more and len(self.pool) <= self.stock // 2:
                     self.errand.set()
@@ -1316,10 +1333,13 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
 
     wait_time = constant(0)
 
-    def __init__(self, environment: Any) -> None:
-        super().__init__(environment)
-        self.station: Station = environment.batch_station
-        self.wire: Optional[Wire] = None
+    station: Station
+    wire: Optional[Wire] = None
+
+    def on_start(self) -> None:
+        while not hasattr(self.environment, "batch_station"):  # a late worker has users before its init event
+            gevent.sleep(TICK_S / 10)
+        self.station = self.environment.batch_station
 
     def on_stop(self) -> None:
         if self.wire is not None:
@@ -1332,6 +1352,9 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
         self.station.in_flight += 1
         try:
             self.submit(prompt)
+        except Exception as error:  # ours, not the server's: but no prompt goes without its row
+            logger.exception("prompt %d", prompt.index)
+            self.station.deliver(Record(prompt.index, HTTP_ERROR, "other", plain(repr(error))))
         finally:
             self.station.in_flight -= 1
         if self.station.one_each:
@@ -1472,12 +1495,6 @@ def set_up_worker(environment: Any) -> None:
     station = environment.batch_station = RemoteStation(environment)
     if os.getpid() != IMPORTED_BY:
         gevent.spawn(leave_with_parent, environment.runner)
-    own_key = environment.parsed_options.openai_api_key
-
-    def on_test_start(**_: Any) -> None:
-        options = environment.parsed_options  # by now the master's
-        options.openai_api_key = options.openai_api_key or own_key
-        station.configure(settings_from(options, environment.host))
 
     def on_quitting(**_: Any) -> None:
         """This worker alone is told to go: its unsent prompts go back, before Locust says goodbye."""
@@ -1485,7 +1502,6 @@ def set_up_worker(environment: Any) -> None:
             environment.runner.stop()
             station.release()
 
-    environment.events.test_start.add_listener(on_test_start)
     environment.events.spawning_complete.add_listener(lambda **_: station.ramped.set())
     environment.events.test_stopping.add_listener(lambda **_: station.close())
     environment.events.quitting.add_listener(on_quitting)

@@ -516,16 +516,19 @@ def start_many(bench, server, users, workers, *arguments, **environment):
         *("127.0.0.1", "--master-bind-port", port, "--expect-workers", workers, *arguments),
         **environment,
     )
-    options = ("--worker", "--master-host", "127.0.0.1", "--master-port", port)
+    return master, [start_worker(bench, port) for _ in range(workers)], port
+
+
+def start_worker(bench, port):
     nowhere = {"REQUESTS_FILE": "/nonexistent", "RESULTS_CSV": "/nonexistent/results.csv"}
-    return master, [bench.start(*options, **nowhere) for _ in range(workers)]
+    return bench.start("--worker", "--master-host", "127.0.0.1", "--master-port", port, **nowhere)
 
 
 @needs_locust
 def test_workers_started_by_hand(bench, serve):
     server = serve("--delay-ms", "300")
     bench.corpus(TEXTS)
-    master, workers = start_many(bench, server, 500, 4, OPENAI_API_KEY=CANARY)
+    master, workers, _ = start_many(bench, server, 500, 4, OPENAI_API_KEY=CANARY)
     code, out, err = bench.finish(master)
     _, truth = check_complete(bench, server, TEXTS, out)
     assert truth["authorization"] == {f"Bearer {CANARY}": 500}
@@ -538,7 +541,7 @@ def test_workers_started_by_hand(bench, serve):
 def test_a_worker_killed_half_way(bench, serve):
     server = serve("--delay-ms", "100")
     bench.corpus(TEXTS)
-    master, workers = start_many(bench, server, 40, 4)
+    master, workers, _ = start_many(bench, server, 40, 4)
     server.wait_for(200)
     workers[0].kill()
     code, out, err = bench.finish(master)
@@ -556,15 +559,19 @@ def test_a_worker_killed_half_way(bench, serve):
 
 
 @needs_locust
-def test_a_worker_told_to_leave_gives_its_prompts_back(bench, serve):
-    server = serve("--delay-ms", "150")
-    bench.corpus(TEXTS[:200])
-    master, workers = start_many(bench, server, 40, 3, "--stop-timeout", 5)
-    server.wait_for(60)
+def test_a_worker_comes_late_and_one_told_to_leave_gives_its_prompts_back(bench, serve):
+    server = serve("--delay-ms", "100")
+    bench.corpus(TEXTS[:250])
+    master, workers, port = start_many(bench, server, 8, 2, "--stop-timeout", 5)
+    server.wait_for(8)
+    late = start_worker(bench, port)
+    wait_until(lambda: "(index 2) reported as ready" in (bench.path / "0.err").read_text("utf-8"))
+    server.wait_for(sum(server.truth()["texts"].values()) + 16)
     workers[0].send_signal(signal.SIGTERM)
-    code, out, _ = bench.finish(master)
-    check_complete(bench, server, TEXTS[:200], out)
-    assert code == 0
+    code, out, err = bench.finish(master)
+    check_complete(bench, server, TEXTS[:250], out)
+    assert (code, "Traceback" in err) == (0, False)
+    assert "Traceback" not in bench.finish(late)[2]
 
 
 @needs_locust
@@ -721,7 +728,7 @@ def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
     server = serve("--delay-ms", "100")
     bench.corpus(TEXTS)
     if workers:
-        process, _ = start_many(bench, server, 10, workers)
+        process, _, _ = start_many(bench, server, 10, workers)
     else:
         process = bench.start("--headless", "--host", server.url, "-u", 10, "-r", 10)
     server.wait_for(60)
