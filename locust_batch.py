@@ -146,8 +146,8 @@ class Settings:
     results_csv: str
     system_prompt: str
     fields: Mapping[str, Any]  # of the body, all but the messages
-    authorization: Optional[str]
-    secret: str  # never to be shown
+    authorization: Optional[str] = field(repr=False)
+    secret: str = field(repr=False)  # never to be shown
     tls: bool
     host: str
     port: int
@@ -642,7 +642,8 @@ def add_options(parser: Any, **_: Any) -> None:
 
 def settings_from(options: Any, host: Optional[str]) -> Settings:
     """Checks everything that can be wrong before anything is read or sent."""
-    given = {name: str(getattr(options, name, None) or "") for name, _, _ in OPTIONS}
+    given = {name: str(getattr(options, name, None) or "") or default for name, default, _ in OPTIONS}
+    given["system_prompt"] = str(options.system_prompt)  # the one whose emptiness means something
     target = urlsplit(target_url(host))
     secret = given["openai_api_key"].strip()
     if not secret.isprintable() or not secret.isascii():
@@ -1471,11 +1472,17 @@ def set_up_desk(environment: Any, desk: Desk) -> None:
         station.close()
 
     def on_quitting(**_: Any) -> None:
-        if desk.run is not None and not desk.run.closed:
+        if desk.run is None or desk.run.closed:
+            return
+        try:
             if desk.distributed:
                 environment.runner.stop(send_stop_to_client=False)
             else:
                 environment.runner.stop()
+        except KeyboardInterrupt:
+            environment.stop_timeout = 0.0
+            environment.runner.user_greenlets.kill(timeout=DRAIN_GRACE_S)
+            desk.close()
 
     environment.events.test_start.add_listener(on_test_start)
     environment.events.spawning_complete.add_listener(on_spawning_complete)

@@ -643,6 +643,25 @@ def test_faults_are_counted_under_their_names_and_show_no_secret(bench, serve):
     ] == []
 
 
+STALE = """
+import json, sys, time, types
+import locust_batch as lb
+settings = lb.settings_from(types.SimpleNamespace(**{n: d for n, d, _ in lb.OPTIONS}), sys.argv[1])
+wire = lb.Wire(settings, None)
+for text in ("[fault:just_closes]", "a", "b"):
+    wire.call(lb.Template(settings).payload(lb.parse_line(0, json.dumps({"text": text}).encode())))
+    print(wire.fresh)
+    time.sleep(0.3)
+"""
+
+
+@needs_locust
+def test_a_connection_that_the_server_has_closed_is_not_used_again(serve):
+    command = [sys.executable, "-c", STALE, serve().url]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=WAIT_S).stdout
+    assert out.split() == ["True", "True", "False"]
+
+
 @needs_locust
 def test_no_server_at_all(bench):
     bench.corpus(TEXTS[:5])
@@ -731,6 +750,21 @@ def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
     assert set(kinds) <= {"", "aborted"}
     assert len(rows) == sum(server.truth()["texts"].values()), "a row for everything that was sent"
     assert f"{kinds['']} of 500 prompts answered" in out
+    assert (code, "Traceback" in err) == (1, False)
+
+
+@needs_locust
+def test_a_second_interrupt_does_not_wait(bench, serve):
+    server = serve("--fault", "hang")
+    bench.corpus(TEXTS[:9])
+    process = bench.start("--headless", "--host", server.url, "-u", 4, "-r", 4, "--stop-timeout", 10 * WAIT_S)
+    server.wait_for(4)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)  # it is waiting for its requests by now; were it not, the test would still hold
+    process.send_signal(signal.SIGINT)
+    code, out, err = bench.finish(process)
+    assert [row["error_kind"] for row in bench.rows()] == ["aborted"] * 4
+    assert re.search(r"! never sent +5  ", out)
     assert (code, "Traceback" in err) == (1, False)
 
 
