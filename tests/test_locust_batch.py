@@ -485,7 +485,7 @@ def test_one_process(bench, serve):
     assert all(row["ttft_ms"] == row["queue_ms"] == row["error"] == "" for row in rows)
     late = late_by(rows, truth, TEXTS)
     assert min(late) > -1
-    assert statistics.median(late) < statistics.median(truth["took_ms"].values()) / 10
+    assert statistics.median(late) < statistics.median(truth["took_ms"].values()) / 2
     own = {row["Name"]: row for row in table(bench.path / "own_stats.csv")}
     assert {name: int(row["Request Count"]) for name, row in own.items()} == {
         "/v1/chat/completions": 500,
@@ -540,26 +540,27 @@ def test_workers_started_by_hand(bench, serve):
 @needs_locust
 def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, serve):
     server = serve("--delay-ms", "100")
-    bench.corpus(TEXTS)
+    texts = TEXTS[:300]
+    bench.corpus(texts)
     master, workers, port = start_many(bench, server, 16, 4, "--stop-timeout", 5)
     server.wait_for(20)
     late = start_worker(bench, port)
     workers[1].send_signal(signal.SIGTERM)
     wait_until(lambda: "(index 4) reported as ready" in (bench.path / "0.err").read_text("utf-8"))
     assert workers[1].wait(WAIT_S) == 0
-    server.wait_for(200)
+    server.wait_for(150)
     workers[0].kill()
     code, out, err = bench.finish(master)
     assert "Traceback" not in bench.finish(late)[2]
     rows, truth = bench.rows(), server.truth()
-    assert sorted(int(row["index"]) for row in rows) == list(range(500))
+    assert sorted(int(row["index"]) for row in rows) == list(range(300))
     kinds = Counter(row["error_kind"] for row in rows)
     assert set(kinds) == {"", "worker_lost"}
     assert 1 <= kinds["worker_lost"] <= 20, "what the killed one held, and no more"
     assert max(truth["texts"].values()) == 1
-    answered = {TEXTS[int(row["index"])] for row in rows if row["status"] == "success"}
+    answered = {texts[int(row["index"])] for row in rows if row["status"] == "success"}
     assert answered <= truth["texts"].keys()
-    assert f"{500 - kinds['worker_lost']} of 500 prompts answered" in out
+    assert f"{300 - kinds['worker_lost']} of 300 prompts answered" in out
     assert re.search(rf"! worker_lost +{kinds['worker_lost']}  ", out)
     assert (code, "Traceback" in err) == (1, False)
 
@@ -572,11 +573,12 @@ def test_fewer_and_more_users_than_prompts(bench, serve):
     rows, truth = check_complete(bench, server, texts, out)
     assert "each takes the next prompt until none is left" in err
     assert (code, truth["most"], truth["connections"]) == (0, 3, 3 + 1)
+    assert statistics.median(late_by(rows, truth, texts)) < statistics.median(truth["took_ms"].values()) / 2
     assert Counter(row["new_connection"] for row in rows) == {"1": 3, "0": 47}
 
     server = serve("--delay-ms", "5")
     bench.results.unlink()
-    code, out, err = bench.run(server, 80, *forked(2))
+    code, out, err = bench.run(server, 80)
     check_complete(bench, server, texts, out)
     assert "the extra users stop at once" in err
     assert code == 0
@@ -710,11 +712,10 @@ def test_bad_input_is_one_line_and_writes_nothing(bench):
 
 
 @needs_locust
-@pytest.mark.parametrize("processes", [0, 2])
-def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, serve, processes):
+def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, serve):
     server = serve("--fault", "hang")
     bench.corpus(TEXTS[:50])
-    code, out, err = bench.run(server, 4, "--run-time", "1s", *(forked(processes) if processes else ()))
+    code, out, err = bench.run(server, 4, "--run-time", "1s", *forked(2))
     assert [row["error_kind"] for row in bench.rows()] == ["aborted"] * 4
     assert all(float(row["latency_ms"]) > 0 for row in bench.rows())
     assert re.search(r"! never sent +46  ", out)
