@@ -56,6 +56,9 @@ Exit codes: 0 every prompt was answered, 1 some prompt failed, was lost or was n
 (--exit-code-on-error changes it), 2 wrong usage (nothing was sent, nothing was written).
 """
 
+from locust import User, constant, events  # first of all: it has gevent patch what is imported next
+
+# isort: split
 import base64
 import csv
 import gc
@@ -82,7 +85,6 @@ import gevent.socket
 import gevent.ssl
 from gevent.event import Event
 from geventhttpclient.response import HTTPParseError, HTTPResponse
-from locust import User, constant, events
 from locust.argument_parser import get_parser
 from locust.exception import RPCError, StopUser
 from locust.runners import WORKER_REPORT_INTERVAL, MasterRunner, WorkerRunner
