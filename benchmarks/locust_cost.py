@@ -19,6 +19,7 @@ import sys
 import tempfile
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "word " * 100
@@ -35,8 +36,10 @@ class Plain(FastHttpUser):
 class Server:
     def __init__(self, delay_ms):
         command = [sys.executable, str(ROOT / "tests" / "locust_server.py"), "--delay-ms", str(delay_ms)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+        self.process: Any = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.url = f"http://127.0.0.1:{int(next(iter(self.process.stdout or ())))}"
 
     def truth(self):
         with urllib.request.urlopen(self.url + "/truth") as reply:

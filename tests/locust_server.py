@@ -92,12 +92,12 @@ class Truth:
     """What the server saw."""
 
     def __init__(self):
-        self.texts = Counter()
+        self.texts: Counter[str] = Counter()
         self.took_ms = {}
         self.usage = {}
-        self.tokens = Counter()
+        self.tokens: Counter[str] = Counter()
         self.bodies = {}
-        self.authorization = Counter()
+        self.authorization: Counter[str] = Counter()
         self.connections = self.now_open = self.now = self.most = self.answered = 0
         self.total_ms = 0.0
         self.first_s = None
@@ -138,8 +138,8 @@ class Connection(asyncio.Protocol):
             return
         truth, document = self.truth, json.loads(body)
         text = document["messages"][-1]["content"]
-        key = re.search(r"(?i)\r\nauthorization: *(.*)", header)
-        key = key.group(1).strip() if key else "nobody"
+        keys = re.findall(r"(?i)\r\nauthorization: *(.*)", header)
+        key = keys[0].strip() if keys else "nobody"
         truth.first_s = truth.first_s or time.time()
         truth.texts[text] += 1
         truth.authorization[key] += 1

@@ -21,6 +21,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ class Anything:
 
 
 def stand_ins():
-    contents = {
+    contents: dict[str, dict[str, Any]] = {
         "locust": {"User": type("User", (), {}), "constant": Anything(), "events": Anything()},
         "locust.argument_parser": {"get_parser": Anything()},
         "locust.exception": {"RPCError": Exception, "StopUser": Exception},
@@ -76,7 +77,7 @@ def stand_ins():
 
 @pytest.fixture(scope="module")
 def lb():
-    spec = importlib.util.spec_from_file_location("locust_batch_without_locust", SCRIPT)
+    spec: Any = importlib.util.spec_from_file_location("locust_batch_without_locust", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins().items():
@@ -273,7 +274,8 @@ def test_ledger_gives_every_prompt_to_one_worker_at_a_time(lb):
         prompts, workers = rng.randrange(1, 60), rng.randrange(1, 6)
         plan = lb.Plan(prompts, rng.randrange(1, 80), workers)
         ledger = lb.Ledger(range(prompts), plan)
-        holder, closed = {}, []
+        holder: dict[int, int] = {}
+        closed = []
         while ledger.unsent or holder:
             worker = rng.randrange(workers)
             if rng.random() < 0.05:
@@ -306,7 +308,7 @@ def test_ledger_with_one_each_never_deals_a_worker_more_than_its_users_take(lb):
 def room_of_lines():
     source = SCRIPT.read_text("utf-8")
     banners = [
-        (number, re.fullmatch(r"# === (\d+)\. (.+) ===", line).groups())
+        (number, re.findall(r"^# === (\d+)\. (.+) ===$", line)[0])
         for number, line in enumerate(source.splitlines(), 1)
         if line.startswith("# ===")
     ]
@@ -316,9 +318,8 @@ def room_of_lines():
 def test_rooms_are_the_docstring_s_and_use_only_rooms_above():
     source, banners = room_of_lines()
     tree = ast.parse(source)
-    listed = re.findall(
-        r"(\d+)\. (.+?)(?:  |\n|$)", ast.get_docstring(tree).split("Rooms,")[1].split("Environment")[0]
-    )
+    rooms = (ast.get_docstring(tree) or "").split("Rooms,")[1].split("Environment")[0]
+    listed = re.findall(r"(\d+)\. (.+?)(?:  |\n|$)", rooms)
     assert sorted(listed, key=lambda room: int(room[0])) == [banner for _, banner in banners]
 
     def room(line):
@@ -344,8 +345,9 @@ class Server:
 
     def __init__(self, *arguments):
         command = [sys.executable, str(SERVER), *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+        pipe = subprocess.PIPE
+        self.process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.url = f"http://127.0.0.1:{int(next(iter(self.process.stdout or ())))}"
 
     def truth(self):
         with urllib.request.urlopen(self.url + "/truth", timeout=WAIT_S) as reply:
@@ -462,7 +464,7 @@ def check_complete(bench, server, texts, summary):
     latencies = [float(row["latency_ms"]) for row in rows]
     quantiles = statistics.quantiles(latencies, n=100, method="inclusive")
     for q in (50, 90, 99):
-        shown = re.search(rf"Latency p{q} \(ms\) +([\d.]+)", summary).group(1)
+        (shown,) = re.findall(rf"Latency p{q} \(ms\) +([\d.]+)", summary)
         assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.00051)
     assert f"{len(texts)} of {len(texts)} prompts answered, 0 not" in summary
     return rows, truth
