@@ -1,0 +1,187 @@
+"""A real-socket chat server for the Locust tests: it remembers what arrived, by content, and what it took.
+
+    python tests/locust_server.py [--delay-ms 200] [--fault http_500]
+
+Prints its port, serves loopback until its stdin closes. A prompt may ask for a fault: `[fault:reset] ...`.
+GET /truth: what was seen, by the server's own clock. Token counts follow from the text alone.
+"""
+
+import argparse
+import asyncio
+import gzip
+import json
+import re
+import socket
+import struct
+import sys
+import time
+from collections import Counter
+
+FAULT = re.compile(r"\[fault:(\w+)\]")
+
+
+def usage_of(text):
+    """The tokens that this server counts for a prompt: a test can do the same sum."""
+    tokens_in, tokens_out = len(text.split()) + 10, 1 + len(text) % 7
+    return {
+        "prompt_tokens": tokens_in,
+        "completion_tokens": tokens_out,
+        "total_tokens": tokens_in + tokens_out,
+    }
+
+
+def head(status, length, extra=""):
+    lines = f"HTTP/1.1 {status} Whatever\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+    return (lines + extra + "\r\n").encode()
+
+
+def whole(status, body, extra=""):
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return head(status, len(body), extra) + body
+
+
+def chat(text):
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}],
+        "usage": {**usage_of(text), "prompt_tokens_details": {"cached_tokens": 2}},
+    }
+
+
+def error(message):
+    return {"error": {"message": message, "type": "x", "code": None}}
+
+
+def reply(fault, text, key):
+    """(bytes, close afterwards) for a fault; None bytes: reset the connection."""
+    good = chat(text)
+    if fault.startswith("http_"):
+        return whole(
+            int(fault[5:]), error(f"refused {key} \x1b[31mred\x1b[0m\nline"), "Retry-After: 7\r\n"
+        ), False
+    return {
+        "": lambda: (whole(200, good), False),
+        "reset": lambda: (None, True),
+        "closed": lambda: (b"", True),
+        "truncated": lambda: (head(200, 5000) + b'{"choices":', True),
+        "garbage": lambda: (b"SSH-2.0-nothing\r\n\r\n", True),
+        "bad_json": lambda: (whole(200, b"<html>no</html>"), False),
+        "not_utf8": lambda: (whole(200, b'{"choices": "\xff\xfe"}'), False),
+        "no_choices": lambda: (whole(200, {"choices": []}), False),
+        "null": lambda: (whole(200, b"null"), False),
+        "error_body": lambda: (whole(200, error("=cmd|' /C calc'!A0")), False),
+        "empty": lambda: (whole(200, b""), False),
+        "no_usage": lambda: (whole(200, {**good, "usage": None}), False),
+        "mad_usage": lambda: (
+            whole(200, {**good, "usage": {"prompt_tokens": -1, "total_tokens": "9"}}),
+            False,
+        ),
+        "gzip": lambda: (
+            whole(200, gzip.compress(json.dumps(good).encode()), "Content-Encoding: gzip\r\n"),
+            False,
+        ),
+        "no_length": lambda: (b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps(good).encode(), True),
+        "interim": lambda: (b"HTTP/1.1 102 Processing\r\n\r\n" + whole(200, good), False),
+        "says_close": lambda: (whole(200, good, "Connection: close\r\n"), True),
+        "just_closes": lambda: (whole(200, good), True),
+    }[fault]()
+
+
+class Truth:
+    """What the server saw."""
+
+    def __init__(self):
+        self.texts: Counter[str] = Counter()
+        self.took_ms = {}
+        self.usage = {}
+        self.tokens: Counter[str] = Counter()
+        self.bodies = {}
+        self.authorization: Counter[str] = Counter()
+        self.connections = self.now_open = self.now = self.most = self.answered = 0
+        self.total_ms = 0.0
+        self.first_s = None
+
+    def as_json(self):
+        return json.dumps(vars(self)).encode()
+
+
+class Connection(asyncio.Protocol):
+    def __init__(self, options, truth):
+        self.options, self.truth, self.buffer = options, truth, b""
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.truth.connections += 1
+        self.truth.now_open += 1
+
+    def connection_lost(self, error):
+        self.truth.now_open -= 1
+
+    def data_received(self, data):
+        self.buffer += data
+        while True:
+            end = self.buffer.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            header = self.buffer[:end].decode("latin-1")
+            match = re.search(r"(?i)\r\ncontent-length: *(\d+)", header)
+            stop = end + 4 + (int(match.group(1)) if match else 0)
+            if len(self.buffer) < stop:
+                return
+            body, self.buffer = self.buffer[end + 4 : stop], self.buffer[stop:]
+            self.request(header, body, time.perf_counter())
+
+    def request(self, header, body, arrived):
+        if header.startswith("GET /truth"):
+            self.transport.write(whole(200, self.truth.as_json()))
+            return
+        truth, document = self.truth, json.loads(body)
+        text = document["messages"][-1]["content"]
+        keys = re.findall(r"(?i)\r\nauthorization: *(.*)", header)
+        key = keys[0].strip() if keys else "nobody"
+        truth.first_s = truth.first_s or time.time()
+        truth.texts[text] += 1
+        truth.authorization[key] += 1
+        truth.bodies[text] = document if len(truth.bodies) < 50 else None
+        truth.now += 1
+        truth.most = max(truth.most, truth.now)
+        named = FAULT.search(text)
+        fault = named.group(1) if named else self.options.fault
+        if fault != "hang":
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.options.delay_ms / 1000, self.answer, text, fault, key, arrived)
+
+    def answer(self, text, fault, key, arrived):
+        truth = self.truth
+        data, close = reply(fault, text, key)
+        if not fault or fault in ("gzip", "no_length", "interim", "says_close", "just_closes"):
+            truth.usage[text] = usage_of(text)
+            truth.tokens.update(usage_of(text))
+        truth.now -= 1
+        if data is None:
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+            return
+        self.transport.write(data)
+        took_ms = truth.took_ms[text] = (time.perf_counter() - arrived) * 1000
+        truth.answered += 1
+        truth.total_ms += took_ms
+        if close:
+            self.transport.close()
+
+
+async def main(options):
+    loop = asyncio.get_running_loop()
+    truth = Truth()
+    server = await loop.create_server(lambda: Connection(options, truth), "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("--fault", default="")
+    asyncio.run(main(parser.parse_args()))

@@ -1,0 +1,879 @@
+"""locust_batch.py: its pure rooms in this process, and real Locust processes against a real-socket server."""
+
+import ast
+import contextlib
+import csv
+import doctest
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import types
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "locust_batch.py"
+SERVER = ROOT / "tests" / "locust_server.py"
+CANARY = "sk-canary-9f3b7c"
+WAIT_S = 50
+
+needs_locust = pytest.mark.skipif(
+    importlib.util.find_spec("locust") is None, reason="locust is not installed"
+)
+
+
+# --- The pure rooms: imported without Locust, which would patch this whole process for gevent ---
+
+
+class Anything:
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+
+def stand_ins():
+    contents: dict[str, dict[str, Any]] = {
+        "locust": {"User": type("User", (), {}), "constant": Anything(), "events": Anything()},
+        "locust.argument_parser": {"get_parser": Anything()},
+        "locust.exception": {"RPCError": Exception, "StopUser": Exception},
+        "locust.runners": {"MasterRunner": Anything, "WorkerRunner": Anything, "WORKER_REPORT_INTERVAL": 3.0},
+        "locust.stats": {"CSV_STATS_INTERVAL_SEC": 1},
+        "gevent": {name: type(name, (BaseException,), {}) for name in ("GreenletExit", "Timeout")},
+        "gevent.socket": {},
+        "gevent.ssl": {},
+        "gevent.event": {"Event": Anything},
+        "geventhttpclient": {},
+        "geventhttpclient.response": {
+            "HTTPParseError": type("HTTPParseError", (Exception,), {}),
+            "HTTPResponse": type("HTTPResponse", (), {}),
+        },
+    }
+    modules = {name: types.ModuleType(name) for name in contents}
+    for name, module in modules.items():
+        vars(module).update(contents[name])
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    return modules
+
+
+@pytest.fixture(scope="module")
+def lb():
+    spec: Any = importlib.util.spec_from_file_location("locust_batch_without_locust", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in stand_ins().items():
+            patch.setitem(sys.modules, name, stand_in)
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def settings(lb):
+    def make(host="http://127.0.0.1:8000", **given):
+        return lb.settings_from(types.SimpleNamespace(**{**{n: d for n, d, _ in lb.OPTIONS}, **given}), host)
+
+    return make
+
+
+def test_doctests(lb):
+    result = doctest.testmod(lb)
+    assert result.attempted >= 6
+    assert result.failed == 0
+
+
+def test_percentile_is_the_inclusive_quantile_of_the_statistics_module(lb):
+    rng = random.Random(5)
+    for size in (2, 3, 10, 99, 500):
+        values = sorted(rng.uniform(0, 1000) for _ in range(size))
+        expected = statistics.quantiles(values, n=100, method="inclusive")
+        assert [lb.percentile(values, q) for q in range(1, 100)] == pytest.approx(expected)
+    assert lb.percentile([7.0], 99) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"{", "is not JSON"),
+        (b"[1]", "is not a JSON object"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'"\xff"', "is not UTF-8"),
+        (b"{}", "has no `text`, `prompt` or `messages`"),
+        (b'{"text": 5}', "has a `text` that is not a string"),
+        (b'{"messages": []}', "has `messages` that are not"),
+        (b'{"messages": ["x"]}', "has `messages` that are not"),
+        (b'{"text": "x", "max_tokens": 0}', "has a `max_tokens` that is not a positive"),
+        (b'{"text": "x", "output_tokens": true}', "has a `output_tokens` that is not a positive"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_number(lb, line, complaint):
+    with pytest.raises(lb.UsageError, match=re.escape(f"c.jsonl: line 3 {complaint}")):
+        list(lb.parse_corpus([b'{"text": "a"}\n', b"\n", line], "c.jsonl"))
+
+
+def test_blank_lines_are_no_prompts_but_are_counted(lb):
+    lines = [b'\xef\xbb\xbf{"text": "a"}\r\n', b"\n", b"  \n", b'{"prompt": ""}']
+    assert [(prompt.index, prompt.content) for prompt in lb.parse_corpus(lines, "c")] == [
+        (0, b'"a"'),
+        (3, b'""'),
+    ]
+
+
+def body_of(lb, settings, line, **given):
+    payload = lb.Template(settings(**given)).payload(lb.parse_line(0, json.dumps(line).encode()))
+    head, _, body = payload.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+    return head.decode(), json.loads(body)
+
+
+def test_request_holds_what_was_asked_for_and_nothing_else(lb, settings):
+    head, body = body_of(lb, settings, {"text": 'say "\ud83d\ude00" \ud800'})
+    assert head.startswith("POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n")
+    assert "authorization" not in head.lower()
+    assert body == {
+        "model": "gpt-4o-mini",
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": 'say "\U0001f600" \ud800'},
+        ],
+    }
+
+
+def test_request_options(lb, settings):
+    given = {"system_prompt": "", "max_tokens": "16", "temperature": "0", "openai_api_key": " k\n"}
+    extra = {"extra_body": '{"temperature": 1, "min_p": 0.1}', "openai_endpoint_path": "x y"}
+    head, body = body_of(
+        lb, settings, {"text": "hi", "output_tokens": 3}, host="https://h/base/", **given, **extra
+    )
+    assert head.startswith("POST /base/x%20y HTTP/1.1\r\nHost: h\r\n")
+    assert "\r\nAuthorization: Bearer k\r\n" in head
+    assert body.pop("messages") == [{"role": "user", "content": "hi"}]
+    assert body == {"model": "gpt-4o-mini", "max_tokens": 3, "temperature": 1, "min_p": 0.1}
+
+
+def test_messages_are_sent_as_they_are(lb, settings):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "é"}]}]
+    assert body_of(lb, settings, {"messages": messages, "text": "not this"})[1]["messages"] == messages
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"host": None},
+        {"host": "127.0.0.1:8000"},
+        {"host": "http://"},
+        {"host": "http://h:99999"},
+        {"host": "http://h\x00"},
+        {"max_tokens": "many"},
+        {"max_tokens": "0"},
+        {"temperature": "nan"},
+        {"temperature": "-1"},
+        {"request_timeout": "0"},
+        {"extra_body": "{"},
+        {"extra_body": "[]"},
+        {"extra_body": '{"stream": true}'},
+        {"extra_body": '{"messages": []}'},
+        {"openai_api_key": "a\r\nX-Evil: 1"},
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(lb, settings, given):
+    with pytest.raises(lb.UsageError):
+        settings(**given)
+
+
+GOOD = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (200, GOOD, None),
+        (200, {**GOOD, "error": None}, None),
+        (200, {"choices": [{"message": {"content": None, "tool_calls": [{}]}}]}, None),
+        (200, {"choices": [{"message": {"content": "", "reasoning_content": "hm"}}]}, None),
+        (200, {"choices": [{"message": {"content": ""}}], "usage": {"completion_tokens": 1}}, None),
+        (200, {"choices": [{"message": {"content": ""}}]}, "empty"),
+        (200, {"choices": [{"message": None}]}, "empty"),
+        (200, {"choices": [{"finish_reason": "abort", "message": {"content": "h"}}]}, "error_body"),
+        (200, {**GOOD, "error": {"message": "x"}}, "error_body"),
+        (200, {"object": "error", "message": "x"}, "error_body"),
+        (200, {"error": "x"}, "error_body"),
+        (200, {"choices": None}, "no_choices"),
+        (200, {"choices": ["x"]}, "no_choices"),
+        (200, [], "no_choices"),
+        (200, None, "no_choices"),
+        (200, b"", "empty"),
+        (204, b"", "empty"),
+        (200, b"{", "bad_json"),
+        (200, b"[" * 100_000, "bad_json"),
+        (200, b'"\xff"', "not_utf8"),
+        (302, b"", "http_302"),
+        (429, b'{"error": {"message": "slow"}}', "http_429"),
+        (500, b"\xff" * 1000, "http_500"),
+        (503, b"[" * 100_000, "http_503"),
+    ],
+)
+def test_what_an_answer_amounts_to(lb, status, body, kind):
+    outcome = lb.read_answer(
+        lb.Answer(status, body if isinstance(body, bytes) else json.dumps(body).encode())
+    )
+    assert (outcome.error_kind, outcome.http_status) == (kind, status)
+    assert outcome.status == ("success" if kind is None else "decode_error" if status < 300 else "http_error")
+    assert (outcome.error is None) == (kind is None)
+
+
+@pytest.mark.parametrize("bad", [None, -1, 1.5, "7", True, [], 10**30])
+def test_a_count_that_is_none_is_left_blank(lb, bad):
+    reply = {**GOOD, "usage": {"prompt_tokens": bad, "completion_tokens": 2, "total_tokens": bad}}
+    outcome = lb.read_answer(lb.Answer(200, json.dumps(reply).encode()))
+    assert (outcome.prompt_tokens, outcome.completion_tokens, outcome.total_tokens) == (None, 2, None)
+
+
+def test_broken_compression_and_a_bomb(lb):
+    assert lb.read_answer(lb.Answer(200, b"\x1f\x8bnonsense", "gzip")).error_kind == "other"
+    bomb = lb.zlib.compress(b" " * (lb.MAX_BODY_BYTES + 10**6))
+    assert len(lb.decompressed(bomb, "deflate")) == lb.MAX_BODY_BYTES
+
+
+def test_text_of_a_server_is_one_line_without_secret_or_escape(lb):
+    assert lb.plain("x\x1b]0;title\x07\x1b[2Jy\u202e\r\n\tz\x00 sk-1 \ud800", "sk-1") == "xy z ***"
+    assert len(lb.plain("x" * 10**6)) == lb.MAX_ERROR_CHARS
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "|x", "%x"])
+def test_a_cell_is_never_a_formula(lb, text):
+    record = lb.Record(3, "http_error", "other", text, finish_reason=text, latency_ms=1.5)
+    row = dict(zip(lb.COLUMNS, lb.csv_row(record)))
+    assert row["error"] == row["finish_reason"] == "'" + text
+    assert (row["index"], row["latency_ms"], row["ttft_ms"]) == ("3", "1.5", "")
+
+
+def test_ledger_gives_every_prompt_to_one_worker_at_a_time(lb):
+    rng = random.Random(1)
+    for _ in range(200):
+        prompts, workers = rng.randrange(1, 60), rng.randrange(1, 6)
+        plan = lb.Plan(prompts, rng.randrange(1, 80), workers)
+        ledger = lb.Ledger(range(prompts), plan)
+        holder: dict[int, int] = {}
+        closed = []
+        while ledger.unsent or holder:
+            worker = rng.randrange(workers)
+            if rng.random() < 0.05:
+                back = [index for index, owner in holder.items() if owner == worker]
+                assert ledger.release(worker) == len(back)
+                holder = {index: owner for index, owner in holder.items() if owner != worker}
+            for index in ledger.grant(worker, rng.randrange(3), rng.randrange(9)):
+                assert index not in holder
+                assert index not in closed
+                holder[index] = worker
+            for index in rng.sample(sorted(holder), min(2, len(holder))):
+                assert ledger.close(holder[index], index)
+                assert not ledger.close(holder.pop(index), index)
+                closed.append(index)
+        assert sorted(closed) == list(range(prompts))
+
+
+def test_ledger_with_one_each_never_deals_a_worker_more_than_its_users_take(lb):
+    for prompts, users, workers in ((500, 500, 3), (10, 50, 4), (3, 3, 5), (500, 600, 7)):
+        plan = lb.Plan(prompts, users, workers)
+        ledger = lb.Ledger(range(prompts), plan)
+        dealt = [len(ledger.grant(worker, 0, 10_000)) for worker in range(workers)]
+        assert max(dealt) <= plan.share <= users // workers
+        taken = sum(
+            len(ledger.grant(worker, users // workers + 1 - dealt[worker], 0)) for worker in range(workers)
+        )
+        assert sum(dealt) + taken == prompts
+
+
+def room_of_lines():
+    source = SCRIPT.read_text("utf-8")
+    banners = [
+        (number, re.findall(r"^# === (\d+)\. (.+) ===$", line)[0])
+        for number, line in enumerate(source.splitlines(), 1)
+        if line.startswith("# ===")
+    ]
+    return source, banners
+
+
+def test_rooms_are_the_docstring_s_and_use_only_rooms_above():
+    source, banners = room_of_lines()
+    tree = ast.parse(source)
+    rooms = (ast.get_docstring(tree) or "").split("Rooms,")[1].split("Environment")[0]
+    listed = re.findall(r"(\d+)\. (.+?)(?:  |\n|$)", rooms)
+    assert sorted(listed, key=lambda room: int(room[0])) == [banner for _, banner in banners]
+
+    def room(line):
+        return sum(start <= line for start, _ in banners)
+
+    homes = {
+        target.id if isinstance(target, ast.Name) else target.name: room(node.lineno)
+        for node in tree.body
+        for target in getattr(node, "targets", [node])
+        if isinstance(target, (ast.Name, ast.FunctionDef, ast.ClassDef))
+    }
+    used = [(node.id, room(node.lineno)) for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    assert [(name, where) for name, where in used if homes.get(name, 0) > where] == []
+    pure = [name for name, where in used if "pure" in banners[where - 1][1][1]]
+    assert {"open", "print", "time", "os", "sys"}.isdisjoint(pure)
+
+
+# --- Real Locust processes ---
+
+
+class Server:
+    """tests/locust_server.py, and the latest truth it told."""
+
+    def __init__(self, *arguments):
+        command = [sys.executable, str(SERVER), *arguments]
+        pipe = subprocess.PIPE
+        self.process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.url = f"http://127.0.0.1:{int(next(iter(self.process.stdout or ())))}"
+
+    def truth(self):
+        with urllib.request.urlopen(self.url + "/truth", timeout=WAIT_S) as reply:
+            return json.load(reply)
+
+    def wait_for(self, requests):
+        deadline = time.monotonic() + WAIT_S
+        while sum(self.truth()["texts"].values()) < requests:
+            assert time.monotonic() < deadline, "the load did not arrive"
+            time.sleep(0.05)
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait(WAIT_S)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*arguments):
+        servers.append(Server(*arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Bench:
+    """A directory with a corpus, and Locust processes started in it."""
+
+    command = ("-m", "locust", "-f", str(SCRIPT))
+
+    def __init__(self, path):
+        self.path = path
+        self.results = path / "out" / "results.csv"
+        self.started = []
+
+    def corpus(self, texts):
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        (self.path / "requests.jsonl").write_text("".join(lines), "utf-8")
+
+    def start(self, *arguments, **environment):
+        home = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
+        number = len(self.started)
+        with (self.path / f"{number}.out").open("wb") as out, (self.path / f"{number}.err").open("wb") as err:
+            process = subprocess.Popen(
+                [sys.executable, *self.command, *map(str, arguments)],
+                cwd=self.path,
+                env={**home, "RESULTS_CSV": str(self.results), **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+        self.started.append(process)
+        return process
+
+    def finish(self, process):
+        """(exit code, stdout, stderr)"""
+        code = process.wait(WAIT_S)
+        number = self.started.index(process)
+        return code, *((self.path / f"{number}.{name}").read_text("utf-8") for name in ("out", "err"))
+
+    def run(self, server, users, *arguments, **environment):
+        load = ("--headless", "--host", server.url, "-u", users, "-r", users)
+        return self.finish(self.start(*load, *arguments, **environment))
+
+    def rows(self):
+        return table(self.results)
+
+    def close(self):
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def bench(tmp_path):
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+def forked(processes):
+    port = free_port()
+    return "--processes", processes, "--master-bind-port", port, "--master-port", port
+
+
+def free_port():
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        return probe.getsockname()[1]
+
+
+TEXTS = [f"prompt {index} " + "word " * (index % 5) for index in range(500)]
+
+
+def check_complete(bench, server, texts, summary):
+    """Every prompt once, in the file and at the server; totals and percentiles that follow from the rows."""
+    rows, truth = bench.rows(), server.truth()
+    assert sorted(int(row["index"]) for row in rows) == list(range(len(texts)))
+    assert {row["status"] for row in rows} == {"success"}
+    assert truth["texts"] == dict.fromkeys(texts, 1)
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert sum(int(row[name]) for row in rows) == truth["tokens"][name]
+        assert all(int(row[name]) == truth["usage"][texts[int(row["index"])]][name] for row in rows)
+    latencies = [float(row["latency_ms"]) for row in rows]
+    quantiles = statistics.quantiles(latencies, n=100, method="inclusive")
+    for q in (50, 90, 99):
+        (shown,) = re.findall(rf"Latency p{q} \(ms\) +([\d.]+)", summary)
+        assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.00051)
+    assert f"{len(texts)} of {len(texts)} prompts answered, 0 not" in summary
+    return rows, truth
+
+
+def late_by(rows, truth, texts):
+    return [float(row["latency_ms"]) - truth["took_ms"][texts[int(row["index"])]] for row in rows]
+
+
+@needs_locust
+def test_one_process(bench, serve):
+    server = serve("--delay-ms", "200")
+    bench.corpus(TEXTS)
+    code, out, err = bench.run(server, 500, "--csv", bench.path / "own", OPENAI_API_KEY=CANARY)
+    rows, truth = check_complete(bench, server, TEXTS, out)
+    assert (code, "Traceback" in err, "ERROR" in err) == (0, False, False)
+    assert truth["most"] == 500, "all prompts are in flight at once when users = prompts"
+    assert truth["authorization"] == {f"Bearer {CANARY}": 500}
+    assert all(row["new_connection"] == "1" and row["cached_tokens"] == "2" for row in rows)
+    assert all(row["ttft_ms"] == row["queue_ms"] == row["error"] == "" for row in rows)
+    late = late_by(rows, truth, TEXTS)
+    assert min(late) > -1
+    assert statistics.median(late) < statistics.median(truth["took_ms"].values()) / 2
+    own = {row["Name"]: row for row in table(bench.path / "own_stats.csv")}
+    assert {name: int(row["Request Count"]) for name, row in own.items()} == {
+        "/v1/chat/completions": 500,
+        "prompt_tokens": 500,
+        "completion_tokens": 500,
+        "Aggregated": 500,
+    }
+
+
+@needs_locust
+def test_forked_workers(bench, serve):
+    server = serve()
+    bench.corpus(TEXTS)
+    code, out, err = bench.run(server, 500, *forked(3), "--json")
+    check_complete(bench, server, TEXTS, err)
+    assert {entry["name"]: entry["num_requests"] for entry in json.loads(out.split("[]\n")[-1])} == {
+        "/v1/chat/completions": 500,
+        "prompt_tokens": 500,
+        "completion_tokens": 500,
+    }
+    assert (code, "Traceback" in err) == (0, False)
+
+
+def start_many(bench, server, users, workers, *arguments, **environment):
+    port = free_port()
+    master = bench.start(
+        *("--headless", "--host", server.url, "-u", users, "-r", users, "--master", "--master-bind-host"),
+        *("127.0.0.1", "--master-bind-port", port, "--expect-workers", workers, *arguments),
+        **environment,
+    )
+    return master, [start_worker(bench, port) for _ in range(workers)], port
+
+
+def start_worker(bench, port):
+    nowhere = {"REQUESTS_FILE": "/nonexistent", "RESULTS_CSV": "/nonexistent/results.csv"}
+    return bench.start("--worker", "--master-host", "127.0.0.1", "--master-port", port, **nowhere)
+
+
+@needs_locust
+def test_workers_started_by_hand(bench, serve):
+    server = serve("--delay-ms", "300")
+    bench.corpus(TEXTS)
+    master, workers, _ = start_many(bench, server, 500, 4, OPENAI_API_KEY=CANARY)
+    code, out, err = bench.finish(master)
+    _, truth = check_complete(bench, server, TEXTS, out)
+    assert truth["authorization"] == {f"Bearer {CANARY}": 500}
+    assert code == 0
+    assert "Traceback" not in err
+    assert [worker.wait(WAIT_S) for worker in workers] == [0] * 4
+
+
+@needs_locust
+def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, serve):
+    server = serve("--delay-ms", "100")
+    texts = TEXTS[:300]
+    bench.corpus(texts)
+    master, workers, port = start_many(bench, server, 16, 4, "--stop-timeout", 5)
+    server.wait_for(20)
+    late = start_worker(bench, port)
+    workers[1].send_signal(signal.SIGTERM)
+    wait_until(lambda: "(index 4) reported as ready" in (bench.path / "0.err").read_text("utf-8"))
+    assert workers[1].wait(WAIT_S) == 0
+    server.wait_for(150)
+    workers[0].kill()
+    code, out, err = bench.finish(master)
+    assert "Traceback" not in bench.finish(late)[2]
+    rows, truth = bench.rows(), server.truth()
+    assert sorted(int(row["index"]) for row in rows) == list(range(300))
+    kinds = Counter(row["error_kind"] for row in rows)
+    assert set(kinds) == {"", "worker_lost"}
+    assert 1 <= kinds["worker_lost"] <= 20, "what the killed one held, and no more"
+    assert max(truth["texts"].values()) == 1
+    answered = {texts[int(row["index"])] for row in rows if row["status"] == "success"}
+    assert answered <= truth["texts"].keys()
+    assert f"{300 - kinds['worker_lost']} of 300 prompts answered" in out
+    assert re.search(rf"! worker_lost +{kinds['worker_lost']}  ", out)
+    assert (code, "Traceback" in err) == (1, False)
+
+
+@needs_locust
+def test_fewer_and_more_users_than_prompts(bench, serve):
+    server, texts = serve("--delay-ms", "5"), TEXTS[:50]
+    bench.corpus(texts)
+    code, out, err = bench.run(server, 3)
+    rows, truth = check_complete(bench, server, texts, out)
+    assert "each takes the next prompt until none is left" in err
+    assert (code, truth["most"], truth["connections"]) == (0, 3, 3 + 1)
+    assert statistics.median(late_by(rows, truth, texts)) < statistics.median(truth["took_ms"].values()) / 2
+    assert Counter(row["new_connection"] for row in rows) == {"1": 3, "0": 47}
+
+    server = serve("--delay-ms", "5")
+    bench.results.unlink()
+    code, out, err = bench.run(server, 80)
+    check_complete(bench, server, texts, out)
+    assert "the extra users stop at once" in err
+    assert code == 0
+
+
+FAULTS = {
+    "http_429": "http_429",
+    "http_500": "http_500",
+    "http_302": "http_302",
+    "reset": "reset",
+    "closed": "closed",
+    "truncated": "closed",
+    "garbage": "other",
+    "bad_json": "bad_json",
+    "not_utf8": "not_utf8",
+    "no_choices": "no_choices",
+    "null": "no_choices",
+    "error_body": "error_body",
+    "empty": "empty",
+    "hang": "timeout",
+    "no_usage": "",
+    "mad_usage": "",
+    "gzip": "",
+    "no_length": "",
+    "interim": "",
+    "says_close": "",
+}
+
+
+@needs_locust
+def test_faults_are_counted_under_their_names_and_show_no_secret(bench, serve):
+    server = serve()
+    texts = [f"[fault:{fault}] {n}" for n in range(3) for fault in [*FAULTS, ""]]
+    bench.corpus(texts)
+    code, out, err = bench.run(
+        server,
+        3,
+        "--html",
+        bench.path / "r.html",
+        OPENAI_API_KEY=CANARY,
+        REQUEST_TIMEOUT="0.7",
+        SYSTEM_PROMPT="",
+    )
+    rows = bench.rows()
+    assert sorted(int(row["index"]) for row in rows) == list(range(len(texts)))
+    for row in rows:
+        fault = [*FAULTS, ""][int(row["index"]) % (len(FAULTS) + 1)]
+        kind = FAULTS.get(fault, "")
+        outside = kind.startswith("http_") or kind in ("reset", "closed", "other", "timeout")
+        assert (row["error_kind"], fault) == (kind, fault)
+        assert row["status"] == ("success" if not kind else "http_error" if outside else "decode_error")
+        assert (row["total_tokens"] == "") == (bool(kind) or "usage" in fault)
+        assert not re.search(r"[\x00-\x1f\x7f]", row["error"])
+        assert float(row["latency_ms"]) < 2000
+    assert "(Retry-After: 7)" in next(row["error"] for row in rows if row["error_kind"] == "http_429")
+    assert next(row["error"] for row in rows if row["error_kind"] == "error_body").startswith("'=cmd")
+    assert re.search(
+        r"! http_429 +3  first: HTTP 429 \(Retry-After: 7\): refused Bearer \*\*\* red line\n", out
+    )
+    assert (code, "Traceback" in err) == (1, False)
+    assert server.truth()["authorization"].keys() == {f"Bearer {CANARY}"}
+    assert [
+        path.name for path in bench.path.rglob("*") if path.is_file() and CANARY in path.read_text("utf-8")
+    ] == []
+
+
+STALE = """
+import json, sys, time, types
+import locust_batch as lb
+settings = lb.settings_from(types.SimpleNamespace(**{n: d for n, d, _ in lb.OPTIONS}), sys.argv[1])
+wire = lb.Wire(settings, None)
+for text in ("[fault:just_closes]", "a", "b"):
+    wire.call(lb.Template(settings).payload(lb.parse_line(0, json.dumps({"text": text}).encode())))
+    print(wire.fresh)
+    time.sleep(0.3)
+"""
+
+
+@needs_locust
+def test_a_connection_that_the_server_has_closed_is_not_used_again(serve):
+    command = [sys.executable, "-c", STALE, serve().url]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=WAIT_S).stdout
+    assert out.split() == ["True", "True", "False"]
+
+
+@needs_locust
+def test_no_server_at_all(bench):
+    bench.corpus(TEXTS[:5])
+    nobody = types.SimpleNamespace(url=f"http://127.0.0.1:{free_port()}")
+    code, out, err = bench.run(nobody, 5)
+    assert [(row["error_kind"], row["latency_ms"], row["sent_s"]) for row in bench.rows()] == [
+        ("connect_refused", "", "")
+    ] * 5
+    assert "0 of 5 prompts answered, 5 not" in out
+    assert (code, "Traceback" in err) == (1, False)
+
+
+BAD_INPUT = {
+    "missing corpus": ({"REQUESTS_FILE": "nothing.jsonl"}, "nothing.jsonl: No such file"),
+    "empty corpus": ({"REQUESTS_FILE": "empty.jsonl"}, "empty.jsonl: holds no prompt"),
+    "broken corpus": ({"REQUESTS_FILE": "broken.jsonl"}, "broken.jsonl: line 2 is not JSON"),
+    "no host": ({"HOST": ""}, "no server: give it with --host"),
+    "bad host": ({"HOST": "localhost"}, "--host is not a URL"),
+    "bad JSON": ({"EXTRA_BODY": "{"}, "--extra-body is not JSON"),
+    "not a number": ({"MAX_TOKENS": "lots"}, "--max-tokens is not a whole number"),
+    "unwritable results": ({"RESULTS_CSV": "empty.jsonl/r.csv"}, "--results-csv empty.jsonl/r.csv"),
+    "other results": ({"RESULTS_CSV": "broken.jsonl"}, "has other columns"),
+    "forked": ({"REQUESTS_FILE": "nothing.jsonl", "PROCESSES": "2"}, "nothing.jsonl: No such file"),
+}
+
+
+@needs_locust
+def test_bad_input_is_one_line_and_writes_nothing(bench):
+    bench.corpus(["a"])
+    (bench.path / "empty.jsonl").write_text("\n\n", "utf-8")
+    (bench.path / "broken.jsonl").write_text('{"text": "a"}\n{"text"\n', "utf-8")
+    before = sorted(path.name for path in bench.path.iterdir())
+    started = []
+    for environment, complaint in BAD_INPUT.values():
+        environment = {"HOST": "http://127.0.0.1:1", **environment}
+        host, processes = environment.pop("HOST"), environment.pop("PROCESSES", 0)
+        options = (["--host", host] if host else []) + (list(forked(processes)) if processes else [])
+        started.append((bench.start("--headless", "-L", "ERROR", *options, **environment), complaint))
+    for process, complaint in started:
+        code, out, err = bench.finish(process)
+        ours = [line for line in err.splitlines() if line and "missing file descriptor" not in line]
+        assert (code, out, len(ours), complaint in ours[0]) == (2, "", 1, True), err
+        assert ours[0].startswith("locust_batch: error: ")
+    names = sorted(path.name for path in bench.path.iterdir() if not re.match(r"\d+\.(out|err)$", path.name))
+    assert names == before
+
+
+@needs_locust
+def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, serve):
+    server = serve("--fault", "hang")
+    bench.corpus(TEXTS[:50])
+    code, out, err = bench.run(server, 4, "--run-time", "1s", *forked(2))
+    assert [row["error_kind"] for row in bench.rows()] == ["aborted"] * 4
+    assert all(float(row["latency_ms"]) > 0 for row in bench.rows())
+    assert re.search(r"! never sent +46  ", out)
+    assert (code, "Traceback" in err) == (1, False)
+
+
+@needs_locust
+def test_run_time_with_stop_timeout_lets_what_is_in_flight_finish(bench, serve):
+    server = serve("--delay-ms", "1500")
+    bench.corpus(TEXTS[:50])
+    code, out, _ = bench.run(server, 4, "--run-time", "1s", "--stop-timeout", "20s", *forked(2))
+    assert [row["status"] for row in bench.rows()] == ["success"] * 4
+    assert "4 of 50 prompts answered, 46 not" in out
+    assert code == 1
+
+
+@needs_locust
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
+    server = serve("--delay-ms", "100")
+    bench.corpus(TEXTS)
+    if workers:
+        process, _, _ = start_many(bench, server, 10, workers)
+    else:
+        process = bench.start("--headless", "--host", server.url, "-u", 10, "-r", 10)
+    server.wait_for(60)
+    process.send_signal(signal.SIGINT)
+    code, out, err = bench.finish(process)
+    rows = bench.rows()
+    kinds = Counter(row["error_kind"] for row in rows)
+    assert len({row["index"] for row in rows}) == len(rows)
+    assert kinds[""] >= 40
+    assert set(kinds) <= {"", "aborted"}
+    assert len(rows) == sum(server.truth()["texts"].values()), "a row for everything that was sent"
+    assert f"{kinds['']} of 500 prompts answered" in out
+    assert (code, "Traceback" in err) == (1, False)
+
+
+@needs_locust
+def test_a_second_interrupt_does_not_wait(bench, serve):
+    server = serve("--fault", "hang")
+    bench.corpus(TEXTS[:9])
+    process = bench.start("--headless", "--host", server.url, "-u", 4, "-r", 4, "--stop-timeout", 10 * WAIT_S)
+    server.wait_for(4)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)  # it is waiting for its requests by now; were it not, the test would still hold
+    process.send_signal(signal.SIGINT)
+    code, out, err = bench.finish(process)
+    assert [row["error_kind"] for row in bench.rows()] == ["aborted"] * 4
+    assert re.search(r"! never sent +5  ", out)
+    assert (code, "Traceback" in err) == (1, False)
+
+
+@needs_locust
+def test_forked_workers_end_with_a_master_that_is_killed(bench, serve):
+    server = serve("--fault", "hang")
+    bench.corpus(TEXTS[:4])
+    users = ("--headless", "--host", server.url, "-u", 4, "-r", 4)
+    process = bench.start(*users, *forked(2))
+    server.wait_for(4)
+    process.kill()
+    wait_until(lambda: server.truth()["now_open"] == 1)  # this very question
+
+
+@needs_locust
+def test_a_second_run_appends_and_heals_a_row_cut_short(bench, serve):
+    server = serve()
+    bench.corpus(TEXTS[:3])
+    assert bench.run(server, 3)[0] == 0
+    with bench.results.open("a", encoding="utf-8") as file:
+        file.write("7,12")
+    assert bench.run(server, 3)[0] == 0
+    lines = bench.results.read_text("utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines].count("index") == 1
+    assert Counter(line.split(",")[0] for line in lines) == {"index": 1, "0": 2, "1": 2, "2": 2, "7": 1}
+
+
+def post(url, **form):
+    with urllib.request.urlopen(url, urllib.parse.urlencode(form).encode(), timeout=WAIT_S) as reply:
+        return json.load(reply)
+
+
+def stop(url):
+    try:
+        return post(url + "/stop")
+    except urllib.error.HTTPError:  # a GET on the Locust that runs on Python 3.9
+        with urllib.request.urlopen(url + "/stop", timeout=WAIT_S) as reply:
+            return json.load(reply)
+
+
+def web_names(url):
+    with urllib.request.urlopen(url + "/stats/requests", timeout=WAIT_S) as reply:
+        return {row["name"] for row in json.load(reply)["stats"]}
+
+
+def wait_until(check):
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        with contextlib.suppress(OSError):
+            if check():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@needs_locust
+def test_web_ui_starts_stops_and_starts_again(bench, serve):
+    server = serve("--delay-ms", "200")
+    bench.corpus(TEXTS[:40])
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    process = bench.start(
+        "--host", server.url, "--web-port", port, "--web-host", "127.0.0.1", OPENAI_API_KEY=CANARY
+    )
+    wait_until(lambda: web_names(url) == {"Aggregated"})
+
+    def summaries():
+        return (bench.path / "0.out").read_text("utf-8").count("=== locust_batch: ")
+
+    with urllib.request.urlopen(url, timeout=WAIT_S) as reply:
+        page = reply.read().decode()
+    assert "requests_file" in page
+    assert CANARY not in page
+    assert "openai_api_key" not in page
+
+    assert post(url + "/swarm", user_count=2, spawn_rate=2)["success"]
+    server.wait_for(4)
+    assert stop(url)["success"]
+    wait_until(lambda: summaries() == 1)
+    first = len(bench.rows())
+    assert 4 <= first < 40
+
+    before = sum(server.truth()["texts"].values())
+    assert post(url + "/swarm", user_count=40, spawn_rate=40, max_tokens=9)["success"]
+    wait_until(lambda: summaries() == 2)
+    assert len(bench.rows()) == first + 40
+    assert sum(server.truth()["texts"].values()) - before == 40
+    wait_until(
+        lambda: web_names(url) == {"/v1/chat/completions", "prompt_tokens", "completion_tokens", "Aggregated"}
+    )
+
+    assert post(url + "/swarm", user_count=1, spawn_rate=1, requests_file="gone.jsonl")["success"]
+    wait_until(lambda: "gone.jsonl: No such file" in (bench.path / "0.err").read_text("utf-8"))
+    process.send_signal(signal.SIGINT)
+    _, out, err = bench.finish(process)
+    assert summaries() == 2
+    assert "40 of 40 prompts answered, 0 not" in out
+    assert CANARY not in out + err
+    assert "Traceback" not in err
+
+
+@needs_locust
+def test_help_lists_the_options_and_shows_no_key(bench):
+    bench.command = (str(SCRIPT),)
+    code, out, _ = bench.finish(bench.start("--help", OPENAI_API_KEY=CANARY))
+    assert code == 0
+    assert CANARY not in out
+    for option in ("--requests-file", "--openai-api-key", "--extra-body", "--request-timeout"):
+        assert option in out
