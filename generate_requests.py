@@ -88,6 +88,7 @@ MAX_WORD_CHARS = 14
 MAX_WORD_TOKENS = 4
 MIN_WORDS = 2048  # looked for in a vocabulary before the search stops
 MAX_WORDS = 20_000
+ENOUGH_SHARE = 4  # a quarter of the words wanted is enough to leave foreign alphabets out
 FEW_WORDS = 256  # with fewer words of one token, words of several tokens are used too
 MAX_LEAD_TOKENS = 2  # tokens that all words of an alphabet may begin with, such as a lone space
 WAYS_ENOUGH = 10**18  # more sequences of words than anyone will ask for
@@ -303,6 +304,8 @@ def best_words(words: Sequence[Word], wanted: int) -> list[Word]:
     single = [w for w in words if len(w.ids) == 1]
     usual = main_alphabet(w.text for w in single if not roughness(w)) or main_alphabet(w.text for w in words)
     ranked = sorted(words, key=lambda w: (alphabet(w.text) != usual, roughness(w)))
+    own = [w for w in ranked if alphabet(w.text) == usual and (len(w.ids) == 1 or len(single) < FEW_WORDS)]
+    ranked = own if len(own) >= wanted // ENOUGH_SHARE else ranked
     if len(single) >= FEW_WORDS:
         return [w for w in ranked if len(w.ids) == 1][:wanted]
     costs = range(1, MAX_WORD_TOKENS + 1)

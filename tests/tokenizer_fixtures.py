@@ -126,6 +126,7 @@ BUILDERS = {
     "byte-level": lambda: byte_level(spaced_text(LATIN), 2000),
     "byte-level-digits-apart": lambda: byte_level(spaced_text(LATIN), 1200, digits_apart=True),
     "byte-level-small": lambda: byte_level(spaced_text(LATIN), 512),
+    "byte-level-bilingual": lambda: byte_level(spaced_text(LATIN) + spaced_text(CYRILLIC, 700), 4000),
     "byte-level-cyrillic": lambda: byte_level(spaced_text(CYRILLIC), 1500),
     "byte-level-japanese": lambda: byte_level(unspaced_text(), 1200),
     "bytes-only": lambda: byte_level(["a b c"], 261),
