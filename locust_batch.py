@@ -675,11 +675,7 @@ def target_url(host: Optional[str]) -> str:
     try:
         target = urlsplit(host)
         name = target.hostname or ""
-        if (
-            target.scheme in ("http", "https")
-            and target.port != 0
-            and re.fullmatch(r"[^\s\x00-\x1f/]+", name)
-        ):
+        if target.scheme in ("http", "https") and target.port != 0 and re.fullmatch(r"[^\s\x00-\x1f/]+", name):
             name.encode("idna")
             return host
     except ValueError:
@@ -1062,9 +1058,7 @@ class Desk:
             gevent.spawn(self.leave)
 
     def leave(self) -> None:
-        if (
-            self.options.headless and self.options.csv_prefix
-        ):  # Locust writes them now and then, not at the end
+        if self.options.headless and self.options.csv_prefix:  # Locust writes them now and then, not at the end
             gevent.sleep(CSV_STATS_INTERVAL_SEC * 1.5 + (WORKER_REPORT_INTERVAL if self.distributed else 0))
         if self.options.headless:
             self.runner.quit()
@@ -1098,9 +1092,7 @@ class Desk:
         if not self.distributed:
             run.ledger.release(LOCAL)
         lost = [
-            Record(
-                index, HTTP_ERROR, "worker_lost", "its worker did not report it; the server may have seen it"
-            )
+            Record(index, HTTP_ERROR, "worker_lost", "its worker did not report it; the server may have seen it")
             for index in run.ledger.lost()
         ]
         run.closed = run.ending = True

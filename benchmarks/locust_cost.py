@@ -36,9 +36,7 @@ class Plain(FastHttpUser):
 class Server:
     def __init__(self, delay_ms):
         command = [sys.executable, str(ROOT / "tests" / "locust_server.py"), "--delay-ms", str(delay_ms)]
-        self.process: Any = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{int(next(iter(self.process.stdout or ())))}"
 
     def truth(self):
@@ -93,9 +91,7 @@ def plain_round(options, folder):
 def batch_round(options, folder):
     count = int(options.users * (4 + options.seconds) / max(options.delay_ms, 1) * 1000)
     texts = [f"{index} {TEXT}" for index in range(count)]
-    (folder / "requests.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8"
-    )
+    (folder / "requests.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     results = folder / "results.csv"
     outcome = []
     for seconds in (2, 2 + options.seconds):

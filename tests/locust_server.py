@@ -57,9 +57,7 @@ def reply(fault, text, key):
     """(bytes, close afterwards) for a fault; None bytes: reset the connection."""
     good = chat(text)
     if fault.startswith("http_"):
-        return whole(
-            int(fault[5:]), error(f"refused {key} \x1b[31mred\x1b[0m\nline"), "Retry-After: 7\r\n"
-        ), False
+        return whole(int(fault[5:]), error(f"refused {key} \x1b[31mred\x1b[0m\nline"), "Retry-After: 7\r\n"), False
     return {
         "": lambda: (whole(200, good), False),
         "reset": lambda: (None, True),

@@ -31,9 +31,7 @@ SERVER = ROOT / "tests" / "locust_server.py"
 CANARY = "sk-canary-9f3b7c"
 WAIT_S = 50
 
-needs_locust = pytest.mark.skipif(
-    importlib.util.find_spec("locust") is None, reason="locust is not installed"
-)
+needs_locust = pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed")
 
 
 # --- The pure rooms: imported without Locust, which would patch this whole process for gevent ---
@@ -161,9 +159,7 @@ def test_request_holds_what_was_asked_for_and_nothing_else(lb, settings):
 def test_request_options(lb, settings):
     given = {"system_prompt": "", "max_tokens": "16", "temperature": "0", "openai_api_key": " k\n"}
     extra = {"extra_body": '{"temperature": 1, "min_p": 0.1}', "openai_endpoint_path": "x y"}
-    head, body = body_of(
-        lb, settings, {"text": "hi", "output_tokens": 3}, host="https://h/base/", **given, **extra
-    )
+    head, body = body_of(lb, settings, {"text": "hi", "output_tokens": 3}, host="https://h/base/", **given, **extra)
     assert head.startswith("POST /base/x%20y HTTP/1.1\r\nHost: h\r\n")
     assert "\r\nAuthorization: Bearer k\r\n" in head
     assert body.pop("messages") == [{"role": "user", "content": "hi"}]
@@ -234,9 +230,7 @@ GOOD = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
     ],
 )
 def test_what_an_answer_amounts_to(lb, status, body, kind):
-    outcome = lb.read_answer(
-        lb.Answer(status, body if isinstance(body, bytes) else json.dumps(body).encode())
-    )
+    outcome = lb.read_answer(lb.Answer(status, body if isinstance(body, bytes) else json.dumps(body).encode()))
     assert (outcome.error_kind, outcome.http_status) == (kind, status)
     assert outcome.status == ("success" if kind is None else "decode_error" if status < 300 else "http_error")
     assert (outcome.error is None) == (kind is None)
@@ -299,9 +293,7 @@ def test_ledger_with_one_each_never_deals_a_worker_more_than_its_users_take(lb):
         ledger = lb.Ledger(range(prompts), plan)
         dealt = [len(ledger.grant(worker, 0, 10_000)) for worker in range(workers)]
         assert max(dealt) <= plan.share <= users // workers
-        taken = sum(
-            len(ledger.grant(worker, users // workers + 1 - dealt[worker], 0)) for worker in range(workers)
-        )
+        taken = sum(len(ledger.grant(worker, users // workers + 1 - dealt[worker], 0)) for worker in range(workers))
         assert sum(dealt) + taken == prompts
 
 
@@ -637,14 +629,10 @@ def test_faults_are_counted_under_their_names_and_show_no_secret(bench, serve):
         assert float(row["latency_ms"]) < 2000
     assert "(Retry-After: 7)" in next(row["error"] for row in rows if row["error_kind"] == "http_429")
     assert next(row["error"] for row in rows if row["error_kind"] == "error_body").startswith("'=cmd")
-    assert re.search(
-        r"! http_429 +3  first: HTTP 429 \(Retry-After: 7\): refused Bearer \*\*\* red line\n", out
-    )
+    assert re.search(r"! http_429 +3  first: HTTP 429 \(Retry-After: 7\): refused Bearer \*\*\* red line\n", out)
     assert (code, "Traceback" in err) == (1, False)
     assert server.truth()["authorization"].keys() == {f"Bearer {CANARY}"}
-    assert [
-        path.name for path in bench.path.rglob("*") if path.is_file() and CANARY in path.read_text("utf-8")
-    ] == []
+    assert [path.name for path in bench.path.rglob("*") if path.is_file() and CANARY in path.read_text("utf-8")] == []
 
 
 STALE = """
@@ -829,9 +817,7 @@ def test_web_ui_starts_stops_and_starts_again(bench, serve):
     bench.corpus(TEXTS[:40])
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    process = bench.start(
-        "--host", server.url, "--web-port", port, "--web-host", "127.0.0.1", OPENAI_API_KEY=CANARY
-    )
+    process = bench.start("--host", server.url, "--web-port", port, "--web-host", "127.0.0.1", OPENAI_API_KEY=CANARY)
     wait_until(lambda: web_names(url) == {"Aggregated"})
 
     def summaries():
@@ -855,9 +841,7 @@ def test_web_ui_starts_stops_and_starts_again(bench, serve):
     wait_until(lambda: summaries() == 2)
     assert len(bench.rows()) == first + 40
     assert sum(server.truth()["texts"].values()) - before == 40
-    wait_until(
-        lambda: web_names(url) == {"/v1/chat/completions", "prompt_tokens", "completion_tokens", "Aggregated"}
-    )
+    wait_until(lambda: web_names(url) == {"/v1/chat/completions", "prompt_tokens", "completion_tokens", "Aggregated"})
 
     assert post(url + "/swarm", user_count=1, spawn_rate=1, requests_file="gone.jsonl")["success"]
     wait_until(lambda: "gone.jsonl: No such file" in (bench.path / "0.err").read_text("utf-8"))
