@@ -1111,7 +1111,7 @@ class Vocabulary:
     def kit(self, frame: Frame, wanted: int) -> Kit:
         anchor, words = self._words(wanted)
         chosen = best_words(words, wanted)
-        names = dict.fromkeys(text for word in words for text in (word.text, word.text.capitalize()))
+        names = dict.fromkeys(text for word in chosen for text in (word.text, word.text.capitalize()))
         starters, head, tail_tokens = self._starters(frame, anchor, list(names))
         if not chosen or not starters:
             raise Refused("the vocabulary holds no plain words to build prompts from - use another tokenizer")
@@ -1307,18 +1307,18 @@ class ExactPrompts:
     def _new_shared(self, group: int) -> SharedPrefix:
         """A prefix of exactly the right length, measured in front of a word that may follow it."""
         composer, extra, take = self._composer, 0, 0
-        place = after = composer.prefix_tokens
-        follower = Word("", ())
-        if not composer.whole:
-            follower = composer.head(group)
-            after = place + len(follower.ids) - composer.lead + self._kit.tail_tokens
-        for _ in range(ATTEMPTS):
+        place = composer.prefix_tokens
+        for attempt in range(1, ATTEMPTS + 1):
+            follower = Word("", ()) if composer.whole else composer.head(group, take)
             text = composer.prefix(group, extra, take)
             ids = self._frame.measure([f"{text} {follower.text}".rstrip()])[0]
-            off = len(ids) - after
+            after = 0 if composer.whole else len(follower.ids) - composer.lead + self._kit.tail_tokens
+            off = len(ids) - place - after
             if not off and (composer.whole or ids[place] == follower.ids[composer.lead]):
                 return SharedPrefix(text, ids[:place])
-            extra, take = (extra - off, take) if off and abs(extra - off) < place else (0, take + 1)
+            extra -= off
+            if not off or attempt % ATTEMPTS_PER_TAKE == 0:
+                extra, take = 0, take + 1
         raise Refused(
             f"a shared prefix of exactly {place} tokens cannot be made with this tokenizer - "
             "use another --prefix-overlap or --approx-input-tokens"
