@@ -148,6 +148,8 @@ WAITING_SHARE = 0.10  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
 LAG_SHARE = 0.02  # of the median latency
 MERGED_LIMIT = 0.05
+MOST_TOKENS = 1 << 40  # a count beyond it is no count
+ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 PROMPT_LENGTH_TOLERANCE = 0.10
 
 # === 2. Types ===
@@ -2020,7 +2022,7 @@ ABORTED_REASONS = ("abort", "error", "cancelled")  # finish_reasons that mean: n
 
 
 def _whole_number(value: Any) -> Optional[int]:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None
 
 
 def usage_of(usage: Any) -> dict[str, Any]:
@@ -2042,25 +2044,26 @@ def usage_of(usage: Any) -> dict[str, Any]:
     }
 
 
-def error_text(body: Any) -> Optional[str]:
+def error_text(body: Any, levels: int = ERROR_LEVELS) -> Optional[str]:
     """The message of an error body in any of the forms servers send; None when it is no error.
 
     >>> error_text({"error": {"message": "no such model"}}), error_text({"detail": [{"msg": "bad"}]})
     ('no such model', 'bad')
     """
-    if isinstance(body, list):
-        return next((text for text in map(error_text, body) if text), None)
-    if not isinstance(body, dict):
+    if isinstance(body, list) and levels:
+        return next((text for item in body for text in [error_text(item, levels - 1)] if text), None)
+    if not isinstance(body, dict) or not levels:
         return None
-    error = body.get("error")
-    if error:
-        return error if isinstance(error, str) else error_text(error) or json.dumps(error)
-    if body.get("choices"):
-        return None
-    for key in ("message", "detail", "msg"):
-        if body.get(key):
-            return body[key] if isinstance(body[key], str) else error_text(body[key]) or json.dumps(body[key])
-    return None
+    keys = ("error",) if body.get("choices") else ("error", "message", "detail", "msg")
+    said = next((body[key] for key in keys if body.get(key)), None)
+    if said is None or isinstance(said, str):
+        return said
+    return error_text(said, levels - 1) or glimpse(said)
+
+
+def glimpse(value: Any) -> str:
+    """The start of a value as JSON, however large or deep it is."""
+    return "".join(itertools.islice(json.JSONEncoder().iterencode(value), ERROR_TEXT_CHARS))[:ERROR_TEXT_CHARS]
 
 
 def error_body_text(data: bytes) -> str:
@@ -2114,7 +2117,7 @@ def read_completion(body: Any) -> Answer:
         return Answer(failure=_failed("error_body", message))
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return Answer(failure=_failed("no_choices", f"no choices in {json.dumps(body)[:120]}"))
+        return Answer(failure=_failed("no_choices", f"no choices in {glimpse(body)[:120]}"))
     counts = usage_of(body.get("usage"))
     finish = choices[0].get("finish_reason")
     if not isinstance(finish, str):
@@ -2252,7 +2255,7 @@ class StreamReader:
             return
         message = error_text(body)
         if message or name == b"error":
-            self._fail("stream_error", message or json.dumps(body))
+            self._fail("stream_error", message or glimpse(body))
         elif not isinstance(body, dict):
             self._fail("bad_event", f"an event that is no JSON object: {data[:120]!r}")
         else:
