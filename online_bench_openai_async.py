@@ -132,6 +132,7 @@ HELD_BYTES = 64 * 1024  # and memory
 LAZY_STREAMS = 48  # from here on streams are read in ticks
 LAZY_TICK_S = 0.002
 LEAST_TICK_S = 0.0005
+LATE_LOOP_S = 0.02  # a timer this late says that the event loop was held up
 TICKS_PER_GAP = 5  # the tick stays this far below the gap between tokens
 RATE_WINDOW_S = 0.1
 SPARE_DESCRIPTORS = 64
@@ -1315,6 +1316,7 @@ _TIMESPEC = struct.Struct("@ll")
 _ANCILLARY_BYTES = 128 if sys.platform == "win32" else socket.CMSG_SPACE(_TIMESPEC.size)
 _READABLE, _WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _MESSAGE_END = b"\r\n\r\n"
+_TOLD = (b"content-encoding", b"retry-after")
 
 
 class Reader(Protocol):
@@ -1370,6 +1372,7 @@ class Exchange:
         self.sent_ns: Optional[int] = None
         self.last_ns: Optional[int] = None  # the newest arrival
         self.status: Optional[int] = None
+        self.retry_after = ""
         self.new_connection: Optional[bool] = None
         self.reconnects = 0
         self.reads = 0
@@ -1378,8 +1381,14 @@ class Exchange:
         self.failure: Optional[Failure] = None
         self._inflate: Any = None
 
-    def head(self, status: int, encoding: str) -> None:
+    @property
+    def settled(self) -> bool:
+        """Whether nothing that could still come, or fail to, would matter."""
+        return self.reader.complete and self.status == 200
+
+    def head(self, status: int, encoding: str, retry_after: str) -> None:
         self.status = status
+        self.retry_after = retry_after
         if encoding in ("gzip", "x-gzip", "deflate"):
             zlib = importlib.import_module("zlib")
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -1398,7 +1407,7 @@ class Exchange:
 
     def _inflated(self, data: bytes) -> bytes:
         try:
-            plain_data: bytes = self._inflate.decompress(data, MAX_REPLY_BYTES + 1)
+            plain_data: bytes = self._inflate.decompress(data, MAX_REPLY_BYTES - (self.size - len(data)) + 1)
         except Exception as error:  # zlib.error, of a module imported only when a server compresses
             raise WireError("bad_http", f"broken compression: {error}") from None
         self.size += max(0, len(plain_data) - len(data))
@@ -1574,6 +1583,8 @@ class Connection:
                 self._unsent = self._unsent[self.sock.send(self._unsent) :]
         except (BlockingIOError, InterruptedError):
             self._wire.watch(self, _READABLE | _WRITABLE)
+        except ConnectionError:  # it has stopped listening: perhaps it has said why
+            self._wire.watch(self, _READABLE)
         except OSError as error:
             self._broken(error)
 
@@ -1594,30 +1605,29 @@ class Connection:
         except OSError as error:
             self._broken(error)
             return
+        closed = not data
+        if self._tls and data:
+            try:
+                data, closed = self._tls.open(data)
+            except OSError as error:  # ssl.SSLError is one
+                self._broken(error)
+                return
+            if not data and not closed:
+                return  # a session ticket or half a record: nothing was said yet
         exchange = self._exchange
-        if exchange is None or not data:
+        if exchange is None:
             self._ended()
             return
-        if exchange.sent_ns is not None and stamp < exchange.sent_ns:  # the clock was stepped
-            stamp, by_kernel = time.perf_counter_ns(), False
-        exchange.reads += 1
-        exchange.kernel_reads += by_kernel
-        exchange.last_ns = stamp
-        self._wire.reads += 1
-        if self._tls:
-            data, closed = self._unseal(data)
-            if closed:
-                self._hold(stamp, data)
-                self._ended()
-                return
-        self._hold(stamp, data)
-
-    def _unseal(self, data: bytes) -> tuple[bytes, bool]:
-        assert self._tls is not None
-        try:
-            return self._tls.open(data)
-        except OSError:  # ssl.SSLError is one
-            return b"", True
+        if data:
+            if exchange.sent_ns is not None and stamp < exchange.sent_ns:  # the clock was stepped
+                stamp, by_kernel = time.perf_counter_ns(), False
+            exchange.reads += 1
+            exchange.kernel_reads += by_kernel
+            exchange.last_ns = stamp = max(stamp, exchange.last_ns or 0)
+            self._wire.reads += 1
+            self._hold(stamp, data)
+        if closed:
+            self._ended()
 
     def _hold(self, stamp: int, data: bytes) -> None:
         self._stamps.append(stamp)
@@ -1640,8 +1650,14 @@ class Connection:
                 self._finish(error.__context__)
             elif self._exchange is not None:
                 self._finish(WireError("bad_http", f"not an HTTP/1 reply: {error}"))
+            else:
+                self._wire.discard(self)
 
     # --- what the parser calls ---
+
+    def on_message_begin(self) -> None:
+        if self._exchange is None:  # a second reply to one request: the next one would get the rest of it
+            self._wire.discard(self)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
@@ -1654,19 +1670,18 @@ class Connection:
         self._chunked = b"chunked" in headers.get(b"transfer-encoding", b"").lower()
         self._delimited = self._chunked or b"content-length" in headers or status in (204, 304)
         self._keep = self._delimited and self._parser.should_keep_alive()
-        exchange.head(status, headers.get(b"content-encoding", b"").decode("latin-1").strip().lower())
+        encoding, retry_after = (headers.get(name, b"").decode("latin-1").strip() for name in _TOLD)
+        exchange.head(status, encoding.lower(), retry_after)
 
     def on_body(self, data: bytes) -> None:
         if self._exchange is not None:
             self._exchange.body(self._stamp_ns, data)
 
     def on_message_complete(self) -> None:
-        if self._exchange is None:
-            self._keep = False
-        elif self._parser.get_status_code() >= 200:
-            self._finish(None)
-        else:
+        if self._parser.get_status_code() < 200:
             self._headers = {}
+        elif self._exchange is not None:
+            self._finish(None)
 
     # --- ends ---
 
@@ -1691,7 +1706,7 @@ class Connection:
         if self._pieces:
             self._digest()
         if self._exchange is not None:
-            self._finish(WireError("reset" if isinstance(error, ConnectionError) else "other", _reason(error)))
+            self._finish(WireError(*classify(error)))
 
     def _finish(self, error: Optional[WireError]) -> None:
         exchange, waiter = self._exchange, self._waiter
@@ -1947,6 +1962,8 @@ class Watchdog:
         self._give_up = give_up
         # A limit that starts to run only later (the idle one, with the first byte) is met by looking again.
         self._look_again_s = min(timeouts.first_byte_s or math.inf, timeouts.idle_s or math.inf)
+        self._armed_s = loop.time()
+        self._excused_at = -1  # the count of reads when lateness was last excused
         self._handle: Optional[asyncio.TimerHandle] = None
 
     def watch(self, exchange: Exchange) -> None:
@@ -1960,10 +1977,18 @@ class Watchdog:
             quiet_s = (time.perf_counter_ns() - since_ns) / 1e9
             if now_s + limit_s - quiet_s < at_s:
                 at_s, kind, message = now_s + limit_s - quiet_s, name, f"{what} for {limit_s:g} s"
-        if at_s <= now_s:
-            self._give_up(kind, message)
+        late = now_s - self._armed_s > LATE_LOOP_S and self._excused_at != exchange.reads
+        if at_s > now_s:
+            self._arm(min(at_s, now_s + self._look_again_s), exchange)
+        elif late:  # a loop that was held up has not looked at its sockets either, and does so first
+            self._excused_at = exchange.reads
+            self._arm(now_s + LATE_LOOP_S, exchange)
         else:
-            self._handle = self._loop.call_at(min(at_s, now_s + self._look_again_s), self.watch, exchange)
+            self._give_up(kind, message)
+
+    def _arm(self, at_s: float, exchange: Exchange) -> None:
+        self._armed_s = at_s
+        self._handle = self._loop.call_at(at_s, self.watch, exchange)
 
     def stop(self) -> None:
         if self._handle:
@@ -1983,7 +2008,8 @@ _OS_ERRORS: tuple[tuple[str, str], ...] = (
     ("ConnectTimeout", "connect_timeout"),
     ("ServerDisconnectedError", "closed"),
     ("ClientPayloadError", "cut"),
-    ("RemoteProtocolError", "cut"),
+    ("RemoteProtocolError", "bad_http"),
+    ("ClientResponseError", "bad_http"),
     ("ReadTimeout", "idle_timeout"),
     ("WriteTimeout", "timeout"),
     ("PoolTimeout", "timeout"),
@@ -1991,8 +2017,16 @@ _OS_ERRORS: tuple[tuple[str, str], ...] = (
     ("ReadError", "reset"),
     ("ConnectError", "connect_error"),
 )
-_NO_PORT = ("EADDRNOTAVAIL", "no free local port: the machine's ephemeral ports are used up; lower --concurrency")
-_NO_FILE = ("EMFILE", "no free file descriptor: raise `ulimit -n`")
+# What httpx says with one and the same class.
+_SAID: tuple[tuple[str, str], ...] = (("disconnected without", "closed"), ("peer closed", "cut"))
+_NO_FILE = "no free file descriptor: raise `ulimit -n`"
+_CLIENT_LIMITS = {
+    "EADDRNOTAVAIL": "no free local port: the machine's ephemeral ports are used up; lower --concurrency",
+    "EMFILE": _NO_FILE,
+    "ENFILE": _NO_FILE,
+    "ENOBUFS": "no buffer space left in this machine's kernel; lower --concurrency",
+}
+_NO_WAY = ("ENETUNREACH", "EHOSTUNREACH", "ENETDOWN", "EHOSTDOWN")
 
 
 def classify(error: BaseException) -> tuple[str, str]:
@@ -2007,12 +2041,14 @@ def classify(error: BaseException) -> tuple[str, str]:
         if isinstance(cause, WireError):
             return cause.failure.kind, cause.failure.message
         code = importlib.import_module("errno").errorcode.get(getattr(cause, "errno", None) or 0, "")
-        named = dict((_NO_PORT, _NO_FILE)).get(code)
-        if named:
-            return "client_limit", named
+        if code in _CLIENT_LIMITS:
+            return "client_limit", _CLIENT_LIMITS[code]
+        if code in _NO_WAY:
+            return "unreachable", _reason(cause)
         for base in type(cause).__mro__:
             if base.__name__ in kinds:
-                return kinds[base.__name__], _reason(cause)
+                said = next((kind for words, kind in _SAID if words in str(cause)), kinds[base.__name__])
+                return said, _reason(cause)
     return "other", f"{type(error).__name__}: {_reason(error)}"
 
 
@@ -2140,6 +2176,7 @@ def _verdict(finish: Optional[str], has_text: bool, counts: Mapping[str, Any]) -
 
 _FAST_DELTA = b'"delta":{"content":"'
 _FAST_END = b'"finish_reason":null'
+_FINISH_REASON = b'"finish_reason"'  # once: of several choices each has its own
 _QUOTE = ord('"')
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STREAM_HEAD_BYTES = 4096
@@ -2155,6 +2192,7 @@ def is_plain_content(event: bytes) -> bool:
         and event.endswith(b"}")
         and event[at + len(_FAST_DELTA)] != _QUOTE
         and _FAST_END in event
+        and event.count(_FINISH_REASON) == 1
         and b'"usage":{' not in event
         and b'"error"' not in event
         and b"\n" not in event
@@ -2186,7 +2224,7 @@ class StreamReader:
 
     def __init__(self) -> None:
         self.complete = False
-        self._tail = b""
+        self._tail = bytearray()
         self._after_cr = False
         self._stamp_ns = 0
         self._first_ns: Optional[int] = None
@@ -2208,8 +2246,14 @@ class StreamReader:
             data = self._opened(data)
         if b"\r" in data or self._after_cr:
             data = self._unix(data)
-        events = (self._tail + data).split(b"\n\n")
-        self._tail = events.pop()
+        if self._tail:
+            seam = len(self._tail) - 1
+            self._tail += data
+            if self._tail.find(b"\n\n", seam) < 0:
+                return  # so that an event of megabytes is looked through once, not once a packet
+            data = bytes(self._tail)
+        *events, tail = data.split(b"\n\n")
+        self._tail = bytearray(tail)
         before = self._chunks
         for event in events:
             self._event(stamp_ns, event)
@@ -2228,9 +2272,11 @@ class StreamReader:
         return data[len(BYTE_ORDER_MARK) :] if data.startswith(BYTE_ORDER_MARK) else data
 
     def _unix(self, data: bytes) -> bytes:
-        if self._after_cr and data.startswith(b"\n"):
+        if not data:
+            return data
+        after_cr, self._after_cr = self._after_cr, data.endswith(b"\r")
+        if after_cr and data.startswith(b"\n"):
             data = data[1:]
-        self._after_cr = data.endswith(b"\r") if data else self._after_cr
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _event(self, stamp_ns: int, event: bytes) -> None:
@@ -2298,8 +2344,8 @@ class StreamReader:
         self._failure = self._failure or _failed(kind, message)
 
     def answer(self) -> Answer:
-        if self._tail.strip(b"\n"):
-            tail, self._tail = self._tail, b""
+        tail, self._tail = bytes(self._tail), bytearray()
+        if tail.strip(b"\n"):
             self._last_words(tail)
         failure = self._failure or self._ending()
         counts = dict(self._counts)
@@ -2435,6 +2481,8 @@ class Wire(Protocol):
 
     async def read(self, exchange: Exchange, stream: Any) -> None: ...
 
+    async def limited(self, exchange: Exchange, call: Coroutine[Any, Any, None]) -> None: ...
+
     @property
     def kernel_clock(self) -> bool: ...
 
@@ -2475,6 +2523,10 @@ class StopwatchTransport(StopwatchWire):
     async def read(self, exchange: Exchange, stream: Any) -> None:
         """Nothing is left to read: the call returned when the reply was whole."""
 
+    async def limited(self, exchange: Exchange, call: Coroutine[Any, Any, None]) -> None:
+        """Its limits are kept below, by the watchdog of each connection."""
+        await call
+
 
 def http_request(method: str, url: str, headers: Sequence[tuple[str, str]], content: bytes) -> bytes:
     """An HTTP/1.1 request as bytes."""
@@ -2512,11 +2564,8 @@ class SdkTransport:
             max_keepalive_connections=self._concurrency,
             keepalive_expiry=4.0,  # below the 5 s after which the usual servers close
         )
-        times = self._timeouts
-        quiet_s = min(times.idle_s or times.total_s, times.total_s)
         options = {
             "limits": limits,
-            "timeout": httpx.Timeout(times.total_s, connect=times.connect_s, read=quiet_s),
             "trust_env": self._trust_env,
             "follow_redirects": False,
             "verify": tls_context(self._origin) if self._origin.tls else False,
@@ -2527,21 +2576,45 @@ class SdkTransport:
         ):
             with contextlib.suppress(RuntimeError, TypeError, ImportError):
                 if base is not None:
-                    return self._tapped(base)(**options)
+                    return self._tapped(base, httpx)(**options)
         raise RunError("no usable HTTP client comes with this openai; pip install -U openai")
 
-    def _tapped(self, base: Any) -> Any:
+    def _tapped(self, base: Any, httpx: ModuleType) -> Any:
+        # Of its own time-outs only the one to connect: the watchdog has the others, as in the stopwatch.
+        limits = {"connect": self._timeouts.connect_s, "read": None, "write": None, "pool": None}
+
         class Client(base):  # type: ignore[misc]
             async def send(self, request: Any, **options: Any) -> Any:
                 exchange = _EXCHANGE.get()
+                request.extensions = {**request.extensions, "timeout": limits}
                 exchange.sent_ns = time.perf_counter_ns()
                 response = await super().send(request, **{**options, "stream": True})
-                exchange.head(response.status_code, response.headers.get("content-encoding", "").lower())
-                if response.status_code >= 300:
-                    exchange.error_body += (await response.aread())[:ERROR_BODY_BYTES]
-                return response
+                exchange.last_ns = time.perf_counter_ns()
+                exchange.reads += 1
+                told = (response.headers.get(name.decode(), "") for name in _TOLD)
+                exchange.head(response.status_code, *told)
+                if 200 <= response.status_code < 300:
+                    return response
+                exchange.error_body += await start_of(response)
+                return httpx.Response(response.status_code, content=bytes(exchange.error_body), request=request)
 
         return Client
+
+    async def limited(self, exchange: Exchange, call: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(call)
+
+        def give_up(kind: str, message: str) -> None:
+            if not exchange.settled:
+                exchange.failure = Failure("http_error", kind, message)
+            task.cancel()
+
+        loop = asyncio.get_running_loop()
+        watchdog = Watchdog(loop, self._timeouts, loop.time() + self._timeouts.total_s, give_up)
+        watchdog.watch(exchange)
+        try:
+            await task
+        finally:
+            watchdog.stop()
 
     async def turn(self) -> None:
         """Its own queue is the event loop's."""
@@ -2550,14 +2623,34 @@ class SdkTransport:
         """It opens connections when it needs them."""
 
     async def read(self, exchange: Exchange, stream: Any) -> None:
-        async for data in stream.response.aiter_raw():
-            stamp = time.perf_counter_ns()
-            exchange.reads += 1
-            exchange.last_ns = stamp
-            exchange.body(stamp, data)
+        arrivals = stream.response.aiter_raw()
+        try:
+            async for data in arrivals:
+                stamp = time.perf_counter_ns()
+                exchange.reads += 1
+                exchange.last_ns = stamp
+                exchange.body(stamp, data)
+        finally:  # else a reply that is not read to its end keeps its connection
+            await arrivals.aclose()
+            await stream.response.aclose()
 
     async def aclose(self) -> None:
         """The SDK's client closes its own."""
+
+
+async def start_of(response: Any) -> bytes:
+    """As much of a body as is kept of an error."""
+    body = b""
+    pieces = response.aiter_bytes()
+    try:
+        async for piece in pieces:
+            body += piece
+            if len(body) >= ERROR_BODY_BYTES:
+                break
+    finally:
+        await pieces.aclose()
+        await response.aclose()
+    return body[:ERROR_BODY_BYTES]
 
 
 def proxy_for(url: str) -> Optional[str]:
@@ -2631,13 +2724,12 @@ class Sender:
         body = request_body(self._config, self.dialect, request)
         await self.wire.turn()
         try:
-            await asyncio.wait_for(self._call(exchange, body), None if self.wire.kernel_clock else self._config.timeout)
+            await self.wire.limited(exchange, self._call(exchange, body))
         except asyncio.CancelledError:
-            exchange.failure = Failure("http_error", "aborted", "stopped before the reply had ended")
-        except asyncio.TimeoutError:
-            exchange.failure = Failure("http_error", "timeout", f"no reply within {self._config.timeout:g} s")
+            aborted = Failure("http_error", "aborted", "stopped before the reply had ended")
+            exchange.failure = exchange.failure or (None if exchange.settled else aborted)
         except Exception as error:  # whatever a transport raises, the request failed and the run goes on
-            if not (exchange.reader.complete and exchange.status == 200):
+            if not exchange.settled:
                 exchange.failure = self._failure(exchange, error)
         return reply_of(exchange)
 
@@ -2668,7 +2760,8 @@ def reply_of(exchange: Exchange) -> Reply:
     failure = exchange.failure
     if exchange.status is not None and failure is None and not 200 <= exchange.status < 300:
         text = error_body_text(bytes(exchange.error_body)) or "no message"
-        failure = Failure("http_error", f"http_{exchange.status}", f"HTTP {exchange.status}: {text}"[:ERROR_TEXT_CHARS])
+        later = f" (Retry-After: {plain(exchange.retry_after, 40)})" if exchange.retry_after else ""
+        failure = Failure("http_error", f"http_{exchange.status}", plain(f"HTTP {exchange.status}{later}: {text}"))
     elif failure is None:
         answer = exchange.reader.answer()
         end_ns = exchange.last_ns or end_ns
