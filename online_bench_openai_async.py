@@ -1735,7 +1735,7 @@ class Connection:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{getattr(error, 'strerror', None) or error or type(error).__name__}"
+    return f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
 
 class StopwatchWire:
@@ -2037,9 +2037,12 @@ def classify(error: BaseException) -> tuple[str, str]:
     while seen is not None and seen not in chain:
         chain.append(seen)
         seen = seen.__cause__ or seen.__context__
-    for cause in reversed(chain):
+    for cause in chain:
         if isinstance(cause, WireError):
             return cause.failure.kind, cause.failure.message
+    if isinstance(chain[-1], (TimeoutError, asyncio.TimeoutError, asyncio.CancelledError)):
+        chain = [cause for cause in chain if type(cause).__name__ == "ConnectTimeout"] or chain  # it says which
+    for cause in reversed(chain):
         code = importlib.import_module("errno").errorcode.get(getattr(cause, "errno", None) or 0, "")
         if code in _CLIENT_LIMITS:
             return "client_limit", _CLIENT_LIMITS[code]
@@ -3597,7 +3600,7 @@ async def shard_main(shard: int, shards: int) -> None:
     """One process of several: its configuration and its orders come on stdin, its records go to stdout."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)  # the parent decides
-    orders = await _stdin_lines()
+    orders, pipe = await _stdin_lines()
     config = Config(**json.loads(await orders.readline()))
     workload = workload_of(config, load_requests(config.requests_file, config.system_prompt))
     stop = Stop()
@@ -3616,13 +3619,15 @@ async def shard_main(shard: int, shards: int) -> None:
         tell({"fatal": str(error)})
     finally:
         listener.cancel()
+        pipe.close()
+        await asyncio.sleep(0)  # it closes a turn later
 
 
-async def _stdin_lines() -> asyncio.StreamReader:
+async def _stdin_lines() -> tuple[asyncio.StreamReader, asyncio.BaseTransport]:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=1 << 26)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    return reader
+    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    return reader, pipe
 
 
 async def _obey(orders: asyncio.StreamReader, stop: Stop, go: asyncio.Future[int]) -> None:

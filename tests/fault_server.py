@@ -197,7 +197,7 @@ def reply(status: str, body: bytes, *headers: str) -> bytes:
     return head(status, f"Content-Length: {len(body)}", *headers) + body
 
 
-def piece(choices: list[Any], **more: Any) -> bytes:
+def piece(choices: Any, **more: Any) -> bytes:
     """A streamed chunk as an event."""
     return b"data: " + as_json({"id": "c", "object": "chat.completion.chunk", "choices": choices, **more}) + b"\n\n"
 
@@ -595,6 +595,13 @@ def never_read(sock: socket.socket) -> None:
 def _gone(sock: socket.socket) -> bool:
     closing_states = (7, 8)  # CLOSE, CLOSE_WAIT
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in closing_states
+
+
+def refuse_early(sock: socket.socket) -> None:
+    """Answer after the first bytes, and stop reading."""
+    sock.recv(65536)
+    sock.sendall(reply("413 Too Large", b'{"error":"too large"}', "Connection: close"))
+    time.sleep(0.05)
 
 
 def behind_tls(context: Any) -> Callable[[socket.socket], Any]:
