@@ -98,7 +98,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Callable, NamedTuple, Optional, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 # === 1. Constants ===
 
@@ -108,6 +108,8 @@ THIS_FILE = os.path.abspath(__file__)
 DEFAULT_API_BASE = "http://127.0.0.1:8000/v1"
 DEFAULT_API_KEY = "vllm"
 PLAIN_KEYS = ("vllm", "EMPTY", "")  # placeholders that hide nothing
+LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
+SECRET_HEAD_CHARS = 8  # so much of a secret is recognised where a text was cut
 
 WARMUP_OUTPUT_TOKENS = 8
 WARMUP_PROMPT_TOKENS = 64  # of a corpus run, whose own prompts must stay unseen
@@ -531,7 +533,11 @@ def parse_request(line: str, system_prompt: Optional[str]) -> Request:
     Request(messages=[{'role': 'user', 'content': 'hi'}], output_tokens=5)
     """
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse)
+        if "\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair: no text that could be sent") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     except ValueError as error:
@@ -539,6 +545,10 @@ def parse_request(line: str, system_prompt: Optional[str]) -> Request:
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but {type(row).__name__}")
     return Request(_messages_of(row, system_prompt), _limit_of(row))
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _messages_of(row: Mapping[str, Any], system_prompt: Optional[str]) -> list[dict[str, Any]]:
@@ -894,7 +904,7 @@ def mask_key(key: str) -> str:
     return key if key in PLAIN_KEYS else "***"
 
 
-_SECRET_NAME = re.compile(r"key|token$|secret|passw|auth|cookie|credential|bearer", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"key|token\b|secret|passw|auth|cookie|credential|bearer", re.IGNORECASE)
 
 
 def mask_secrets(value: Any, name: str = "") -> Any:
@@ -904,18 +914,65 @@ def mask_secrets(value: Any, name: str = "") -> Any:
     {'a': {'api_key': '***'}, 'max_tokens': 5}
     """
     if isinstance(value, Mapping):
-        return {key: mask_secrets(item, str(key)) for key, item in value.items()}
+        return {key: mask_secrets(item, f"{name} {key}") for key, item in value.items()}
     if isinstance(value, list):
         return [mask_secrets(item, name) for item in value]
     return "***" if _SECRET_NAME.search(name) and isinstance(value, str) else value
 
 
+def secret_values(value: Any, name: str = "") -> Iterator[str]:
+    """What mask_secrets would blank.
+
+    >>> list(secret_values({"a": {"api_key": "x"}, "max_tokens": 5}))
+    ['x']
+    """
+    items = value.items() if isinstance(value, Mapping) else (("", item) for item in value)
+    for key, item in items:
+        if isinstance(item, (Mapping, list)):
+            yield from secret_values(item, f"{name} {key}")
+        elif isinstance(item, str) and _SECRET_NAME.search(f"{name} {key}"):
+            yield item
+
+
+def without_secrets(text: str, secrets_: Iterable[str]) -> str:
+    """A server's words with every secret blanked, even where the text was cut within one.
+
+    >>> without_secrets("no key sk-1234567890, nor sk-1234567", ["sk-1234567890"])
+    'no key ***, nor ***'
+    """
+    for secret in secrets_:
+        head = secret[:SECRET_HEAD_CHARS]
+        if head in text:
+            start, *rests = text.split(head)
+            tail = secret[SECRET_HEAD_CHARS:]
+            text = "***".join([start, *(rest[_alike(rest, tail) :] for rest in rests)])
+    return text
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts share at their start."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
 def mask_url(url: str) -> str:
     """
-    >>> mask_url("http://me:pw@host:1/v1")
+    >>> mask_url("http://me:p@w@host:1/v1")
     'http://***@host:1/v1'
     """
-    return re.sub(r"//[^/@]*@", "//***@", url)
+    return re.sub(r"//[^/?#]*@", "//***@", url)
+
+
+def split_login(url: str) -> tuple[str, dict[str, str]]:
+    """(the URL without `user:password@`, the header that says them)
+
+    >>> split_login("http://me:p%40w@host:1/v1")
+    ('http://host:1/v1', {'Authorization': 'Basic bWU6cEB3'})
+    """
+    login, at, host = urlsplit(url).netloc.rpartition("@")
+    if not at:
+        return url, {}
+    token = base64.b64encode(unquote(login).encode()).decode()
+    return url.replace(f"{login}@{host}", host, 1), {"Authorization": f"Basic {token}"}
 
 
 def progress_line(tally: Tally, total: int, elapsed_s: float) -> str:
@@ -1184,8 +1241,17 @@ class CsvSink:
         self._file = _open_output(path, "a" if append else "w", "--results-csv")
         self._text = io.StringIO()
         self._writer = csv.writer(self._text, lineterminator="\n")
-        if not has_rows:
-            self._write(list(CSV_COLUMNS))
+        try:
+            _write_whole(self._file, self._mending() if has_rows else self._line(list(CSV_COLUMNS)))
+        except OSError as error:
+            self.discard_if_empty()
+            raise UserError(f"cannot write --results-csv {path}: {error.strerror or error}") from None
+
+    def _mending(self) -> bytes:
+        """The end of the last line, where a run was killed or a disk full within it."""
+        with open(self._path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return b"" if file.read(1) == b"\n" else b"\n"
 
     def _check_header(self) -> None:
         try:
@@ -1198,18 +1264,21 @@ class CsvSink:
 
     def add(self, record: Record) -> None:
         self.rows += 1
-        self._write([cell(record) for cell in CSV_COLUMNS.values()])
+        try:
+            _write_whole(self._file, self._line([cell(record) for cell in CSV_COLUMNS.values()]))
+        except OSError as error:
+            self.lost += 1
+            self.reason = error.strerror or str(error)
 
-    def _write(self, row: Sequence[str]) -> None:
+    def _line(self, row: Sequence[str]) -> bytes:
         self._writer.writerow(row)
         data = self._text.getvalue().encode("utf-8", "replace")
         self._text.seek(0)
         self._text.truncate()
-        try:
-            _write_whole(self._file, data)
-        except OSError as error:
-            self.lost += 1
-            self.reason = error.strerror or str(error)
+        return data
+
+    def gone(self) -> bool:
+        return is_gone(self._path, self._file)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -1231,9 +1300,23 @@ def _open_output(path: str, mode: str, option: str) -> IO[bytes]:
 
 
 def _write_whole(file: IO[bytes], data: bytes) -> None:
+    """All of it or, where a disk is full, nothing: half a line would spoil the next one. Raises OSError."""
     view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(file.seek(len(view) - len(data), os.SEEK_CUR))
+        raise
+
+
+def is_gone(path: str, file: IO[bytes]) -> bool:
+    """Whether what was written can no longer be found under its name."""
+    try:
+        return not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except OSError:
+        return True
 
 
 class SummarySink:
@@ -1247,6 +1330,8 @@ class SummarySink:
     def write(self, summary: Mapping[str, Any]) -> None:
         line = json.dumps(summary, ensure_ascii=False, allow_nan=False) + "\n"
         _write_whole(self._file, line.encode("utf-8", "replace"))
+        if is_gone(self._path, self._file):
+            raise FileNotFoundError(2, "it has been removed or replaced meanwhile")
 
     def close(self) -> None:
         """A run that measured nothing leaves no file of its own."""
@@ -1299,13 +1384,15 @@ def note(text: str) -> None:
 
 
 def report(text: str) -> None:
-    """Results to stdout; a reader that has left is no error of the run."""
+    """Results to stdout; a reader that has left is no error of the run, a full disk is told."""
     try:
         encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
+    except (OSError, ValueError, AttributeError) as error:
+        if not isinstance(error, BrokenPipeError):
+            _say(f"WARNING: the report could not be written to stdout: {getattr(error, 'strerror', None) or error}")
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -2703,22 +2790,40 @@ def the_sdk() -> tuple[Any, ModuleType]:
     return openai, importlib.import_module(openai.Timeout.__init__.__module__.partition(".")[0])
 
 
+def hidden_words(config: Config, environ: Mapping[str, str]) -> list[str]:
+    """What must not come back in a server's words: key, login, secret fields and headers."""
+    login = unquote(urlsplit(config.api_base).netloc.rpartition("@")[0])
+    headers = [line.partition(":") for line in environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()]
+    words = {
+        config.api_key,
+        login,
+        login.partition(":")[2],
+        *(value.partition(" ")[2] for value in split_login(config.api_base)[1].values()),
+        *secret_values(config.extra_body),
+        *secret_values({name: value.strip() for name, _, value in headers}),
+    }
+    found = [plain(word) for word in words if len(word) >= LEAST_SECRET_CHARS and word not in PLAIN_KEYS]
+    return sorted(found, key=len, reverse=True)
+
+
 class Sender:
     """Makes calls through AsyncOpenAI.chat.completions.create; never raises for what a server does."""
 
     def __init__(self, config: Config, wire: Wire) -> None:
         openai, httpx = the_sdk()
+        api_base, login = split_login(config.api_base)
+        self._hidden = hidden_words(config, os.environ)
         self.dialect = Dialect("max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field)
         self._config = config
         self.wire = wire
         self._omit = {} if config.stream else {"stream": importlib.import_module("openai._types").Omit()}
         self._client = openai.AsyncOpenAI(
             api_key=config.api_key or "none",
-            base_url=config.api_base,
+            base_url=api_base,
             max_retries=0,  # a retry hidden inside a latency is a lie
             timeout=config.timeout,
             http_client=wire.http_client(openai, httpx),
-            default_headers={"Accept-Encoding": "identity"},
+            default_headers={"Accept-Encoding": "identity", **login},
         )
         self._create = self._client.chat.completions.create
 
@@ -2734,7 +2839,17 @@ class Sender:
         except Exception as error:  # whatever a transport raises, the request failed and the run goes on
             if not exchange.settled:
                 exchange.failure = self._failure(exchange, error)
-        return reply_of(exchange)
+        return self._discreet(reply_of(exchange))
+
+    def _discreet(self, reply: Reply) -> Reply:
+        """Some servers say which key they did not like."""
+        answer, failure = reply.answer, reply.answer.failure
+        finish = answer.finish_reason and without_secrets(plain(answer.finish_reason, 40), self._hidden)
+        if failure:
+            failure = failure._replace(message=without_secrets(failure.message, self._hidden))
+        elif finish == answer.finish_reason:
+            return reply
+        return dataclasses.replace(reply, answer=dataclasses.replace(answer, finish_reason=finish, failure=failure))
 
     async def _call(self, exchange: Exchange, body: Mapping[str, Any]) -> None:
         """The SDK hands the prepared body on as it is and parses nothing: `stream=True` is its way to say so."""
@@ -3250,12 +3365,15 @@ class DemoProcess:
     def __init__(self, engine: Optional[str]) -> None:
         subprocess = importlib.import_module("subprocess")
         options = ["--demo-engine", engine] if engine else []
-        self._process = subprocess.Popen(
-            [sys.executable, THIS_FILE, "--demo-server", "0", "--demo-leash", *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, THIS_FILE, "--demo-server", "0", "--demo-leash", *options],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise RunError(f"cannot start the demo server: {_reason(error)}") from None
         self.api_base: str = self._process.stdout.readline().decode().strip()
         if not self.api_base:
             raise RunError("the demo server did not start")
@@ -3278,11 +3396,16 @@ class DemoProcess:
 
 
 def fetch_json(url: str, api_key: Optional[str], timeout_s: float = 5.0) -> Any:
-    """GET with the standard library alone. Raises OSError or ValueError."""
+    """GET with the standard library alone; no redirect is followed, the key is for this server only.
+
+    Raises OSError, ValueError or http.client.HTTPException.
+    """
     request = importlib.import_module("urllib.request")
+    url, login = split_login(url)
     proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
-    opener = request.build_opener(request.ProxyHandler(proxies))
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
+    opener = request.build_opener(request.ProxyHandler(proxies), straight)
+    headers = {**({"Authorization": f"Bearer {api_key}"} if api_key else {}), **login}
     with opener.open(request.Request(url, headers=headers), timeout=timeout_s) as response:
         return json.loads(response.read(ERROR_BODY_BYTES * 1024))
 
@@ -3553,16 +3676,32 @@ def run_loop(main: Coroutine[Any, Any, Any]) -> Any:
         loop.close()
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def on_signals(stop: Stop) -> None:
     loop = asyncio.get_running_loop()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is None:
-            continue
+    for number in STOP_SIGNALS:
         try:
             loop.add_signal_handler(number, stop.press)
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.press))
+
+
+@contextlib.contextmanager
+def one_signal_spared(stop: Stop) -> Iterator[None]:
+    """A report is short: the first signal lets it end, the second ends it."""
+
+    def press(number: int, _: Any) -> None:
+        stop.press()
+        signal.signal(number, signal.SIG_DFL)
+
+    kept = [(number, signal.signal(number, press)) for number in STOP_SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in kept:
+            signal.signal(number, handler)
 
 
 # === 12. Shards ===
@@ -3598,8 +3737,8 @@ def tell(message: Mapping[str, Any]) -> None:
 
 async def shard_main(shard: int, shards: int) -> None:
     """One process of several: its configuration and its orders come on stdin, its records go to stdout."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)  # the parent decides
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the parent decides
     orders, pipe = await _stdin_lines()
     config = Config(**json.loads(await orders.readline()))
     workload = workload_of(config, load_requests(config.requests_file, config.system_prompt))
@@ -3662,16 +3801,19 @@ class Shard:
         self.fatal = ""
 
     async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            THIS_FILE,
-            "--shard",
-            f"{self.number}/{self._config.processes}",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            limit=1 << 26,
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                THIS_FILE,
+                "--shard",
+                f"{self.number}/{self._config.processes}",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                limit=1 << 26,
+            )
+        except OSError as error:
+            raise RunError(f"cannot start process {self.number}: {_reason(error)}; lower --processes") from None
         self.order(json.dumps(dataclasses.asdict(self._config)))
 
     def order(self, line: str) -> None:
@@ -3709,6 +3851,11 @@ class Shard:
         if self._process and self._process.stdin:
             self._process.stdin.close()
 
+    def kill(self) -> None:
+        if self._process and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     def lost(self) -> list[Job]:
         """Jobs that died with it."""
         jobs = closed_loop(self._config.total_requests, self.number, self._config.processes)
@@ -3718,11 +3865,12 @@ class Shard:
 async def measure_sharded(station: Station) -> list[Health]:
     """The same run by several processes, released together. Raises RunError when none could begin."""
     shards = [Shard(number, station.config, station) for number in range(station.config.processes)]
-    for shard in shards:
-        await shard.start()
-    listeners = [asyncio.ensure_future(shard.listen()) for shard in shards]
+    listeners: list[asyncio.Future[None]] = []
     pressing = asyncio.ensure_future(_pass_on(station.stop, shards))
     try:
+        for shard in shards:
+            await shard.start()
+            listeners.append(asyncio.ensure_future(shard.listen()))
         await asyncio.gather(*(shard.ready for shard in shards))
         fatal = next((shard.fatal for shard in shards if shard.fatal), "")
         if fatal:
@@ -3743,12 +3891,13 @@ async def measure_sharded(station: Station) -> list[Health]:
 
 
 async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
-    await stop.draining.wait()
+    for stage in (stop.draining, stop.now):
+        await stage.wait()
+        for shard in shards:
+            shard.order("press" if stop.interrupted else "end")
+    await asyncio.sleep(DRAIN_GRACE_S)
     for shard in shards:
-        shard.order("press" if stop.interrupted else "end")
-    await stop.now.wait()
-    for shard in shards:
-        shard.order("press" if stop.interrupted else "end")
+        shard.kill()  # it does not obey
 
 
 def _count_the_lost(shards: Sequence[Shard], station: Station, origin_ns: int) -> None:
@@ -3769,6 +3918,14 @@ def _count_the_lost(shards: Sequence[Shard], station: Station, origin_ns: int) -
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Names what it does not know without the value: a mistyped --api-key has one, too."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+            self.error(f"unrecognized arguments: {', '.join(names) or 'a word that belongs to no option'}")
+        return options
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; --help lists the options")
@@ -3803,7 +3960,9 @@ def _url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid or re.search(r"\s", text):
-        raise argparse.ArgumentTypeError(f"takes a URL like {DEFAULT_API_BASE}, not {plain(mask_url(text), 80)!r}")
+        raise argparse.ArgumentTypeError(
+            f"takes a URL like {DEFAULT_API_BASE}, not {plain(re.sub('.*@', '***@', text), 80)!r}"
+        )
     return text.rstrip("/")
 
 
@@ -3820,7 +3979,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'takes a JSON object like {{"ignore_eos": true}}, not {plain(text, 60)}')
+        raise argparse.ArgumentTypeError('takes a JSON object like {"ignore_eos": true}')
     return value
 
 
@@ -3927,14 +4086,14 @@ def require_model(options: argparse.Namespace) -> None:
     if options.model:
         return
     base = mask_url(options.api_base)
+    hidden = [options.api_key] if len(options.api_key) >= LEAST_SECRET_CHARS else []
     try:
         listed = fetch_json(f"{options.api_base}/models", options.api_key)
         names = ", ".join(str(model["id"]) for model in listed["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
-        raise UserError(
-            f"--model is missing, and {base} does not tell its models ({plain(_reason(error), 100)})"
-        ) from None
-    raise UserError(f"--model is missing; {base} serves: {plain(names)}")
+        reason = without_secrets(plain(_reason(error), 100), hidden)
+        raise UserError(f"--model is missing, and {base} does not tell its models ({reason})") from None
+    raise UserError(f"--model is missing; {base} serves: {without_secrets(plain(names), hidden)}")
 
 
 def keep_files_apart(options: argparse.Namespace) -> None:
@@ -3992,8 +4151,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def masked_argv(argv: Sequence[str]) -> list[str]:
-    """The command line as given, secrets blanked."""
+def masked_argv(argv: Sequence[str], hidden: Sequence[str]) -> list[str]:
+    """The command line as given, secrets blanked; `hidden` ones in whatever place."""
     masked = []
     for before, word in zip(["", *argv], argv):
         name, equals, value = word.partition("=")
@@ -4004,7 +4163,7 @@ def masked_argv(argv: Sequence[str]) -> list[str]:
         elif option == "--extra-body":
             with contextlib.suppress(ValueError):
                 text = json.dumps(mask_secrets(json.loads(text)))
-        masked.append(mask_url(f"{name}={text}" if equals else text))
+        masked.append(without_secrets(mask_url(f"{name}={text}" if equals else text), hidden))
     return masked
 
 
@@ -4069,7 +4228,7 @@ class Session:
             return 130
         details = detail_lines(summary, self.config, health)
         if demo:
-            details.insert(0, truth_line(summary, demo.truth(self._origin_ns)))
+            details.insert(0, self._truth(summary, demo))
         details += [f"WARNING: {line}" for line in self._lost_lines(stop)]
         report(summary_block(summary, self.config.concurrency))
         report("\n" + "\n".join(details) + "\n")
@@ -4081,6 +4240,12 @@ class Session:
         failed = summary.ok == 0 or bool(stop.reason) or error_rate > self.config.max_error_rate
         return 1 if failed else 0
 
+    def _truth(self, summary: Summary, demo: DemoProcess) -> str:
+        try:
+            return truth_line(summary, demo.truth(self._origin_ns))
+        except Exception as error:  # it is dead or drowned: the report stands without it
+            return f"WARNING: the demo server does not tell the truth: {plain(_reason(error))}"
+
     def _lost_lines(self, stop: Stop) -> Iterator[str]:
         done = self._tally.ok + self._tally.errors
         if stop.interrupted or stop.reason:
@@ -4088,6 +4253,8 @@ class Session:
             yield f"{why}: {done} of {self.config.total_requests} requests were made"
         if self._csv and self._csv.lost:
             yield f"{self._csv.lost} rows could not be written to {self.config.results_csv}: {self._csv.reason}"
+        if self._csv and self._csv.gone():
+            yield f"{self.config.results_csv} has been removed or replaced: its {self._csv.rows} rows are lost"
 
     def _write_summary(self, summary: Summary, health: Sequence[Health], stop: Stop) -> None:
         if not self._jsonl:
@@ -4105,7 +4272,7 @@ class Session:
             "interrupted": stop.interrupted,
             "stop_reason": stop.reason or None,
             "versions": versions(),
-            "argv": masked_argv(self._argv),
+            "argv": masked_argv(self._argv, hidden_words(self.config, os.environ)),
         }
         try:
             self._jsonl.write(summary_json(summary, self.config, health, run))
@@ -4126,7 +4293,8 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     keep_files_apart(options)
     corpus = load_requests(options.requests_file, options.system_prompt)
     config = build_config(options, len(corpus))
-    need_descriptors(-(-config.concurrency // config.processes))
+    # The simulated server inherits the limit and has every connection.
+    need_descriptors(config.concurrency if config.demo else -(-config.concurrency // config.processes))
     session = Session(config, workload_of(config, corpus), argv)
     demo = None
     try:
@@ -4136,7 +4304,8 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
         for line in notes_before(config, len(corpus)):
             note(line)
         health, stop = run_loop(session.load())
-        return session.finish(health, stop, demo)
+        with one_signal_spared(stop):
+            return session.finish(health, stop, demo)
     finally:
         session.close()
         if demo:
