@@ -98,7 +98,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Callable, NamedTuple, Optional, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 # === 1. Constants ===
 
@@ -108,6 +108,8 @@ THIS_FILE = os.path.abspath(__file__)
 DEFAULT_API_BASE = "http://127.0.0.1:8000/v1"
 DEFAULT_API_KEY = "vllm"
 PLAIN_KEYS = ("vllm", "EMPTY", "")  # placeholders that hide nothing
+LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
+SECRET_HEAD_CHARS = 8  # so much of a secret is recognised where a text was cut
 
 WARMUP_OUTPUT_TOKENS = 8
 WARMUP_PROMPT_TOKENS = 64  # of a corpus run, whose own prompts must stay unseen
@@ -132,6 +134,7 @@ HELD_BYTES = 64 * 1024  # and memory
 LAZY_STREAMS = 48  # from here on streams are read in ticks
 LAZY_TICK_S = 0.002
 LEAST_TICK_S = 0.0005
+LATE_LOOP_S = 0.02  # a timer this late says that the event loop was held up
 TICKS_PER_GAP = 5  # the tick stays this far below the gap between tokens
 RATE_WINDOW_S = 0.1
 SPARE_DESCRIPTORS = 64
@@ -148,6 +151,8 @@ WAITING_SHARE = 0.10  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
 LAG_SHARE = 0.02  # of the median latency
 MERGED_LIMIT = 0.05
+MOST_TOKENS = 1 << 40  # a count beyond it is no count
+ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 PROMPT_LENGTH_TOLERANCE = 0.10
 
 # === 2. Types ===
@@ -528,7 +533,11 @@ def parse_request(line: str, system_prompt: Optional[str]) -> Request:
     Request(messages=[{'role': 'user', 'content': 'hi'}], output_tokens=5)
     """
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse)
+        if "\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair: no text that could be sent") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     except ValueError as error:
@@ -536,6 +545,10 @@ def parse_request(line: str, system_prompt: Optional[str]) -> Request:
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but {type(row).__name__}")
     return Request(_messages_of(row, system_prompt), _limit_of(row))
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _messages_of(row: Mapping[str, Any], system_prompt: Optional[str]) -> list[dict[str, Any]]:
@@ -891,7 +904,7 @@ def mask_key(key: str) -> str:
     return key if key in PLAIN_KEYS else "***"
 
 
-_SECRET_NAME = re.compile(r"key|token$|secret|passw|auth|cookie|credential|bearer", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"key|token\b|secret|passw|auth|cookie|credential|bearer", re.IGNORECASE)
 
 
 def mask_secrets(value: Any, name: str = "") -> Any:
@@ -901,18 +914,65 @@ def mask_secrets(value: Any, name: str = "") -> Any:
     {'a': {'api_key': '***'}, 'max_tokens': 5}
     """
     if isinstance(value, Mapping):
-        return {key: mask_secrets(item, str(key)) for key, item in value.items()}
+        return {key: mask_secrets(item, f"{name} {key}") for key, item in value.items()}
     if isinstance(value, list):
         return [mask_secrets(item, name) for item in value]
     return "***" if _SECRET_NAME.search(name) and isinstance(value, str) else value
 
 
+def secret_values(value: Any, name: str = "") -> Iterator[str]:
+    """What mask_secrets would blank.
+
+    >>> list(secret_values({"a": {"api_key": "x"}, "max_tokens": 5}))
+    ['x']
+    """
+    items = value.items() if isinstance(value, Mapping) else (("", item) for item in value)
+    for key, item in items:
+        if isinstance(item, (Mapping, list)):
+            yield from secret_values(item, f"{name} {key}")
+        elif isinstance(item, str) and _SECRET_NAME.search(f"{name} {key}"):
+            yield item
+
+
+def without_secrets(text: str, secrets_: Iterable[str]) -> str:
+    """A server's words with every secret blanked, even where the text was cut within one.
+
+    >>> without_secrets("no key sk-1234567890, nor sk-1234567", ["sk-1234567890"])
+    'no key ***, nor ***'
+    """
+    for secret in secrets_:
+        head = secret[:SECRET_HEAD_CHARS]
+        if head in text:
+            start, *rests = text.split(head)
+            tail = secret[SECRET_HEAD_CHARS:]
+            text = "***".join([start, *(rest[_alike(rest, tail) :] for rest in rests)])
+    return text
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts share at their start."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
 def mask_url(url: str) -> str:
     """
-    >>> mask_url("http://me:pw@host:1/v1")
+    >>> mask_url("http://me:p@w@host:1/v1")
     'http://***@host:1/v1'
     """
-    return re.sub(r"//[^/@]*@", "//***@", url)
+    return re.sub(r"//[^/?#]*@", "//***@", url)
+
+
+def split_login(url: str) -> tuple[str, dict[str, str]]:
+    """(the URL without `user:password@`, the header that says them)
+
+    >>> split_login("http://me:p%40w@host:1/v1")
+    ('http://host:1/v1', {'Authorization': 'Basic bWU6cEB3'})
+    """
+    login, at, host = urlsplit(url).netloc.rpartition("@")
+    if not at:
+        return url, {}
+    token = base64.b64encode(unquote(login).encode()).decode()
+    return url.replace(f"{login}@{host}", host, 1), {"Authorization": f"Basic {token}"}
 
 
 def progress_line(tally: Tally, total: int, elapsed_s: float) -> str:
@@ -1181,8 +1241,17 @@ class CsvSink:
         self._file = _open_output(path, "a" if append else "w", "--results-csv")
         self._text = io.StringIO()
         self._writer = csv.writer(self._text, lineterminator="\n")
-        if not has_rows:
-            self._write(list(CSV_COLUMNS))
+        try:
+            _write_whole(self._file, self._mending() if has_rows else self._line(list(CSV_COLUMNS)))
+        except OSError as error:
+            self.discard_if_empty()
+            raise UserError(f"cannot write --results-csv {path}: {error.strerror or error}") from None
+
+    def _mending(self) -> bytes:
+        """The end of the last line, where a run was killed or a disk full within it."""
+        with open(self._path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return b"" if file.read(1) == b"\n" else b"\n"
 
     def _check_header(self) -> None:
         try:
@@ -1195,18 +1264,21 @@ class CsvSink:
 
     def add(self, record: Record) -> None:
         self.rows += 1
-        self._write([cell(record) for cell in CSV_COLUMNS.values()])
+        try:
+            _write_whole(self._file, self._line([cell(record) for cell in CSV_COLUMNS.values()]))
+        except OSError as error:
+            self.lost += 1
+            self.reason = error.strerror or str(error)
 
-    def _write(self, row: Sequence[str]) -> None:
+    def _line(self, row: Sequence[str]) -> bytes:
         self._writer.writerow(row)
         data = self._text.getvalue().encode("utf-8", "replace")
         self._text.seek(0)
         self._text.truncate()
-        try:
-            _write_whole(self._file, data)
-        except OSError as error:
-            self.lost += 1
-            self.reason = error.strerror or str(error)
+        return data
+
+    def gone(self) -> bool:
+        return is_gone(self._path, self._file)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -1228,9 +1300,23 @@ def _open_output(path: str, mode: str, option: str) -> IO[bytes]:
 
 
 def _write_whole(file: IO[bytes], data: bytes) -> None:
+    """All of it or, where a disk is full, nothing: half a line would spoil the next one. Raises OSError."""
     view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(file.seek(len(view) - len(data), os.SEEK_CUR))
+        raise
+
+
+def is_gone(path: str, file: IO[bytes]) -> bool:
+    """Whether what was written can no longer be found under its name."""
+    try:
+        return not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except OSError:
+        return True
 
 
 class SummarySink:
@@ -1244,6 +1330,8 @@ class SummarySink:
     def write(self, summary: Mapping[str, Any]) -> None:
         line = json.dumps(summary, ensure_ascii=False, allow_nan=False) + "\n"
         _write_whole(self._file, line.encode("utf-8", "replace"))
+        if is_gone(self._path, self._file):
+            raise FileNotFoundError(2, "it has been removed or replaced meanwhile")
 
     def close(self) -> None:
         """A run that measured nothing leaves no file of its own."""
@@ -1296,13 +1384,15 @@ def note(text: str) -> None:
 
 
 def report(text: str) -> None:
-    """Results to stdout; a reader that has left is no error of the run."""
+    """Results to stdout; a reader that has left is no error of the run, a full disk is told."""
     try:
         encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
+    except (OSError, ValueError, AttributeError) as error:
+        if not isinstance(error, BrokenPipeError):
+            _say(f"WARNING: the report could not be written to stdout: {getattr(error, 'strerror', None) or error}")
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -1313,6 +1403,7 @@ _TIMESPEC = struct.Struct("@ll")
 _ANCILLARY_BYTES = 128 if sys.platform == "win32" else socket.CMSG_SPACE(_TIMESPEC.size)
 _READABLE, _WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _MESSAGE_END = b"\r\n\r\n"
+_TOLD = (b"content-encoding", b"retry-after")
 
 
 class Reader(Protocol):
@@ -1368,6 +1459,7 @@ class Exchange:
         self.sent_ns: Optional[int] = None
         self.last_ns: Optional[int] = None  # the newest arrival
         self.status: Optional[int] = None
+        self.retry_after = ""
         self.new_connection: Optional[bool] = None
         self.reconnects = 0
         self.reads = 0
@@ -1376,8 +1468,14 @@ class Exchange:
         self.failure: Optional[Failure] = None
         self._inflate: Any = None
 
-    def head(self, status: int, encoding: str) -> None:
+    @property
+    def settled(self) -> bool:
+        """Whether nothing that could still come, or fail to, would matter."""
+        return self.reader.complete and self.status == 200
+
+    def head(self, status: int, encoding: str, retry_after: str) -> None:
         self.status = status
+        self.retry_after = retry_after
         if encoding in ("gzip", "x-gzip", "deflate"):
             zlib = importlib.import_module("zlib")
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -1396,7 +1494,7 @@ class Exchange:
 
     def _inflated(self, data: bytes) -> bytes:
         try:
-            plain_data: bytes = self._inflate.decompress(data, MAX_REPLY_BYTES + 1)
+            plain_data: bytes = self._inflate.decompress(data, MAX_REPLY_BYTES - (self.size - len(data)) + 1)
         except Exception as error:  # zlib.error, of a module imported only when a server compresses
             raise WireError("bad_http", f"broken compression: {error}") from None
         self.size += max(0, len(plain_data) - len(data))
@@ -1572,6 +1670,8 @@ class Connection:
                 self._unsent = self._unsent[self.sock.send(self._unsent) :]
         except (BlockingIOError, InterruptedError):
             self._wire.watch(self, _READABLE | _WRITABLE)
+        except ConnectionError:  # it has stopped listening: perhaps it has said why
+            self._wire.watch(self, _READABLE)
         except OSError as error:
             self._broken(error)
 
@@ -1592,30 +1692,29 @@ class Connection:
         except OSError as error:
             self._broken(error)
             return
+        closed = not data
+        if self._tls and data:
+            try:
+                data, closed = self._tls.open(data)
+            except OSError as error:  # ssl.SSLError is one
+                self._broken(error)
+                return
+            if not data and not closed:
+                return  # a session ticket or half a record: nothing was said yet
         exchange = self._exchange
-        if exchange is None or not data:
+        if exchange is None:
             self._ended()
             return
-        if exchange.sent_ns is not None and stamp < exchange.sent_ns:  # the clock was stepped
-            stamp, by_kernel = time.perf_counter_ns(), False
-        exchange.reads += 1
-        exchange.kernel_reads += by_kernel
-        exchange.last_ns = stamp
-        self._wire.reads += 1
-        if self._tls:
-            data, closed = self._unseal(data)
-            if closed:
-                self._hold(stamp, data)
-                self._ended()
-                return
-        self._hold(stamp, data)
-
-    def _unseal(self, data: bytes) -> tuple[bytes, bool]:
-        assert self._tls is not None
-        try:
-            return self._tls.open(data)
-        except OSError:  # ssl.SSLError is one
-            return b"", True
+        if data:
+            if exchange.sent_ns is not None and stamp < exchange.sent_ns:  # the clock was stepped
+                stamp, by_kernel = time.perf_counter_ns(), False
+            exchange.reads += 1
+            exchange.kernel_reads += by_kernel
+            exchange.last_ns = stamp = max(stamp, exchange.last_ns or 0)
+            self._wire.reads += 1
+            self._hold(stamp, data)
+        if closed:
+            self._ended()
 
     def _hold(self, stamp: int, data: bytes) -> None:
         self._stamps.append(stamp)
@@ -1638,8 +1737,14 @@ class Connection:
                 self._finish(error.__context__)
             elif self._exchange is not None:
                 self._finish(WireError("bad_http", f"not an HTTP/1 reply: {error}"))
+            else:
+                self._wire.discard(self)
 
     # --- what the parser calls ---
+
+    def on_message_begin(self) -> None:
+        if self._exchange is None:  # a second reply to one request: the next one would get the rest of it
+            self._wire.discard(self)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
@@ -1652,19 +1757,18 @@ class Connection:
         self._chunked = b"chunked" in headers.get(b"transfer-encoding", b"").lower()
         self._delimited = self._chunked or b"content-length" in headers or status in (204, 304)
         self._keep = self._delimited and self._parser.should_keep_alive()
-        exchange.head(status, headers.get(b"content-encoding", b"").decode("latin-1").strip().lower())
+        encoding, retry_after = (headers.get(name, b"").decode("latin-1").strip() for name in _TOLD)
+        exchange.head(status, encoding.lower(), retry_after)
 
     def on_body(self, data: bytes) -> None:
         if self._exchange is not None:
             self._exchange.body(self._stamp_ns, data)
 
     def on_message_complete(self) -> None:
-        if self._exchange is None:
-            self._keep = False
-        elif self._parser.get_status_code() >= 200:
-            self._finish(None)
-        else:
+        if self._parser.get_status_code() < 200:
             self._headers = {}
+        elif self._exchange is not None:
+            self._finish(None)
 
     # --- ends ---
 
@@ -1689,7 +1793,7 @@ class Connection:
         if self._pieces:
             self._digest()
         if self._exchange is not None:
-            self._finish(WireError("reset" if isinstance(error, ConnectionError) else "other", _reason(error)))
+            self._finish(WireError(*classify(error)))
 
     def _finish(self, error: Optional[WireError]) -> None:
         exchange, waiter = self._exchange, self._waiter
@@ -1718,7 +1822,7 @@ class Connection:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{getattr(error, 'strerror', None) or error or type(error).__name__}"
+    return f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
 
 class StopwatchWire:
@@ -1945,6 +2049,8 @@ class Watchdog:
         self._give_up = give_up
         # A limit that starts to run only later (the idle one, with the first byte) is met by looking again.
         self._look_again_s = min(timeouts.first_byte_s or math.inf, timeouts.idle_s or math.inf)
+        self._armed_s = loop.time()
+        self._excused_at = -1  # the count of reads when lateness was last excused
         self._handle: Optional[asyncio.TimerHandle] = None
 
     def watch(self, exchange: Exchange) -> None:
@@ -1958,10 +2064,18 @@ class Watchdog:
             quiet_s = (time.perf_counter_ns() - since_ns) / 1e9
             if now_s + limit_s - quiet_s < at_s:
                 at_s, kind, message = now_s + limit_s - quiet_s, name, f"{what} for {limit_s:g} s"
-        if at_s <= now_s:
-            self._give_up(kind, message)
+        late = now_s - self._armed_s > LATE_LOOP_S and self._excused_at != exchange.reads
+        if at_s > now_s:
+            self._arm(min(at_s, now_s + self._look_again_s), exchange)
+        elif late:  # a loop that was held up has not looked at its sockets either, and does so first
+            self._excused_at = exchange.reads
+            self._arm(now_s + LATE_LOOP_S, exchange)
         else:
-            self._handle = self._loop.call_at(min(at_s, now_s + self._look_again_s), self.watch, exchange)
+            self._give_up(kind, message)
+
+    def _arm(self, at_s: float, exchange: Exchange) -> None:
+        self._armed_s = at_s
+        self._handle = self._loop.call_at(at_s, self.watch, exchange)
 
     def stop(self) -> None:
         if self._handle:
@@ -1981,7 +2095,8 @@ _OS_ERRORS: tuple[tuple[str, str], ...] = (
     ("ConnectTimeout", "connect_timeout"),
     ("ServerDisconnectedError", "closed"),
     ("ClientPayloadError", "cut"),
-    ("RemoteProtocolError", "cut"),
+    ("RemoteProtocolError", "bad_http"),
+    ("ClientResponseError", "bad_http"),
     ("ReadTimeout", "idle_timeout"),
     ("WriteTimeout", "timeout"),
     ("PoolTimeout", "timeout"),
@@ -1989,8 +2104,16 @@ _OS_ERRORS: tuple[tuple[str, str], ...] = (
     ("ReadError", "reset"),
     ("ConnectError", "connect_error"),
 )
-_NO_PORT = ("EADDRNOTAVAIL", "no free local port: the machine's ephemeral ports are used up; lower --concurrency")
-_NO_FILE = ("EMFILE", "no free file descriptor: raise `ulimit -n`")
+# What httpx says with one and the same class.
+_SAID: tuple[tuple[str, str], ...] = (("disconnected without", "closed"), ("peer closed", "cut"))
+_NO_FILE = "no free file descriptor: raise `ulimit -n`"
+_CLIENT_LIMITS = {
+    "EADDRNOTAVAIL": "no free local port: the machine's ephemeral ports are used up; lower --concurrency",
+    "EMFILE": _NO_FILE,
+    "ENFILE": _NO_FILE,
+    "ENOBUFS": "no buffer space left in this machine's kernel; lower --concurrency",
+}
+_NO_WAY = ("ENETUNREACH", "EHOSTUNREACH", "ENETDOWN", "EHOSTDOWN")
 
 
 def classify(error: BaseException) -> tuple[str, str]:
@@ -2001,16 +2124,21 @@ def classify(error: BaseException) -> tuple[str, str]:
     while seen is not None and seen not in chain:
         chain.append(seen)
         seen = seen.__cause__ or seen.__context__
-    for cause in reversed(chain):
+    for cause in chain:
         if isinstance(cause, WireError):
             return cause.failure.kind, cause.failure.message
+    if isinstance(chain[-1], (TimeoutError, asyncio.TimeoutError, asyncio.CancelledError)):
+        chain = [cause for cause in chain if type(cause).__name__ == "ConnectTimeout"] or chain  # it says which
+    for cause in reversed(chain):
         code = importlib.import_module("errno").errorcode.get(getattr(cause, "errno", None) or 0, "")
-        named = dict((_NO_PORT, _NO_FILE)).get(code)
-        if named:
-            return "client_limit", named
+        if code in _CLIENT_LIMITS:
+            return "client_limit", _CLIENT_LIMITS[code]
+        if code in _NO_WAY:
+            return "unreachable", _reason(cause)
         for base in type(cause).__mro__:
             if base.__name__ in kinds:
-                return kinds[base.__name__], _reason(cause)
+                said = next((kind for words, kind in _SAID if words in str(cause)), kinds[base.__name__])
+                return said, _reason(cause)
     return "other", f"{type(error).__name__}: {_reason(error)}"
 
 
@@ -2020,7 +2148,7 @@ ABORTED_REASONS = ("abort", "error", "cancelled")  # finish_reasons that mean: n
 
 
 def _whole_number(value: Any) -> Optional[int]:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None
 
 
 def usage_of(usage: Any) -> dict[str, Any]:
@@ -2042,25 +2170,26 @@ def usage_of(usage: Any) -> dict[str, Any]:
     }
 
 
-def error_text(body: Any) -> Optional[str]:
+def error_text(body: Any, levels: int = ERROR_LEVELS) -> Optional[str]:
     """The message of an error body in any of the forms servers send; None when it is no error.
 
     >>> error_text({"error": {"message": "no such model"}}), error_text({"detail": [{"msg": "bad"}]})
     ('no such model', 'bad')
     """
-    if isinstance(body, list):
-        return next((text for text in map(error_text, body) if text), None)
-    if not isinstance(body, dict):
+    if isinstance(body, list) and levels:
+        return next((text for item in body for text in [error_text(item, levels - 1)] if text), None)
+    if not isinstance(body, dict) or not levels:
         return None
-    error = body.get("error")
-    if error:
-        return error if isinstance(error, str) else error_text(error) or json.dumps(error)
-    if body.get("choices"):
-        return None
-    for key in ("message", "detail", "msg"):
-        if body.get(key):
-            return body[key] if isinstance(body[key], str) else error_text(body[key]) or json.dumps(body[key])
-    return None
+    keys = ("error",) if body.get("choices") else ("error", "message", "detail", "msg")
+    said = next((body[key] for key in keys if body.get(key)), None)
+    if said is None or isinstance(said, str):
+        return said
+    return error_text(said, levels - 1) or glimpse(said)
+
+
+def glimpse(value: Any) -> str:
+    """The start of a value as JSON, however large or deep it is."""
+    return "".join(itertools.islice(json.JSONEncoder().iterencode(value), ERROR_TEXT_CHARS))[:ERROR_TEXT_CHARS]
 
 
 def error_body_text(data: bytes) -> str:
@@ -2114,7 +2243,7 @@ def read_completion(body: Any) -> Answer:
         return Answer(failure=_failed("error_body", message))
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return Answer(failure=_failed("no_choices", f"no choices in {json.dumps(body)[:120]}"))
+        return Answer(failure=_failed("no_choices", f"no choices in {glimpse(body)[:120]}"))
     counts = usage_of(body.get("usage"))
     finish = choices[0].get("finish_reason")
     if not isinstance(finish, str):
@@ -2137,6 +2266,7 @@ def _verdict(finish: Optional[str], has_text: bool, counts: Mapping[str, Any]) -
 
 _FAST_DELTA = b'"delta":{"content":"'
 _FAST_END = b'"finish_reason":null'
+_FINISH_REASON = b'"finish_reason"'  # once: of several choices each has its own
 _QUOTE = ord('"')
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STREAM_HEAD_BYTES = 4096
@@ -2152,6 +2282,7 @@ def is_plain_content(event: bytes) -> bool:
         and event.endswith(b"}")
         and event[at + len(_FAST_DELTA)] != _QUOTE
         and _FAST_END in event
+        and event.count(_FINISH_REASON) == 1
         and b'"usage":{' not in event
         and b'"error"' not in event
         and b"\n" not in event
@@ -2183,7 +2314,7 @@ class StreamReader:
 
     def __init__(self) -> None:
         self.complete = False
-        self._tail = b""
+        self._tail = bytearray()
         self._after_cr = False
         self._stamp_ns = 0
         self._first_ns: Optional[int] = None
@@ -2205,8 +2336,14 @@ class StreamReader:
             data = self._opened(data)
         if b"\r" in data or self._after_cr:
             data = self._unix(data)
-        events = (self._tail + data).split(b"\n\n")
-        self._tail = events.pop()
+        if self._tail:
+            seam = len(self._tail) - 1
+            self._tail += data
+            if self._tail.find(b"\n\n", seam) < 0:
+                return  # so that an event of megabytes is looked through once, not once a packet
+            data = bytes(self._tail)
+        *events, tail = data.split(b"\n\n")
+        self._tail = bytearray(tail)
         before = self._chunks
         for event in events:
             self._event(stamp_ns, event)
@@ -2225,9 +2362,11 @@ class StreamReader:
         return data[len(BYTE_ORDER_MARK) :] if data.startswith(BYTE_ORDER_MARK) else data
 
     def _unix(self, data: bytes) -> bytes:
-        if self._after_cr and data.startswith(b"\n"):
+        if not data:
+            return data
+        after_cr, self._after_cr = self._after_cr, data.endswith(b"\r")
+        if after_cr and data.startswith(b"\n"):
             data = data[1:]
-        self._after_cr = data.endswith(b"\r") if data else self._after_cr
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _event(self, stamp_ns: int, event: bytes) -> None:
@@ -2252,7 +2391,7 @@ class StreamReader:
             return
         message = error_text(body)
         if message or name == b"error":
-            self._fail("stream_error", message or json.dumps(body))
+            self._fail("stream_error", message or glimpse(body))
         elif not isinstance(body, dict):
             self._fail("bad_event", f"an event that is no JSON object: {data[:120]!r}")
         else:
@@ -2295,8 +2434,8 @@ class StreamReader:
         self._failure = self._failure or _failed(kind, message)
 
     def answer(self) -> Answer:
-        if self._tail.strip(b"\n"):
-            tail, self._tail = self._tail, b""
+        tail, self._tail = bytes(self._tail), bytearray()
+        if tail.strip(b"\n"):
             self._last_words(tail)
         failure = self._failure or self._ending()
         counts = dict(self._counts)
@@ -2432,6 +2571,8 @@ class Wire(Protocol):
 
     async def read(self, exchange: Exchange, stream: Any) -> None: ...
 
+    async def limited(self, exchange: Exchange, call: Coroutine[Any, Any, None]) -> None: ...
+
     @property
     def kernel_clock(self) -> bool: ...
 
@@ -2472,6 +2613,10 @@ class StopwatchTransport(StopwatchWire):
     async def read(self, exchange: Exchange, stream: Any) -> None:
         """Nothing is left to read: the call returned when the reply was whole."""
 
+    async def limited(self, exchange: Exchange, call: Coroutine[Any, Any, None]) -> None:
+        """Its limits are kept below, by the watchdog of each connection."""
+        await call
+
 
 def http_request(method: str, url: str, headers: Sequence[tuple[str, str]], content: bytes) -> bytes:
     """An HTTP/1.1 request as bytes."""
@@ -2509,11 +2654,8 @@ class SdkTransport:
             max_keepalive_connections=self._concurrency,
             keepalive_expiry=4.0,  # below the 5 s after which the usual servers close
         )
-        times = self._timeouts
-        quiet_s = min(times.idle_s or times.total_s, times.total_s)
         options = {
             "limits": limits,
-            "timeout": httpx.Timeout(times.total_s, connect=times.connect_s, read=quiet_s),
             "trust_env": self._trust_env,
             "follow_redirects": False,
             "verify": tls_context(self._origin) if self._origin.tls else False,
@@ -2524,21 +2666,45 @@ class SdkTransport:
         ):
             with contextlib.suppress(RuntimeError, TypeError, ImportError):
                 if base is not None:
-                    return self._tapped(base)(**options)
+                    return self._tapped(base, httpx)(**options)
         raise RunError("no usable HTTP client comes with this openai; pip install -U openai")
 
-    def _tapped(self, base: Any) -> Any:
+    def _tapped(self, base: Any, httpx: ModuleType) -> Any:
+        # Of its own time-outs only the one to connect: the watchdog has the others, as in the stopwatch.
+        limits = {"connect": self._timeouts.connect_s, "read": None, "write": None, "pool": None}
+
         class Client(base):  # type: ignore[misc]
             async def send(self, request: Any, **options: Any) -> Any:
                 exchange = _EXCHANGE.get()
+                request.extensions = {**request.extensions, "timeout": limits}
                 exchange.sent_ns = time.perf_counter_ns()
                 response = await super().send(request, **{**options, "stream": True})
-                exchange.head(response.status_code, response.headers.get("content-encoding", "").lower())
-                if response.status_code >= 300:
-                    exchange.error_body += (await response.aread())[:ERROR_BODY_BYTES]
-                return response
+                exchange.last_ns = time.perf_counter_ns()
+                exchange.reads += 1
+                told = (response.headers.get(name.decode(), "") for name in _TOLD)
+                exchange.head(response.status_code, *told)
+                if 200 <= response.status_code < 300:
+                    return response
+                exchange.error_body += await start_of(response)
+                return httpx.Response(response.status_code, content=bytes(exchange.error_body), request=request)
 
         return Client
+
+    async def limited(self, exchange: Exchange, call: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(call)
+
+        def give_up(kind: str, message: str) -> None:
+            if not exchange.settled:
+                exchange.failure = Failure("http_error", kind, message)
+            task.cancel()
+
+        loop = asyncio.get_running_loop()
+        watchdog = Watchdog(loop, self._timeouts, loop.time() + self._timeouts.total_s, give_up)
+        watchdog.watch(exchange)
+        try:
+            await task
+        finally:
+            watchdog.stop()
 
     async def turn(self) -> None:
         """Its own queue is the event loop's."""
@@ -2547,14 +2713,34 @@ class SdkTransport:
         """It opens connections when it needs them."""
 
     async def read(self, exchange: Exchange, stream: Any) -> None:
-        async for data in stream.response.aiter_raw():
-            stamp = time.perf_counter_ns()
-            exchange.reads += 1
-            exchange.last_ns = stamp
-            exchange.body(stamp, data)
+        arrivals = stream.response.aiter_raw()
+        try:
+            async for data in arrivals:
+                stamp = time.perf_counter_ns()
+                exchange.reads += 1
+                exchange.last_ns = stamp
+                exchange.body(stamp, data)
+        finally:  # else a reply that is not read to its end keeps its connection
+            await arrivals.aclose()
+            await stream.response.aclose()
 
     async def aclose(self) -> None:
         """The SDK's client closes its own."""
+
+
+async def start_of(response: Any) -> bytes:
+    """As much of a body as is kept of an error."""
+    body = b""
+    pieces = response.aiter_bytes()
+    try:
+        async for piece in pieces:
+            body += piece
+            if len(body) >= ERROR_BODY_BYTES:
+                break
+    finally:
+        await pieces.aclose()
+        await response.aclose()
+    return body[:ERROR_BODY_BYTES]
 
 
 def proxy_for(url: str) -> Optional[str]:
@@ -2604,22 +2790,40 @@ def the_sdk() -> tuple[Any, ModuleType]:
     return openai, importlib.import_module(openai.Timeout.__init__.__module__.partition(".")[0])
 
 
+def hidden_words(config: Config, environ: Mapping[str, str]) -> list[str]:
+    """What must not come back in a server's words: key, login, secret fields and headers."""
+    login = unquote(urlsplit(config.api_base).netloc.rpartition("@")[0])
+    headers = [line.partition(":") for line in environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()]
+    words = {
+        config.api_key,
+        login,
+        login.partition(":")[2],
+        *(value.partition(" ")[2] for value in split_login(config.api_base)[1].values()),
+        *secret_values(config.extra_body),
+        *secret_values({name: value.strip() for name, _, value in headers}),
+    }
+    found = [plain(word) for word in words if len(word) >= LEAST_SECRET_CHARS and word not in PLAIN_KEYS]
+    return sorted(found, key=len, reverse=True)
+
+
 class Sender:
     """Makes calls through AsyncOpenAI.chat.completions.create; never raises for what a server does."""
 
     def __init__(self, config: Config, wire: Wire) -> None:
         openai, httpx = the_sdk()
+        api_base, login = split_login(config.api_base)
+        self._hidden = hidden_words(config, os.environ)
         self.dialect = Dialect("max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field)
         self._config = config
         self.wire = wire
         self._omit = {} if config.stream else {"stream": importlib.import_module("openai._types").Omit()}
         self._client = openai.AsyncOpenAI(
             api_key=config.api_key or "none",
-            base_url=config.api_base,
+            base_url=api_base,
             max_retries=0,  # a retry hidden inside a latency is a lie
             timeout=config.timeout,
             http_client=wire.http_client(openai, httpx),
-            default_headers={"Accept-Encoding": "identity"},
+            default_headers={"Accept-Encoding": "identity", **login},
         )
         self._create = self._client.chat.completions.create
 
@@ -2628,15 +2832,24 @@ class Sender:
         body = request_body(self._config, self.dialect, request)
         await self.wire.turn()
         try:
-            await asyncio.wait_for(self._call(exchange, body), None if self.wire.kernel_clock else self._config.timeout)
+            await self.wire.limited(exchange, self._call(exchange, body))
         except asyncio.CancelledError:
-            exchange.failure = Failure("http_error", "aborted", "stopped before the reply had ended")
-        except asyncio.TimeoutError:
-            exchange.failure = Failure("http_error", "timeout", f"no reply within {self._config.timeout:g} s")
+            aborted = Failure("http_error", "aborted", "stopped before the reply had ended")
+            exchange.failure = exchange.failure or (None if exchange.settled else aborted)
         except Exception as error:  # whatever a transport raises, the request failed and the run goes on
-            if not (exchange.reader.complete and exchange.status == 200):
+            if not exchange.settled:
                 exchange.failure = self._failure(exchange, error)
-        return reply_of(exchange)
+        return self._discreet(reply_of(exchange))
+
+    def _discreet(self, reply: Reply) -> Reply:
+        """Some servers say which key they did not like."""
+        answer, failure = reply.answer, reply.answer.failure
+        finish = answer.finish_reason and without_secrets(plain(answer.finish_reason, 40), self._hidden)
+        if failure:
+            failure = failure._replace(message=without_secrets(failure.message, self._hidden))
+        elif finish == answer.finish_reason:
+            return reply
+        return dataclasses.replace(reply, answer=dataclasses.replace(answer, finish_reason=finish, failure=failure))
 
     async def _call(self, exchange: Exchange, body: Mapping[str, Any]) -> None:
         """The SDK hands the prepared body on as it is and parses nothing: `stream=True` is its way to say so."""
@@ -2665,7 +2878,8 @@ def reply_of(exchange: Exchange) -> Reply:
     failure = exchange.failure
     if exchange.status is not None and failure is None and not 200 <= exchange.status < 300:
         text = error_body_text(bytes(exchange.error_body)) or "no message"
-        failure = Failure("http_error", f"http_{exchange.status}", f"HTTP {exchange.status}: {text}"[:ERROR_TEXT_CHARS])
+        later = f" (Retry-After: {plain(exchange.retry_after, 40)})" if exchange.retry_after else ""
+        failure = Failure("http_error", f"http_{exchange.status}", plain(f"HTTP {exchange.status}{later}: {text}"))
     elif failure is None:
         answer = exchange.reader.answer()
         end_ns = exchange.last_ns or end_ns
@@ -3151,12 +3365,15 @@ class DemoProcess:
     def __init__(self, engine: Optional[str]) -> None:
         subprocess = importlib.import_module("subprocess")
         options = ["--demo-engine", engine] if engine else []
-        self._process = subprocess.Popen(
-            [sys.executable, THIS_FILE, "--demo-server", "0", "--demo-leash", *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, THIS_FILE, "--demo-server", "0", "--demo-leash", *options],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise RunError(f"cannot start the demo server: {_reason(error)}") from None
         self.api_base: str = self._process.stdout.readline().decode().strip()
         if not self.api_base:
             raise RunError("the demo server did not start")
@@ -3179,11 +3396,16 @@ class DemoProcess:
 
 
 def fetch_json(url: str, api_key: Optional[str], timeout_s: float = 5.0) -> Any:
-    """GET with the standard library alone. Raises OSError or ValueError."""
+    """GET with the standard library alone; no redirect is followed, the key is for this server only.
+
+    Raises OSError, ValueError or http.client.HTTPException.
+    """
     request = importlib.import_module("urllib.request")
+    url, login = split_login(url)
     proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
-    opener = request.build_opener(request.ProxyHandler(proxies))
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
+    opener = request.build_opener(request.ProxyHandler(proxies), straight)
+    headers = {**({"Authorization": f"Bearer {api_key}"} if api_key else {}), **login}
     with opener.open(request.Request(url, headers=headers), timeout=timeout_s) as response:
         return json.loads(response.read(ERROR_BODY_BYTES * 1024))
 
@@ -3454,16 +3676,32 @@ def run_loop(main: Coroutine[Any, Any, Any]) -> Any:
         loop.close()
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def on_signals(stop: Stop) -> None:
     loop = asyncio.get_running_loop()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is None:
-            continue
+    for number in STOP_SIGNALS:
         try:
             loop.add_signal_handler(number, stop.press)
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.press))
+
+
+@contextlib.contextmanager
+def one_signal_spared(stop: Stop) -> Iterator[None]:
+    """A report is short: the first signal lets it end, the second ends it."""
+
+    def press(number: int, _: Any) -> None:
+        stop.press()
+        signal.signal(number, signal.SIG_DFL)
+
+    kept = [(number, signal.signal(number, press)) for number in STOP_SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in kept:
+            signal.signal(number, handler)
 
 
 # === 12. Shards ===
@@ -3499,9 +3737,9 @@ def tell(message: Mapping[str, Any]) -> None:
 
 async def shard_main(shard: int, shards: int) -> None:
     """One process of several: its configuration and its orders come on stdin, its records go to stdout."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)  # the parent decides
-    orders = await _stdin_lines()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the parent decides
+    orders, pipe = await _stdin_lines()
     config = Config(**json.loads(await orders.readline()))
     workload = workload_of(config, load_requests(config.requests_file, config.system_prompt))
     stop = Stop()
@@ -3520,13 +3758,15 @@ async def shard_main(shard: int, shards: int) -> None:
         tell({"fatal": str(error)})
     finally:
         listener.cancel()
+        pipe.close()
+        await asyncio.sleep(0)  # it closes a turn later
 
 
-async def _stdin_lines() -> asyncio.StreamReader:
+async def _stdin_lines() -> tuple[asyncio.StreamReader, asyncio.BaseTransport]:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=1 << 26)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    return reader
+    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    return reader, pipe
 
 
 async def _obey(orders: asyncio.StreamReader, stop: Stop, go: asyncio.Future[int]) -> None:
@@ -3561,16 +3801,19 @@ class Shard:
         self.fatal = ""
 
     async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            THIS_FILE,
-            "--shard",
-            f"{self.number}/{self._config.processes}",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            limit=1 << 26,
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                THIS_FILE,
+                "--shard",
+                f"{self.number}/{self._config.processes}",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                limit=1 << 26,
+            )
+        except OSError as error:
+            raise RunError(f"cannot start process {self.number}: {_reason(error)}; lower --processes") from None
         self.order(json.dumps(dataclasses.asdict(self._config)))
 
     def order(self, line: str) -> None:
@@ -3608,6 +3851,11 @@ class Shard:
         if self._process and self._process.stdin:
             self._process.stdin.close()
 
+    def kill(self) -> None:
+        if self._process and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     def lost(self) -> list[Job]:
         """Jobs that died with it."""
         jobs = closed_loop(self._config.total_requests, self.number, self._config.processes)
@@ -3617,11 +3865,12 @@ class Shard:
 async def measure_sharded(station: Station) -> list[Health]:
     """The same run by several processes, released together. Raises RunError when none could begin."""
     shards = [Shard(number, station.config, station) for number in range(station.config.processes)]
-    for shard in shards:
-        await shard.start()
-    listeners = [asyncio.ensure_future(shard.listen()) for shard in shards]
+    listeners: list[asyncio.Future[None]] = []
     pressing = asyncio.ensure_future(_pass_on(station.stop, shards))
     try:
+        for shard in shards:
+            await shard.start()
+            listeners.append(asyncio.ensure_future(shard.listen()))
         await asyncio.gather(*(shard.ready for shard in shards))
         fatal = next((shard.fatal for shard in shards if shard.fatal), "")
         if fatal:
@@ -3642,12 +3891,13 @@ async def measure_sharded(station: Station) -> list[Health]:
 
 
 async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
-    await stop.draining.wait()
+    for stage in (stop.draining, stop.now):
+        await stage.wait()
+        for shard in shards:
+            shard.order("press" if stop.interrupted else "end")
+    await asyncio.sleep(DRAIN_GRACE_S)
     for shard in shards:
-        shard.order("press" if stop.interrupted else "end")
-    await stop.now.wait()
-    for shard in shards:
-        shard.order("press" if stop.interrupted else "end")
+        shard.kill()  # it does not obey
 
 
 def _count_the_lost(shards: Sequence[Shard], station: Station, origin_ns: int) -> None:
@@ -3668,6 +3918,14 @@ def _count_the_lost(shards: Sequence[Shard], station: Station, origin_ns: int) -
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Names what it does not know without the value: a mistyped --api-key has one, too."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+            self.error(f"unrecognized arguments: {', '.join(names) or 'a word that belongs to no option'}")
+        return options
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; --help lists the options")
@@ -3702,7 +3960,9 @@ def _url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid or re.search(r"\s", text):
-        raise argparse.ArgumentTypeError(f"takes a URL like {DEFAULT_API_BASE}, not {plain(mask_url(text), 80)!r}")
+        raise argparse.ArgumentTypeError(
+            f"takes a URL like {DEFAULT_API_BASE}, not {plain(re.sub('.*@', '***@', text), 80)!r}"
+        )
     return text.rstrip("/")
 
 
@@ -3719,7 +3979,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'takes a JSON object like {{"ignore_eos": true}}, not {plain(text, 60)}')
+        raise argparse.ArgumentTypeError('takes a JSON object like {"ignore_eos": true}')
     return value
 
 
@@ -3826,14 +4086,14 @@ def require_model(options: argparse.Namespace) -> None:
     if options.model:
         return
     base = mask_url(options.api_base)
+    hidden = [options.api_key] if len(options.api_key) >= LEAST_SECRET_CHARS else []
     try:
         listed = fetch_json(f"{options.api_base}/models", options.api_key)
         names = ", ".join(str(model["id"]) for model in listed["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
-        raise UserError(
-            f"--model is missing, and {base} does not tell its models ({plain(_reason(error), 100)})"
-        ) from None
-    raise UserError(f"--model is missing; {base} serves: {plain(names)}")
+        reason = without_secrets(plain(_reason(error), 100), hidden)
+        raise UserError(f"--model is missing, and {base} does not tell its models ({reason})") from None
+    raise UserError(f"--model is missing; {base} serves: {without_secrets(plain(names), hidden)}")
 
 
 def keep_files_apart(options: argparse.Namespace) -> None:
@@ -3891,8 +4151,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def masked_argv(argv: Sequence[str]) -> list[str]:
-    """The command line as given, secrets blanked."""
+def masked_argv(argv: Sequence[str], hidden: Sequence[str]) -> list[str]:
+    """The command line as given, secrets blanked; `hidden` ones in whatever place."""
     masked = []
     for before, word in zip(["", *argv], argv):
         name, equals, value = word.partition("=")
@@ -3903,7 +4163,7 @@ def masked_argv(argv: Sequence[str]) -> list[str]:
         elif option == "--extra-body":
             with contextlib.suppress(ValueError):
                 text = json.dumps(mask_secrets(json.loads(text)))
-        masked.append(mask_url(f"{name}={text}" if equals else text))
+        masked.append(without_secrets(mask_url(f"{name}={text}" if equals else text), hidden))
     return masked
 
 
@@ -3968,7 +4228,7 @@ class Session:
             return 130
         details = detail_lines(summary, self.config, health)
         if demo:
-            details.insert(0, truth_line(summary, demo.truth(self._origin_ns)))
+            details.insert(0, self._truth(summary, demo))
         details += [f"WARNING: {line}" for line in self._lost_lines(stop)]
         report(summary_block(summary, self.config.concurrency))
         report("\n" + "\n".join(details) + "\n")
@@ -3980,6 +4240,12 @@ class Session:
         failed = summary.ok == 0 or bool(stop.reason) or error_rate > self.config.max_error_rate
         return 1 if failed else 0
 
+    def _truth(self, summary: Summary, demo: DemoProcess) -> str:
+        try:
+            return truth_line(summary, demo.truth(self._origin_ns))
+        except Exception as error:  # it is dead or drowned: the report stands without it
+            return f"WARNING: the demo server does not tell the truth: {plain(_reason(error))}"
+
     def _lost_lines(self, stop: Stop) -> Iterator[str]:
         done = self._tally.ok + self._tally.errors
         if stop.interrupted or stop.reason:
@@ -3987,6 +4253,8 @@ class Session:
             yield f"{why}: {done} of {self.config.total_requests} requests were made"
         if self._csv and self._csv.lost:
             yield f"{self._csv.lost} rows could not be written to {self.config.results_csv}: {self._csv.reason}"
+        if self._csv and self._csv.gone():
+            yield f"{self.config.results_csv} has been removed or replaced: its {self._csv.rows} rows are lost"
 
     def _write_summary(self, summary: Summary, health: Sequence[Health], stop: Stop) -> None:
         if not self._jsonl:
@@ -4004,7 +4272,7 @@ class Session:
             "interrupted": stop.interrupted,
             "stop_reason": stop.reason or None,
             "versions": versions(),
-            "argv": masked_argv(self._argv),
+            "argv": masked_argv(self._argv, hidden_words(self.config, os.environ)),
         }
         try:
             self._jsonl.write(summary_json(summary, self.config, health, run))
@@ -4025,7 +4293,8 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     keep_files_apart(options)
     corpus = load_requests(options.requests_file, options.system_prompt)
     config = build_config(options, len(corpus))
-    need_descriptors(-(-config.concurrency // config.processes))
+    # The simulated server inherits the limit and has every connection.
+    need_descriptors(config.concurrency if config.demo else -(-config.concurrency // config.processes))
     session = Session(config, workload_of(config, corpus), argv)
     demo = None
     try:
@@ -4035,7 +4304,8 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
         for line in notes_before(config, len(corpus)):
             note(line)
         health, stop = run_loop(session.load())
-        return session.finish(health, stop, demo)
+        with one_signal_spared(stop):
+            return session.finish(health, stop, demo)
     finally:
         session.close()
         if demo:

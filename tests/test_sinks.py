@@ -99,11 +99,40 @@ def test_a_run_that_measured_nothing_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_loses_rows_and_says_how_many() -> None:
-    sink = bench.CsvSink("/dev/full", append=False, overwrite=True)
-    sink.add(make_record())
-    assert (sink.rows, sink.lost, sink.reason) == (1, 2, "No space left on device")  # header and row
+def test_a_full_disk_is_told_before_any_load() -> None:
+    with pytest.raises(bench.UserError, match="No space left on device"):
+        bench.CsvSink("/dev/full", append=False, overwrite=True)
+
+
+def test_a_disk_that_fills_up_loses_rows_but_spoils_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on a file's size stands for the disk's: it, too, cuts a row within."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "r.csv"
+    sink = bench.CsvSink(str(path), append=False, overwrite=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sink.add(make_record(0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+    try:
+        sink.add(make_record(1))
+        sink.add(make_record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sink.add(make_record(3))
     sink.close()
+    assert (sink.rows, sink.lost, sink.reason) == (4, 2, "File too large")
+    assert [row["index"] for row in rows_of(path)] == ["0", "3"]
+    assert b"\0" not in path.read_bytes()
+
+
+def test_rows_that_are_added_begin_on_a_line_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    bench.CsvSink(str(path), append=False, overwrite=False).close()
+    with open(path, "ab") as file:
+        file.write(b"7,1,2")  # where another writer was killed
+    sink = bench.CsvSink(str(path), append=True, overwrite=False)
+    sink.add(make_record(8))
+    sink.close()
+    assert [row["index"] for row in rows_of(path)] == ["7", "8"]
 
 
 class Terminal(io.StringIO):
