@@ -26,9 +26,11 @@ Clients (--clients):
     raw           aiohttp on uvloop: post, iterate, json.loads per event, perf_counter
     typed         AsyncOpenAI as it comes, on uvloop: `async for chunk in stream`
     typed-aiohttp the same with the SDK's aiohttp client
-    vllm          `vllm bench serve`      these three run only where --vllm, --guidellm, --aiperf
-    guidellm      `guidellm run`          name the program (or it is on the PATH) and --tokenizer
-    aiperf        `aiperf profile`        a folder with a tokenizer; else they are skipped, with the reason
+    vllm          `vllm bench serve`   these three where --vllm, --guidellm, --aiperf (or the PATH) name
+    guidellm      `guidellm run`       them and --tokenizer a folder with a tokenizer; guidellm has no
+    aiperf        `aiperf profile`     warm-up of a number of requests
+
+A client that is not installed is skipped, with the reason.
 
 How it is measured:
 
@@ -574,11 +576,10 @@ def guidellm_command(programs: Programs, load: Load) -> list[str]:
         return ",".join(f"{name}={value}" for name, value in values.items())
 
     base = load.api_base[: -len("/v1")]
-    warm = load.in_flight
     options = {
         "--backend": fields({"kind": "openai_http", "target": base, "model": MODEL, "stream": load.streamed}),
-        "--profile": fields({"kind": "concurrent", "streams": load.in_flight, "warmup": warm}),
-        "--constraint": fields({"kind": "max_requests", "count": load.requests + warm}),
+        "--profile": fields({"kind": "concurrent", "streams": load.in_flight}),
+        "--constraint": fields({"kind": "max_requests", "count": load.requests}),
         "--tokenizer": fields({"kind": "huggingface_auto", "model": programs.tokenizer}),
         "--data": fields({"kind": "synthetic_text", "prompt_tokens": PROMPT_WORDS, "output_tokens": load.tokens}),
         "--output": fields({"kind": "json", "path": load.folder / "result.json"}),
