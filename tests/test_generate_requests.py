@@ -99,18 +99,25 @@ def test_it_runs_alone_with_nothing_but_python(tmp_path):
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["--count", "none"]], ids=lambda args: args[0])
-def test_it_answers_at_once(args):
-    elapsed = []
-    for _ in range(5):
-        started = time.perf_counter()
-        run(*args, flags=["-I", "-S"])
-        elapsed.append(time.perf_counter() - started)
-    assert min(elapsed) < 0.15
+def test_it_answers_as_fast_as_what_it_must_import(args):
+    """Under 0.15 s here; as a ratio, so that a slow machine does not fail it."""
+
+    def best(call):
+        elapsed = []
+        for _ in range(5):
+            started = time.perf_counter()
+            call()
+            elapsed.append(time.perf_counter() - started)
+        return min(elapsed)
+
+    least = [sys.executable, "-I", "-S", "-c", "import argparse, dataclasses, hashlib, json, random, unicodedata"]
+    yardstick = best(lambda: subprocess.run(least, check=True))
+    assert best(lambda: run(*args, flags=["-I", "-S"])) < 3 * yardstick
 
 
 def test_only_the_standard_library_is_imported_at_the_top():
     imported = {
-        name.split(".")[0]
+        (name or "").split(".")[0]
         for node in ast.parse(SOURCE).body
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
@@ -122,7 +129,7 @@ def test_only_the_standard_library_is_imported_at_the_top():
 
 
 def test_the_script_block_names_what_is_imported_lazily():
-    block = re.search(r"# /// script\n(.*?)# ///\n", SOURCE, re.S).group(1)
+    block = SOURCE.split("# /// script\n")[1].split("# ///\n")[0]
     named = set(re.findall(r'"([a-z0-9_-]+)>=', block))
     lazily = set(re.findall(r'(?:need|import_module)\("(\w+)', SOURCE)) - {"time", "transformers"}
     assert named == lazily
@@ -144,15 +151,15 @@ def test_rooms_use_only_rooms_above():
         names = [node.name] if hasattr(node, "name") else []
         names += [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
         home.update(dict.fromkeys(names, room(node.lineno)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in home:
-            assert home[node.id] <= room(node.lineno), f"line {node.lineno} reaches down for {node.id}"
+    for name in ast.walk(tree):
+        if isinstance(name, ast.Name) and name.id in home:
+            assert home[name.id] <= room(name.lineno), f"line {name.lineno} reaches down for {name.id}"
 
 
 def test_functions_stay_small():
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 50, node.name
+            assert (node.end_lineno or 0) - node.lineno < 50, node.name
             given = [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.arg != "self"]
             assert len(given) <= 5, node.name
 
@@ -920,7 +927,12 @@ def test_progress_is_shown_only_for_longer_runs(tmp_path, monkeypatch, capsys):
     assert "prompt" not in capsys.readouterr().err
     make = gen.Paragraphs.make
     monkeypatch.setattr(gen.Paragraphs, "batch", 2)
-    monkeypatch.setattr(gen.Paragraphs, "make", lambda self, numbers: time.sleep(0.3) or make(self, numbers))
+
+    def slowly(self, numbers):
+        time.sleep(0.3)
+        return make(self, numbers)
+
+    monkeypatch.setattr(gen.Paragraphs, "make", slowly)
     generate(tmp_path / "long", "--count", 10)
     assert "10/10" in capsys.readouterr().err
 
@@ -967,5 +979,5 @@ def test_the_manual_lists_every_option(name):
 def test_the_docstring_is_the_manual():
     result = run("--help", flags=["-I", "-S"])
     assert result.returncode == 0
-    for line in inspect.getdoc(gen).splitlines():
+    for line in (inspect.getdoc(gen) or "").splitlines():
         assert line in result.stdout

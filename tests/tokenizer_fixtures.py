@@ -50,7 +50,7 @@ def unspaced_text():
 
 def byte_level(text, size, digits_apart=False):
     tokenizer = Tokenizer(models.BPE())
-    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    splitter: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if digits_apart:
         splitter = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), splitter])
     tokenizer.pre_tokenizer = splitter
