@@ -45,18 +45,23 @@ def train(directory):
     return path
 
 
-def generate(model, output, count, tokens, overlap):
-    """Seconds, peak resident MiB, and the corpus."""
-    command = [sys.executable, str(SCRIPT), "--count", str(count), "--approx-input-tokens", str(tokens)]
-    command += ["--prefix-overlap", str(overlap), "--tokenizer-model", str(model), "--output", str(output)]
+def arguments(model, output, count, tokens, overlap):
+    options = ["--count", count, "--approx-input-tokens", tokens, "--prefix-overlap", overlap]
+    return [*map(str, options), "--tokenizer-model", str(model), "--output", str(output)]
+
+
+def generate(command):
+    """Seconds, and what the process printed."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    message = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    result = subprocess.run([sys.executable, *command], cwd=SCRIPT.parent, capture_output=True, text=True)
     elapsed = time.perf_counter() - started
-    if status:
-        raise SystemExit(message)
-    return elapsed, usage.ru_maxrss / 1024, next(Path(output).glob("*.jsonl"))
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    return elapsed, result.stdout
+
+
+def corpus(output):
+    return next(Path(output).glob("*.jsonl"))
 
 
 def encoder_of(model):
@@ -80,8 +85,9 @@ def speed(model, options):
     generating, encoding = [], []
     for turn in range(options.repeat):
         with tempfile.TemporaryDirectory() as output:
-            seconds, _, path = generate(model, output, options.count, options.tokens, options.overlap)
-            with open(path, encoding="utf-8") as lines:
+            asked = arguments(model, output, options.count, options.tokens, options.overlap)
+            seconds, _ = generate([str(SCRIPT), *asked])
+            with open(corpus(output), encoding="utf-8") as lines:
                 texts = [json.loads(line)["text"] for line in lines]
         generating.append(seconds)
         started = time.perf_counter()
@@ -94,11 +100,17 @@ def speed(model, options):
 
 
 def memory(model):
+    """Peak resident memory as the process itself sees it (Linux)."""
+    probe = (
+        "import sys, generate_requests as g; assert g.main(sys.argv[1:]) == 0; "
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    )
     peaks = {}
     for count in (1000, 100_000):
         with tempfile.TemporaryDirectory() as output:
-            seconds, peaks[count], path = generate(model, output, count, 512, 0.3)
-            size = path.stat().st_size / 2**20
+            seconds, printed = generate(["-c", probe, *arguments(model, output, count, 512, 0.3)])
+            peaks[count] = int(printed.splitlines()[-1]) / 1024
+            size = corpus(output).stat().st_size / 2**20
         print(f"{count:>7} x 512 tokens: {peaks[count]:.0f} MiB at most, {seconds:.1f} s, {size:.0f} MiB written")
     print(f"difference {peaks[100_000] - peaks[1000]:.0f} MiB")
 
@@ -114,6 +126,7 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = options.tokenizer_model or train(Path(scratch))
+        model = Path(model).resolve() if Path(model).exists() else model
         if options.memory:
             memory(model)
         else:
