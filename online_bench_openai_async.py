@@ -1360,7 +1360,7 @@ class LiveLine:
     def show(self, elapsed_s: Optional[float] = None) -> None:
         line = progress_line(self._tally, self._total, elapsed_s or self._clock() - self._start_s)
         if self._tty:
-            width = shutil.get_terminal_size().columns - 1
+            width = _columns() - 1
             _say("\r" + line[:width].ljust(width), end="")
         else:
             _say(line)
@@ -1370,6 +1370,15 @@ class LiveLine:
         self.show(self._tally.elapsed_s)
         if self._tty:
             _say("")
+
+
+def _columns() -> int:
+    """Of the terminal that stderr is; stdout, which the library asks, may be none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        if columns:
+            return columns
+    return shutil.get_terminal_size().columns
 
 
 def _say(text: str, end: str = "\n") -> None:
@@ -3688,20 +3697,26 @@ def on_signals(stop: Stop) -> None:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.press))
 
 
-@contextlib.contextmanager
-def one_signal_spared(stop: Stop) -> Iterator[None]:
+def spare_one_signal(stop: Stop) -> None:
     """A report is short: the first signal lets it end, the second ends it."""
 
     def press(number: int, _: Any) -> None:
         stop.press()
         signal.signal(number, signal.SIG_DFL)
 
-    kept = [(number, signal.signal(number, press)) for number in STOP_SIGNALS]
+    for number in STOP_SIGNALS:
+        signal.signal(number, press)
+
+
+@contextlib.contextmanager
+def signals_as_before() -> Iterator[None]:
+    """Afterwards; an event loop leaves its own."""
+    kept = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
     try:
         yield
     finally:
         for number, handler in kept:
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 # === 12. Shards ===
@@ -3953,6 +3968,11 @@ _port = _checked(int, lambda n: 0 <= n <= 65535, "a port, 0 to 65535; 0 takes a 
 _processes = _checked(lambda text: 0 if text == "auto" else int(text), lambda n: 0 <= n <= 256, "a number or auto")
 
 
+def _text(text: str) -> str:
+    """What was typed, as UTF-8 also where the locale is not."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _url(text: str) -> str:
     try:
         parts = urlsplit(text)
@@ -3974,7 +3994,7 @@ def _api_key(text: str) -> str:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(_text(text))
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
@@ -4007,13 +4027,13 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--api-base", type=_url, metavar="URL", help=f"base URL; $OPENAI_BASE_URL, else {DEFAULT_API_BASE}")
     add("--api-key", type=_api_key, metavar="KEY", help="bearer token, never shown; $OPENAI_API_KEY, else vllm")
-    add("--model", help="model name as the server knows it; required but for --demo")
+    add("--model", type=_text, help="model name as the server knows it; required but for --demo")
     add("--concurrency", type=_positive, default=128, metavar="N", help="requests in flight (128)")
     add("--total-requests", type=_positive, metavar="N", help="requests to make; 1024, or the corpus's prompts")
     add("--prompt-tokens", type=_positive, default=1024, metavar="N", help="length of synthetic prompts, about (1024)")
     add("--output-tokens", type=_positive, metavar="N", help="output limit sent; 1024, with --demo 128")
     add("--requests-file", metavar="FILE", help="JSONL corpus: text, prompt or messages; max_tokens per line")
-    add("--system-prompt", metavar="TEXT", help="a system message before every prompt")
+    add("--system-prompt", type=_text, metavar="TEXT", help="a system message before every prompt")
     add("--results-csv", metavar="FILE", help="a row per request, written as it finishes")
     add("--append", action="store_true", help="add to an existing --results-csv")
     add("--overwrite", action="store_true", help="replace an existing --results-csv")
@@ -4303,8 +4323,9 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
             session.config = config = dataclasses.replace(config, api_base=demo.api_base)
         for line in notes_before(config, len(corpus)):
             note(line)
-        health, stop = run_loop(session.load())
-        with one_signal_spared(stop):
+        with signals_as_before():
+            health, stop = run_loop(session.load())
+            spare_one_signal(stop)
             return session.finish(health, stop, demo)
     finally:
         session.close()
@@ -4312,8 +4333,18 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
             demo.stop()
 
 
+def fill_standard_places() -> None:
+    """Where standard streams were closed, so that no file or socket takes a place that others write to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and RunError."""
+    fill_standard_places()
     options = build_parser().parse_args(argv)
     if options.shard:
         run_loop(shard_main(*options.shard))

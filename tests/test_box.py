@@ -1,0 +1,514 @@
+"""Faults of the box the benchmark runs on, signals, and when a run stops by itself: nothing finished is lost."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import pytest
+
+import online_bench_openai_async as bench
+from tests.conftest import Demo
+from tests.fault_server import FAULTS, FaultServer, fault_prompt
+from tests.test_faults import CONCURRENCY, GOOD_PROMPT, Outcome, checked, fate, rows_of, run
+
+pytest.importorskip("openai")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files, signals and terminals")
+
+SLOW_MS = 150
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[Demo]:
+    """A simulated server that answers at once."""
+    server = Demo(ttft_ms=0, gap_ms=0)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[Demo]:
+    server = Demo(ttft_ms=SLOW_MS, gap_ms=0)
+    yield server
+    server.stop()
+
+
+class Program:
+    """The script in a process of its own, to be looked at, and disturbed, while it runs."""
+
+    def __init__(self, server: Demo, folder: Path, *options: str, **popen: Any) -> None:
+        self.csv = folder / "rows.csv"
+        self.jsonl = folder / "summary.jsonl"
+        words = ["--api-base", server.url, "--model", "demo", "--prompt-tokens", "16", "--output-tokens", "2"]
+        words += ["--concurrency", str(CONCURRENCY), "--summary-jsonl", str(self.jsonl)]
+        if "--results-csv" not in options:
+            words += ["--results-csv", str(self.csv)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, bench.THIS_FILE, *words, *options], **{**pipes, **popen})
+
+    def finished_rows(self) -> int:
+        return max(0, self.csv.read_bytes().count(b"\n") - 1) if self.csv.exists() else 0
+
+    def wait_until(self, condition: Callable[[], Any], patience_s: float = 30.0) -> None:
+        until = time.monotonic() + patience_s
+        while not condition():
+            assert time.monotonic() < until
+            assert self.process.poll() is None
+            time.sleep(0.01)
+
+    def outcome(self) -> Outcome:
+        try:
+            out, err = self.process.communicate(timeout=60)
+        finally:
+            self.process.kill()
+        text = [(stream or b"").decode("utf-8", "replace") for stream in (out, err)]
+        return checked(Outcome(self.process.returncode, rows_of(self.csv), *text, 0.0))
+
+    def summary(self) -> Any:
+        return json.loads(self.jsonl.read_text(encoding="utf-8"))
+
+
+def assert_whole(path: Path) -> None:
+    """Every line ends, and has every cell."""
+    data = path.read_bytes()
+    assert data.endswith(b"\n")
+    rows = list(csv.reader(data.decode("utf-8").splitlines()))
+    assert {len(row) for row in rows} == {len(bench.CSV_COLUMNS)}
+    assert len({row[0] for row in rows}) == len(rows)
+
+
+# --- disks and directories ---
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+@needs_dev_full
+def test_results_on_a_full_disk_are_refused_before_any_load(quick: Demo, tmp_path: Path) -> None:
+    served = len(quick.truth()["requests"])
+    got = Program(quick, tmp_path, "--results-csv", "/dev/full", "--overwrite").outcome()
+    assert got.code == 2
+    assert "No space left on device" in got.err
+    assert len(quick.truth()["requests"]) == served
+
+
+@needs_dev_full
+def test_a_report_on_a_full_disk_is_told_and_the_files_stand(quick: Demo, tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        program = Program(quick, tmp_path, "--total-requests", "20", stdout=full)
+        got = program.outcome()
+    assert got.code == 0
+    assert "WARNING: the report could not be written to stdout: No space left on device" in got.err
+    assert len(got.rows) == program.summary()["completed"] == 20
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a tiny disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_whole_rows_and_the_run_says_what_it_lost(
+    quick: Demo, tiny_disk: Path, tmp_path: Path
+) -> None:
+    program = Program(quick, tmp_path, "--total-requests", "300", "--results-csv", str(tiny_disk / "rows.csv"))
+    got = program.outcome()
+    assert got.code == 0
+    kept = rows_of(tiny_disk / "rows.csv")
+    assert_whole(tiny_disk / "rows.csv")
+    assert 0 < len(kept) < 300
+    assert f"WARNING: {300 - len(kept)} rows could not be written" in got.out
+    assert "Requests (ok/err): 300/0" in got.out
+
+
+def test_an_output_directory_that_vanishes_is_told(slow: Demo, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    program = Program(slow, folder, "--total-requests", "25")
+    program.wait_until(lambda: program.finished_rows() > 2)
+    shutil.rmtree(folder)
+    got = program.outcome()
+    assert got.code == 0
+    assert "rows.csv has been removed or replaced: its 25 rows are lost" in got.out
+    assert "WARNING: the summary could not be written" in got.err
+    assert "Requests (ok/err): 25/0" in got.out
+
+
+# --- terminals, pipes, locales ---
+
+
+def test_a_reader_that_leaves_after_one_line(quick: Demo, tmp_path: Path) -> None:
+    program = Program(quick, tmp_path, "--total-requests", "20", "--no-progress")
+    assert program.process.stdout is not None
+    assert program.process.stdout.readline().startswith(b"Requests (ok/err): 20/0")
+    program.process.stdout.close()
+    program.process.stdout = None
+    got = program.outcome()
+    assert got.code == 0
+    assert got.err == ""
+    assert program.summary()["completed"] == 20
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=str)
+def test_without_standard_streams(closed: Sequence[int], quick: Demo, tmp_path: Path) -> None:
+    line = f'exec "$0" "$@" {" ".join(f"{number}>&-" for number in closed)}'
+    words = ["--api-base", quick.url, "--model", "demo", "--total-requests", "20", "--concurrency", "5"]
+    words += [
+        "--prompt-tokens",
+        "16",
+        "--output-tokens",
+        "2",
+        "--results-csv",
+        "rows.csv",
+        "--summary-jsonl",
+        "s.jsonl",
+    ]
+    shell = ["sh", "-c", line, sys.executable, bench.THIS_FILE]
+    done = subprocess.run([*shell, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert len(rows_of(tmp_path / "rows.csv")) == 20
+    assert json.loads((tmp_path / "s.jsonl").read_text())["completed"] == 20
+    assert_whole(tmp_path / "rows.csv")
+
+
+def test_a_terminal_of_20_columns(slow: Demo, tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    fcntl, termios, struct = (__import__(name) for name in ("fcntl", "termios", "struct"))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 5, 20, 0, 0))
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    program = Program(slow, tmp_path, "--total-requests", "25", stderr=theirs, env=env)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 65536)
+        except OSError:  # the other side has closed
+            break
+        if not data:
+            break
+        shown += data
+    os.close(ours)
+    assert program.outcome().code == 0
+    lines = [line for line in shown.decode().replace("\n", "\r").split("\r") if line.startswith("Progress")]
+    assert len(lines) >= 2
+    assert all(len(line) < 20 for line in lines)
+
+
+def test_a_locale_of_ascii(tmp_path: Path) -> None:
+    """A prompt, a model, a file and an error that it cannot write: replaced, and no reason to stop."""
+    env = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"]}
+    corpus = tmp_path / "corpus.jsonl"
+    prompts = ["\u65e5\u672c\u8a9e", fault_prompt("accents")]
+    corpus.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in prompts), "utf-8")
+    with FaultServer({"accents": accents}) as server:
+        words = ["--api-base", server.api_base, "--model", "mod\u00e8le", "--requests-file", str(corpus)]
+        words += ["--results-csv", str(tmp_path / "r\u00e9sultats.csv"), "--warmup", "0"]
+        command = [sys.executable, bench.THIS_FILE, *words]
+        done = subprocess.run(command, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+    assert b"refus?s?" in done.stdout
+    assert [row["error"] for row in rows_of(tmp_path / "r\u00e9sultats.csv")].count("HTTP 400: refus\u00e9s\u2026") == 1
+
+
+def accents(call: Any) -> None:
+    data = json.dumps({"error": "refus\u00e9s\u2026"}).encode()
+    call.send(b"HTTP/1.1 400 No\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
+
+
+# --- limits of the system ---
+
+
+def limited(soft: int, hard: int) -> Callable[[], None]:
+    resource = pytest.importorskip("resource")
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_few_descriptors_are_refused_with_the_cure(quick: Demo, tmp_path: Path) -> None:
+    got = Program(quick, tmp_path, "--concurrency", "1000", preexec_fn=limited(64, 64)).outcome()
+    assert got.code == 2
+    assert "--concurrency 1000 needs 1064 open files, 64 are allowed: `ulimit -Hn 1064`" in got.err
+    assert not got.rows
+
+
+def test_a_soft_limit_is_raised(quick: Demo, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    options = ("--concurrency", "150", "--total-requests", "300", "--processes", "2")
+    got = Program(quick, tmp_path, *options, preexec_fn=limited(64, hard)).outcome()
+    assert got.code == 0
+    assert {fate(row) for row in got.rows} == {"success/"}
+    assert len(got.rows) == 300
+
+
+def test_a_demo_with_more_streams_than_one_process_may_open(tmp_path: Path) -> None:
+    """The simulated server has the connections of all client processes."""
+    resource = pytest.importorskip("resource")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    words = ["--demo", "--demo-engine", '{"ttft_ms":50,"gap_ms":0}', "--concurrency", "300", "--processes", "4"]
+    words += ["--total-requests", "300", "--prompt-tokens", "16", "--output-tokens", "2", "--timeout", "20"]
+    done = subprocess.run(
+        [sys.executable, bench.THIS_FILE, *words],
+        capture_output=True,
+        text=True,
+        preexec_fn=limited(150, hard),
+        timeout=60,
+        check=False,
+    )
+    assert "Requests (ok/err): 300/0" in done.stdout, done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("target", ["asyncio.create_subprocess_exec", "subprocess.Popen"])
+def test_out_of_processes(target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def impossible(*_: Any, **__: Any) -> Any:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(target, impossible)
+    code = bench.main(["--demo"] if "Popen" in target else ["--model", "m", "--processes", "2"])
+    assert code == 1
+    assert "Resource temporarily unavailable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step_s", [-3600, 3600, -0.5, 0.5])
+def test_a_clock_that_is_set_during_the_run(step_s: float, slow: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernel stamps are wall-clock; the durations must not notice."""
+    started, true_time_ns = time.monotonic(), time.time_ns
+
+    def stepped() -> int:
+        return true_time_ns() + int(step_s * 1e9) * (time.monotonic() - started > 2 * SLOW_MS / 1e3)
+
+    monkeypatch.setattr(time, "time_ns", stepped)
+    got = run(slow.url, concurrency=CONCURRENCY, total_requests=25, prompt_tokens=16, output_tokens=2, stream=True)
+    assert {fate(row) for row in got.rows} == {"success/"}
+    for row in got.rows:
+        assert SLOW_MS * 0.9 < float(row["ttft_ms"]) <= float(row["latency_ms"]) < got.seconds * 1e3
+        assert float(row["tpot_ms"]) >= 0
+
+
+# --- signals ---
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(("times", "processes"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_signal_under_load(name: str, times: int, processes: int, slow: Demo, tmp_path: Path) -> None:
+    """Once: what is in flight is waited for. Twice: it is recorded as aborted. Reported either way."""
+    program = Program(slow, tmp_path, "--total-requests", "100000", "--processes", str(processes))
+    program.wait_until(lambda: program.finished_rows() > 5)
+    before = program.finished_rows()
+    for _ in range(times):
+        program.process.send_signal(getattr(signal, name))
+        time.sleep(0.01)
+    got = program.outcome()
+    assert got.code == 130
+    assert len(got.rows) >= before
+    assert_whole(program.csv)
+    ok = [fate(row) for row in got.rows].count("success/")
+    aborted = [fate(row) for row in got.rows].count("http_error/aborted")
+    assert ok + aborted == len(got.rows)
+    assert aborted <= (CONCURRENCY if times > 1 else 0)
+    assert f"Requests (ok/err): {ok}/{aborted}" in got.out
+    assert f"WARNING: interrupted: {len(got.rows)} of 100000 requests were made" in got.out
+    summary = program.summary()
+    assert (summary["completed"], summary["failed"], summary["interrupted"]) == (ok, aborted, True)
+
+
+@pytest.mark.parametrize(("name", "times"), [("SIGINT", 1), ("SIGINT", 2), ("SIGTERM", 2), ("SIGHUP", 1)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_during_the_warm_up(name: str, times: int, processes: int, tmp_path: Path) -> None:
+    server = Demo(ttft_ms=1500, gap_ms=0)
+    try:
+        program = Program(server, tmp_path, "--processes", str(processes))
+        program.wait_until(lambda: server.truth()["in_flight"] > 0)
+        for _ in range(times):
+            program.process.send_signal(getattr(signal, name))
+            time.sleep(0.01)
+        got = program.outcome()
+        assert server.truth()["peak_in_flight"] <= CONCURRENCY
+    finally:
+        server.stop()
+    assert got.code == 130
+    assert "nothing to report" in got.err
+    assert not program.csv.exists()
+    assert not program.jsonl.exists()
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_second_signal_ends_the_drain(name: str, tmp_path: Path) -> None:
+    server = Demo(ttft_ms=4000, gap_ms=0)
+    try:
+        program = Program(server, tmp_path, "--warmup", "0")
+        program.wait_until(lambda: server.truth()["in_flight"] == CONCURRENCY)
+        program.process.send_signal(getattr(signal, name))
+        time.sleep(0.2)
+        assert program.process.poll() is None  # it drains
+        program.process.send_signal(getattr(signal, name))
+        got = program.outcome()
+        assert not server.truth()["requests"]  # no reply was waited for
+    finally:
+        server.stop()
+    assert got.code == 130
+    assert [fate(row) for row in got.rows] == ["http_error/aborted"] * CONCURRENCY
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_during_the_report_lets_it_end(name: str, quick: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    block = bench.summary_block
+
+    def interrupted(*args: Any) -> str:
+        os.kill(os.getpid(), number)
+        return block(*args)
+
+    monkeypatch.setattr(bench, "summary_block", interrupted)
+    try:
+        got = run(quick.url, total_requests=10, prompt_tokens=16, output_tokens=2)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert got.code == 130
+    assert len(got.rows) == 10
+    assert "=== Benchmark Configuration ===" in got.out
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_killed_has_lost_no_finished_row(processes: int, slow: Demo, tmp_path: Path) -> None:
+    program = Program(slow, tmp_path, "--total-requests", "100000", "--processes", str(processes))
+    program.wait_until(lambda: program.finished_rows() > 20)
+    program.process.kill()
+    program.process.wait()
+    served = [row["number"] for row in slow.truth()["requests"]]
+    assert served
+    got = program.outcome()
+    assert got.code == -signal.SIGKILL
+    assert len(got.rows) > 20
+    assert_whole(program.csv)
+    assert {fate(row) for row in got.rows} == {"success/"}
+
+
+def test_a_process_that_does_not_obey_is_ended(slow: Demo, tmp_path: Path) -> None:
+    program = Program(slow, tmp_path, "--total-requests", "100000", "--processes", "2")
+    program.wait_until(lambda: program.finished_rows() > 5)
+    pid = program.process.pid
+    shard = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    os.kill(shard, signal.SIGSTOP)
+    for _ in range(2):
+        program.process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    got = program.outcome()
+    assert got.code == 130
+    assert "process 0 died" in got.err
+    assert "Requests (ok/err):" in got.out
+
+
+def test_a_demo_server_that_dies_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    words = ["--demo", "--demo-engine", '{"ttft_ms": 100, "gap_ms": 0}', "--concurrency", "5", "--prompt-tokens", "16"]
+    words += ["--total-requests", "100000", "--output-tokens", "2", "--results-csv", "rows.csv"]
+    pipes: dict[str, Optional[int]] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    program = subprocess.Popen([sys.executable, bench.THIS_FILE, *words], cwd=tmp_path, text=True, **pipes)  # type: ignore[call-overload]
+    path = tmp_path / "rows.csv"
+    until = time.monotonic() + 30
+    while not (path.exists() and path.read_bytes().count(b"\n") > 5) and time.monotonic() < until:
+        time.sleep(0.02)
+    pid = program.pid
+    os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]), signal.SIGKILL)
+    time.sleep(0.3)
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert "Traceback" not in err
+    assert "does not tell the truth" in out
+    assert "connect_refused" in out
+    assert_whole(path)
+
+
+# --- when a run stops by itself ---
+
+ACTS = {name: FAULTS[name].act for name in ("status_400_object", "status_503_retry_after")}
+BAD, WORSE = map(fault_prompt, ACTS)
+
+
+@pytest.mark.parametrize(("rate", "code"), [(1.0, 0), (0.5, 0), (0.49, 1), (0.0, 1)])
+def test_the_most_errors_that_are_no_failure(rate: float, code: int) -> None:
+    with FaultServer(ACTS) as server:
+        assert run(server.api_base, [GOOD_PROMPT, BAD] * 10, max_error_rate=rate).code == code
+
+
+def test_nothing_but_errors_is_a_failure_whatever_was_allowed() -> None:
+    with FaultServer(ACTS) as server:
+        assert run(server.api_base, [BAD] * 10, max_error_rate=1.0).code == 1
+
+
+def test_stop_after_errors() -> None:
+    with FaultServer(ACTS) as server:
+        got = run(server.api_base, [GOOD_PROMPT, BAD] * 500, stop_after_errors=7)
+        asked = sum(server.seen[name] for name in ("good", *ACTS))
+        assert server.left_open() == 0
+    assert got.code == 1
+    assert 14 - CONCURRENCY <= asked <= 14 + 2 * CONCURRENCY
+    assert 7 <= [fate(row) for row in got.rows].count("http_error/http_400") <= 7 + CONCURRENCY
+    assert "WARNING: stopped after 7 errors (--stop-after-errors)" in got.out
+    assert all(fate(row) in ("success/", "http_error/http_400", "http_error/aborted") for row in got.rows)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("transport", ["stopwatch", "sdk"])
+def test_a_server_that_fails_everything_is_not_hammered(streamed: bool, transport: str) -> None:
+    with FaultServer(ACTS) as server:
+        got = run(server.api_base, [BAD] * 1000, stream=streamed, transport=transport)
+        asked = server.seen["status_400_object"]
+    assert got.code == 1
+    assert bench.IDENTICAL_FAILURES_TO_STOP <= asked <= bench.IDENTICAL_FAILURES_TO_STOP + CONCURRENCY
+    assert len(got.rows) <= asked + CONCURRENCY
+    assert "WARNING: stopped: the first 100 requests all failed alike" in got.out
+
+
+def test_nor_by_several_processes(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text((json.dumps({"text": BAD}) + "\n") * 100_000)
+    with FaultServer(ACTS) as server:
+        words = ["--api-base", server.api_base, "--model", "m", "--requests-file", str(corpus), "--warmup", "0"]
+        command = [sys.executable, bench.THIS_FILE, *words, "--processes", "2", "--concurrency", "8"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        asked = server.seen["status_400_object"]
+    assert done.returncode == 1
+    assert "all failed alike" in done.stdout
+    assert 100 <= asked < 50_000  # the order to end takes its time, the load does not go on
+
+
+@pytest.mark.parametrize(
+    "prompts", [[GOOD_PROMPT, *[BAD] * 150], [*[BAD, WORSE] * 75]], ids=["one-success", "two-kinds"]
+)
+def test_a_server_that_fails_in_part_is_measured_to_the_end(prompts: list[str]) -> None:
+    with FaultServer(ACTS) as server:
+        got = run(server.api_base, prompts, concurrency=1)
+    assert len(got.rows) == len(prompts)
+    assert got.code == (0 if GOOD_PROMPT in prompts else 1)
+
+
+def test_a_warm_up_that_fails_measures_nothing() -> None:
+    with FaultServer({}) as server:
+        dead = server.api_base
+    got = run(dead, total_requests=10, warmup=CONCURRENCY)
+    assert got.code == 1
+    assert not got.rows
+    assert "the warm-up failed, nothing was measured: connect_refused" in got.err
