@@ -2273,25 +2273,27 @@ def _verdict(finish: Optional[str], has_text: bool, counts: Mapping[str, Any]) -
     return None
 
 
-_FAST_DELTA = b'"delta":{"content":"'
+_DELTA = b'"delta":'
+_FAST_DELTA = _DELTA + b'{"content":"'
 _FAST_END = b'"finish_reason":null'
-_FINISH_REASON = b'"finish_reason"'  # once: of several choices each has its own
 _QUOTE = ord('"')
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STREAM_HEAD_BYTES = 4096
+_NO_TAIL = bytearray()  # never filled: only a tail that is there grows
 MOST_TOKENS_PER_CHUNK = 10_000  # a count beyond is a server's mistake, and no reason to run out of memory
 
 
 def is_plain_content(event: bytes) -> bool:
     """Whether an event is surely a content chunk and nothing else, told without JSON; False when in doubt."""
-    at = event.find(_FAST_DELTA)
+    at = event.find(_DELTA)
     return (
         at > 0
+        and event.startswith(_FAST_DELTA, at)
         and event.startswith(b"data: {")
         and event.endswith(b"}")
         and event[at + len(_FAST_DELTA)] != _QUOTE
         and _FAST_END in event
-        and event.count(_FINISH_REASON) == 1
+        and event.rfind(_DELTA) == at  # the only choice
         and b'"usage":{' not in event
         and b'"error"' not in event
         and b"\n" not in event
@@ -2323,7 +2325,7 @@ class StreamReader:
 
     def __init__(self) -> None:
         self.complete = False
-        self._tail = bytearray()
+        self._tail = _NO_TAIL
         self._after_cr = False
         self._stamp_ns = 0
         self._first_ns: Optional[int] = None
@@ -2351,8 +2353,9 @@ class StreamReader:
             if self._tail.find(b"\n\n", seam) < 0:
                 return  # so that an event of megabytes is looked through once, not once a packet
             data = bytes(self._tail)
-        *events, tail = data.split(b"\n\n")
-        self._tail = bytearray(tail)
+        events = data.split(b"\n\n")
+        tail = events.pop()
+        self._tail = bytearray(tail) if tail else _NO_TAIL
         before = self._chunks
         for event in events:
             self._event(stamp_ns, event)
@@ -2443,7 +2446,7 @@ class StreamReader:
         self._failure = self._failure or _failed(kind, message)
 
     def answer(self) -> Answer:
-        tail, self._tail = bytes(self._tail), bytearray()
+        tail, self._tail = bytes(self._tail), _NO_TAIL
         if tail.strip(b"\n"):
             self._last_words(tail)
         failure = self._failure or self._ending()

@@ -71,8 +71,8 @@ class Program:
             out, err = self.process.communicate(timeout=60)
         finally:
             self.process.kill()
-        text = [(stream or b"").decode("utf-8", "replace") for stream in (out, err)]
-        return checked(Outcome(self.process.returncode, rows_of(self.csv), *text, 0.0))
+        printed, said = ((stream or b"").decode("utf-8", "replace") for stream in (out, err))
+        return checked(Outcome(self.process.returncode, rows_of(self.csv), printed, said, 0.0))
 
     def summary(self) -> Any:
         return json.loads(self.jsonl.read_text(encoding="utf-8"))

@@ -1,0 +1,303 @@
+"""Readers under random bytes: they say what was wrong and raise nothing, however the bytes are cut.
+
+HYPOTHESIS_EXAMPLES sets how many examples each property gets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gzip
+import itertools
+import json
+import os
+import socket
+from typing import Any
+
+import pytest
+
+import online_bench_openai_async as bench
+from tests.fault_server import (
+    ANSWER,
+    COUNTS,
+    DONE,
+    FINISH,
+    GOOD_EVENTS,
+    ONE,
+    ROLE,
+    STREAM_HEAD,
+    TWO,
+    chunk,
+    completion,
+    delta,
+    head,
+    piece,
+    reply,
+)
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+
+settings = hypothesis.settings(
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "300")),
+    deadline=None,
+    database=None,
+    derandomize="HYPOTHESIS_EXAMPLES" not in os.environ,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+STATUSES = ("success", "http_error", "decode_error")
+
+# Bytes that look like the real thing until they do not.
+SCRAPS = (
+    *(ROLE, ONE, TWO, FINISH, COUNTS, DONE, b"data: ", b"data:", b"event: error\n", b"error: x\n", b": ping\n", b"\n"),
+    *(b"\n\n", b"\r\n", b"\r", b"\xef\xbb\xbf", b"\xff", "\u00e9\u2028\U0001f600".encode(), b'{"error":', b"[" * 300),
+    *(b'{"choices":[', b'"delta":{"content":"', b'"finish_reason":null', b'"usage":{', b"]", b"}", b"null", b"1e999"),
+    *(b"NaN", b'"\\ud800"', b"9" * 5000, b"[DONE]", b"id: 1\n", b"retry: 5\n"),
+)
+SOUP = st.lists(st.one_of(st.sampled_from(SCRAPS), st.binary(max_size=12)), max_size=14).map(b"".join)
+REAL = st.lists(st.sampled_from((ROLE, ONE, TWO, FINISH, COUNTS, DONE, b": ping\n\n")), max_size=10).map(b"".join)
+LINE_ENDS = st.sampled_from((b"\n", b"\r\n", b"\r"))
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.floats(),
+        st.text(max_size=6),
+        st.sampled_from([-1, 0, 3, 10**400, "stop", "abort", "length"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(
+                (
+                    *("choices", "message", "delta", "content", "finish_reason", "usage", "error", "detail", "msg"),
+                    *("prompt_tokens", "completion_tokens", "prompt_tokens_details", "cached_tokens", "reasoning"),
+                    *("reasoning_content", "tool_calls", "refusal", "text", "prompt", "messages", "max_tokens"),
+                )
+            ),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+def cuts(data: bytes, places: list[int]) -> list[bytes]:
+    ends = sorted({place % (len(data) + 1) for place in places} | {0, len(data)})
+    return [data[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def comparable(answer: bench.Answer) -> Any:
+    """All but what depends on the packets: how many there were."""
+    return dataclasses.replace(answer, gaps_ms=list(answer.gaps_ms), content_reads=0, merged_reads=0)
+
+
+def assert_sound(answer: bench.Answer) -> None:
+    assert answer.failure is None or answer.failure.status in STATUSES[1:]
+    assert answer.failure is None or answer.failure.kind
+    assert answer.failure is None or "\n" not in answer.failure.message
+    for count in (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens, answer.reasoning_tokens):
+        assert count is None or 0 <= count <= bench.MOST_TOKENS
+    # What follows in a run must take it, too.
+    reply_ = bench.Reply(answer, ready_ns=0, sent_ns=1, end_ns=2)
+    record = bench.record_of(bench.Job(0), reply_, 0)
+    tally = bench.Tally()
+    tally.add(record)
+    tally.summary()
+    assert all("\n" not in cell(record) for cell in bench.CSV_COLUMNS.values())
+
+
+@settings
+@hypothesis.given(data=st.one_of(SOUP, VALUES.map(lambda value: json.dumps(value).encode()), st.binary(max_size=99)))
+def test_a_whole_reply_is_read_or_refused(data: bytes) -> None:
+    assert_sound(bench.read_whole([(1, data)]))
+
+
+@settings
+@hypothesis.given(value=VALUES)
+def test_any_json_is_an_answer_or_a_failure(value: Any) -> None:
+    assert_sound(bench.read_completion(value))
+    assert_sound(bench.read_completion(completion(choices=[value], usage=value)))
+    assert_sound(bench.read_stream([(1, b"data: " + json.dumps(value).encode() + b"\n\n")]))
+    assert_sound(bench.read_stream([(1, piece([value], usage=value) + piece(delta(finish="stop")))]))
+
+
+@settings
+@hypothesis.given(
+    data=st.one_of(REAL, SOUP), end=LINE_ENDS, mark=st.booleans(), places=st.lists(st.integers(0, 1 << 20), max_size=12)
+)
+def test_a_stream_says_the_same_however_it_is_cut(data: bytes, end: bytes, mark: bool, places: list[int]) -> None:
+    data = (b"\xef\xbb\xbf" if mark else b"") + data.replace(b"\n", end)
+    whole = bench.read_stream([(7, data)])
+    assert_sound(whole)
+    assert comparable(bench.read_stream([(7, part) for part in cuts(data, places)])) == comparable(whole)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
+def test_a_stream_says_the_same_cut_anywhere(end: bytes) -> None:
+    """Every one and every two cuts of a short stream, and byte by byte."""
+    data = (b": hi\n" + ONE + b"event: x\n" + TWO + FINISH + DONE).replace(b"\n", end)
+    whole = comparable(bench.read_stream([(7, data)]))
+    assert whole.finish_reason == "stop"
+    assert whole.chunks == 2
+    for place in range(len(data)):
+        assert comparable(bench.read_stream([(7, data[:place]), (7, data[place:])])) == whole
+    seams = [at for at in range(len(data)) if data[at : at + 1] in b"\r\n:{"]
+    for places in itertools.combinations(seams, 2):
+        assert comparable(bench.read_stream([(7, part) for part in cuts(data, list(places))])) == whole
+    assert comparable(bench.read_stream([(7, data[at : at + 1]) for at in range(len(data))])) == whole
+
+
+def test_an_event_bears_the_stamp_of_its_last_byte() -> None:
+    data = ONE + TWO
+    parts = [(at, data[at : at + 1]) for at in range(len(data))]
+    answer = bench.read_stream(parts)
+    assert (answer.first_ns, answer.last_ns) == (len(ONE) - 1, len(data) - 1)
+
+
+def test_a_large_event_in_small_packets_is_looked_through_once() -> None:
+    """Time that grows with the square of its size would be minutes here."""
+    event = piece(delta(content="x" * 4_000_000))
+    parts = [(1, event[at : at + 100]) for at in range(0, len(event), 100)]
+    assert bench.read_stream([*parts, (2, FINISH)]).chunks == 1
+
+
+DELTA = st.one_of(st.just({}), st.fixed_dictionaries({"content": st.text(max_size=5)}))
+CHOICE = st.fixed_dictionaries(
+    {"index": st.integers(0, 1), "delta": DELTA},
+    optional={"finish_reason": st.sampled_from([None, "stop", "length"]), "logprobs": st.none()},
+)
+
+
+@settings
+@hypothesis.given(
+    choices=st.lists(CHOICE, max_size=3),
+    more=st.fixed_dictionaries(
+        {},
+        optional={
+            "usage": st.sampled_from([None, {}, {"prompt_tokens": 1, "completion_tokens": 2}]),
+            "error": st.sampled_from([None, "x"]),
+            "note": st.sampled_from(['"finish_reason":null', '"usage":{', '"error"', '"delta":{"content":"']),
+        },
+    ),
+    first=st.booleans(),
+)
+def test_the_fast_scan_tells_only_what_json_would(choices: list[Any], more: dict[str, Any], first: bool) -> None:
+    body = {**more, "choices": choices} if first else {"choices": choices, **more}
+    event = b"data: " + json.dumps(body, separators=(",", ":")).encode()
+    if not bench.is_plain_content(event):
+        return
+    reader = bench.StreamReader()
+    reader._payload(1, event[len(b"data: ") :], b"")
+    said = reader.answer()
+    assert (said.chunks, said.finish_reason, said.has_usage) == (1, None, False)
+    assert said.visible_ns == 1
+
+
+def test_the_fast_scan_is_used_at_all() -> None:
+    assert bench.is_plain_content(ONE.rstrip(b"\n"))
+
+
+@settings
+@hypothesis.given(
+    line=st.one_of(st.text(max_size=60), VALUES.map(json.dumps), SOUP.map(lambda data: data.decode("utf-8", "replace")))
+)
+def test_a_corpus_line_is_a_request_or_a_value_error(line: str) -> None:
+    try:
+        request = bench.parse_request(line, None)
+    except ValueError:
+        return
+    assert request.messages
+    sent = json.dumps(request.messages, ensure_ascii=False, allow_nan=False).encode()
+    assert json.loads(sent) == request.messages
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": "\\ud800"}', '{"messages": [{"role": "user", "content": NaN}]}', "[" * 5000, '{"a":' * 5000, "9" * 9999],
+    ids=["half-a-pair", "nan", "lists", "objects", "number"],
+)
+def test_a_corpus_line_that_cannot_be_sent_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"\S"):
+        bench.parse_request(line, None)
+
+
+# --- the stopwatch's use of the parser ---
+
+HTTP_SCRAPS = (
+    *(b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 500 No\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 101 Up\r\n"),
+    *(b"Content-Length: 5\r\n", b"Content-Length: 99999999999999999999\r\n", b"Transfer-Encoding: chunked\r\n"),
+    *(b"Connection: close\r\n", b"Content-Encoding: gzip\r\n", b"Retry-After: 1\r\n", b"\r\n", b"5\r\nabcde\r\n"),
+    *(b"0\r\n\r\n", b"FFFFFFFFFFFFFFFFF\r\n", b"Upgrade: h2c\r\nConnection: upgrade\r\n", gzip.compress(ANSWER)),
+    *(reply("200 OK", ANSWER), STREAM_HEAD, chunk(ONE), chunk(FINISH), head("204 No Content"), b"X: " + b"y" * 70_000),
+)
+REPLIES = st.lists(st.one_of(st.sampled_from(HTTP_SCRAPS), st.binary(max_size=9)), min_size=1, max_size=7).map(b"".join)
+needs_httptools = pytest.mark.skipif(bool(bench.StopwatchWire.missing()), reason=bench.StopwatchWire.missing())
+
+
+class OnePair(bench.StopwatchWire):
+    """A wire whose connections are pairs of sockets: what the far end says is already there, then it closes."""
+
+    said: list[bytes]
+
+    async def _open(self) -> tuple[socket.socket, None]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        self.far = theirs
+        self.loop.call_soon(self._say)
+        return ours, None
+
+    def _say(self) -> None:
+        for data in self.said:
+            self.far.send(data)
+        self.far.close()
+
+
+async def performed(parts: list[bytes], streamed: bool) -> list[bench.Reply]:
+    """Two requests, one after the other: what the first reply leaves behind must not end the second badly."""
+    timeouts = bench.Timeouts(1.0, 0.5, 0.5, 1.0)
+    wire = OnePair(bench.Origin("127.0.0.1", 9, False), timeouts, streamed)
+    wire.said = parts
+    replies = []
+    try:
+        for _ in range(2):
+            exchange = bench.Exchange(bench.READERS[streamed]())
+            try:
+                await wire.perform(exchange, b"POST / HTTP/1.1\r\n\r\n")
+            except bench.WireError as error:
+                exchange.failure = error.failure
+            replies.append(bench.reply_of(exchange))
+    finally:
+        await wire.aclose()
+        wire.far.close()
+    return replies
+
+
+@needs_httptools
+@settings
+@hypothesis.given(data=REPLIES, places=st.lists(st.integers(0, 1 << 20), max_size=4), streamed=st.booleans())
+def test_the_stopwatch_raises_nothing_but_its_own(data: bytes, places: list[int], streamed: bool) -> None:
+    unasked = []
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, context: unasked.append(context))
+    try:
+        for reply_ in loop.run_until_complete(performed(cuts(data, places), streamed)):
+            assert_sound(reply_.answer)
+    finally:
+        loop.close()
+    assert not unasked
+
+
+@needs_httptools
+def test_the_stopwatch_reads_a_stream_cut_anywhere() -> None:
+    """Held packets, digested at whatever place, say what the reader alone says."""
+    data = STREAM_HEAD + b"".join(map(chunk, GOOD_EVENTS)) + b"0\r\n\r\n"
+    loop = asyncio.new_event_loop()
+    try:
+        for place in range(1, len(data), 17):
+            first = loop.run_until_complete(performed([data[:place], data[place:]], True))[0]
+            assert (first.answer.failure, first.answer.chunks, first.answer.prompt_tokens) == (None, 3, 7)
+    finally:
+        loop.close()
