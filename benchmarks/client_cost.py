@@ -14,7 +14,7 @@ A simulated server on a core of its own writes down when each request truly arri
 token truly left. Every client makes the same requests from another core; its figures are set
 against the server's for the same requests, and its CPU time is taken from the system.
 
-    uv run benchmarks/client_cost.py                      # about 20 minutes
+    uv run benchmarks/client_cost.py                      # about 25 minutes
     uv run benchmarks/client_cost.py --quick              # about one
     uv run benchmarks/client_cost.py --cases 512x200 --clients ours,raw --rounds 5
     uv run benchmarks/client_cost.py --verdict            # is `client-bound` said when it is so, and only then?
@@ -35,7 +35,8 @@ A client that is not installed is skipped, with the reason.
 How it is measured:
 
     CPU      user + system time of the client process (os.wait4), less that of the same command with one
-             measured request, per chunk or request more. Start-up, imports and the warm-up are in both.
+             measured request (median of the rounds), per chunk or request more. Start-up, imports and the
+             warm-up are in both.
     warm-up  every client first has each connection open: as many requests at once as will be in flight.
     truth    first token - arrival and last token - arrival, as the server wrote them down; its clock and
              the clients' are the machine's one perf_counter.
@@ -663,7 +664,7 @@ def streamed_case(in_flight: int, tokens: int, waves: int) -> Case:
 
 
 CASES: Sequence[Case] = (
-    streamed_case(128, 100, 5),
+    streamed_case(128, 100, 8),
     streamed_case(128, 200, 3),
     streamed_case(256, 100, 3),
     streamed_case(256, 200, 2),
@@ -734,25 +735,27 @@ def run_client(bench: Bench, case: Case, server: TruthServer, order: tuple[str, 
     )
 
 
-def measure(bench: Bench, case: Case, server: TruthServer, key: str) -> Sample:
-    """A client once, and the same client with one measured request, to know what its start costs."""
-    start = run_client(bench, case, server, (key, 1))
-    full = run_client(bench, case, server, (key, case.requests))
+def samples_of(case: Case, pairs: Sequence[tuple[Run, Run]]) -> list[Sample]:
+    """Rounds of (start alone, everything); the start's cost is the median over the rounds, for it varies less."""
+    start_s = median(start.cpu_s for start, _ in pairs) if pairs else 0.0
     units = case.units(case.requests) - case.units(1)
-    return Sample(
-        cost_us=(full.cpu_s - start.cpu_s) / units * 1e6,
-        reported=full.findings.figures,
-        truth=full.truth,
-        client_bound=full.findings.client_bound,
-        notes={**full.findings.notes, "start_cpu_s": start.cpu_s, "full_cpu_s": full.cpu_s, "full_wall_s": full.wall_s},
-        server_share=full.server_share,
-        others_share=full.others_share,
-    )
+    return [
+        Sample(
+            cost_us=(run.cpu_s - start_s) / units * 1e6,
+            reported=run.findings.figures,
+            truth=run.truth,
+            client_bound=run.findings.client_bound,
+            notes={**run.findings.notes, "start_cpu_s": start.cpu_s, "run_cpu_s": run.cpu_s, "run_wall_s": run.wall_s},
+            server_share=run.server_share,
+            others_share=run.others_share,
+        )
+        for start, run in pairs
+    ]
 
 
 def measure_case(bench: Bench, case: Case, keys: Sequence[str]) -> dict[str, list[Sample]]:
     """Clients take turns; who begins changes from round to round. A client that fails is left out, and named."""
-    samples: dict[str, list[Sample]] = {key: [] for key in keys}
+    pairs: dict[str, list[tuple[Run, Run]]] = {key: [] for key in keys}
     failed: set[str] = set()
     with TruthServer(case.engine, bench.place.server) as server, busy_loops(case.busy_loops, bench.place.client):
         for number in range(bench.rounds):
@@ -762,11 +765,12 @@ def measure_case(bench: Bench, case: Case, keys: Sequence[str]) -> dict[str, lis
                     continue
                 note(f"{case.key}: round {number + 1} of {bench.rounds}, {CLIENTS[key].label}")
                 try:
-                    samples[key].append(measure(bench, case, server, key))
+                    start = run_client(bench, case, server, (key, 1))
+                    pairs[key].append((start, run_client(bench, case, server, (key, case.requests))))
                 except (Failed, OSError, ValueError, KeyError) as error:
                     note(f"{case.key}: {CLIENTS[key].label} failed: {type(error).__name__}: {error}")
                     failed.add(key)
-    return {key: taken for key, taken in samples.items() if taken and key not in failed}
+    return {key: samples_of(case, taken) for key, taken in pairs.items() if taken and key not in failed}
 
 
 def note(line: str) -> None:
