@@ -332,6 +332,8 @@ EVERY_WAY = pytest.mark.parametrize(
 @pytest.mark.parametrize("name", DOORS)
 def test_nobody_gets_in(name: str, transport: str, streamed: bool) -> None:
     door, wanted = DOORS[name]
+    if transport == "sdk-httpx":
+        wanted += "|http_error/other"  # anyio asks a socket that is already gone for its peer: an AttributeError
     with FaultServer(ACTS, door) as server:
         assert all_fail(server.api_base, transport, streamed) <= set(wanted.split("|"))
         assert server.left_open() == 0
