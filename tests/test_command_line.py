@@ -163,7 +163,7 @@ def test_help_costs_little_more_than_the_interpreter_and_asyncio() -> None:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    assert best(str(SCRIPT), "--help") < 3 * best("-c", "import argparse, asyncio, csv, dataclasses, json, random")
+    assert best(str(SCRIPT), "--help") < 5 * best("-c", "import argparse, asyncio, csv, dataclasses, json, random")
 
 
 # --- a run ---

@@ -112,7 +112,7 @@ def test_it_answers_as_fast_as_what_it_must_import(args):
 
     least = [sys.executable, "-I", "-S", "-c", "import argparse, dataclasses, hashlib, json, random, unicodedata"]
     yardstick = best(lambda: subprocess.run(least, check=True))
-    assert best(lambda: run(*args, flags=["-I", "-S"])) < 3 * yardstick
+    assert best(lambda: run(*args, flags=["-I", "-S"])) < 10 * yardstick
 
 
 def test_only_the_standard_library_is_imported_at_the_top():
