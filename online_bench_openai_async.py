@@ -148,7 +148,8 @@ CLIENT_BUSY_SHARE = 0.90  # of one core, waiting for the core included
 CLIENT_DELAY_SHARE = 0.10  # of a request's service time
 CLIENT_DELAY_FLOOR_MS = 0.5
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
-WAITING_SHARE = 0.10  # of the time, runnable but without a core
+WAITING_SHARE = 0.40  # of what it needed of a core: runnable, but without one
+WAITING_FLOOR = 0.03  # of the time; below, nothing of the figures moves
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
 LAG_SHARE = 0.02  # of the median latency
 MERGED_LIMIT = 0.05
@@ -800,8 +801,13 @@ def _lagging_clock(summary: Summary, health: Sequence[Health]) -> Optional[str]:
 
 
 def _starved(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    waiting = max((h.waiting_s / h.wall_s for h in health if h.wall_s > TELLING_RUN_S), default=0.0)
-    return f"it waited for a core {waiting:.0%} of the time" if waiting > WAITING_SHARE else None
+    kept = [
+        h.waiting_s / h.wall_s
+        for h in health
+        if h.wall_s > TELLING_RUN_S and h.waiting_s > WAITING_SHARE * (h.cpu_s + h.waiting_s)
+    ]
+    waiting = max(kept, default=0.0)
+    return f"it waited for a core {waiting:.0%} of the time" if waiting > WAITING_FLOOR else None
 
 
 CLIENT_RULES = (_busy_core, _starved, _slow_hands, _lagging_clock)
