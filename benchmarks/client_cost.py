@@ -15,7 +15,7 @@ token truly left. Every client makes the same requests from another core; its fi
 against the server's for the same requests, and its CPU time is taken from the system.
 
     uv run benchmarks/client_cost.py                      # about 25 minutes
-    uv run benchmarks/client_cost.py --quick              # about one
+    uv run benchmarks/client_cost.py --quick              # about one: a first look, its CPU figures are rough
     uv run benchmarks/client_cost.py --cases 512x200 --clients ours,raw --rounds 5
     uv run benchmarks/client_cost.py --verdict            # is `client-bound` said when it is so, and only then?
     uv run benchmarks/client_cost.py --cases 128x100 --vllm vllm --tokenizer DIR --clients ours,vllm
@@ -677,6 +677,11 @@ CASES: Sequence[Case] = (
 QUICK_CASES = ("128x100", "512x200", "64-at-once", "256-at-200ms")
 QUICK_CLIENTS = ("ours", "raw", "typed")
 
+
+def shorter(case: Case) -> Case:
+    return dataclasses.replace(case, requests=max(case.in_flight, case.requests // 4))
+
+
 # --- for --verdict: loads that leave the client at ease, and loads that cannot ---
 
 MODEST: Sequence[Case] = (
@@ -1032,7 +1037,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if options.verdict:
             checks, details = verdict_mode(bench)
         else:
-            cases = [case for case in CASES if case.key in names]
+            cases = [shorter(case) if options.quick else case for case in CASES if case.key in names]
             checks, details = cost_mode(bench, cases, able(keys, bench.programs))
     except Failed as error:
         note(str(error))
