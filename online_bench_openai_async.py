@@ -147,6 +147,8 @@ WHOLE_PER_PROCESS = 512
 CLIENT_BUSY_SHARE = 0.90  # of one core, waiting for the core included
 CLIENT_DELAY_SHARE = 0.10  # of a request's service time
 CLIENT_DELAY_FLOOR_MS = 0.5
+# CPU of one core in microseconds per request and per streamed chunk, about; ratios are what it is for.
+TRANSPORT_CPU_US = {"stopwatch": (230.0, 4.0), "sdk (aiohttp)": (400.0, 10.0), "sdk (httpx)": (1350.0, 33.0)}
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
 WAITING_SHARE = 0.40  # of what it needed of a core: runnable, but without one
 WAITING_FLOOR = 0.03  # of the time; below, nothing of the figures moves
@@ -1088,7 +1090,20 @@ def clock_line(summary: Summary, health: Sequence[Health]) -> str:
     names = "/".join(sorted({h.transport for h in health})) or "-"
     kernel = percent(summary.kernel_reads, summary.reads)
     merged = percent(summary.merged_reads, summary.content_reads)
-    return f"Clock: kernel {kernel:.3g} %, merged {merged:.2g} %; transport {names}{opened}"
+    other = other_transport(summary, names)
+    return f"Clock: kernel {kernel:.3g} %, merged {merged:.2g} %; transport {names}{other}{opened}"
+
+
+def other_transport(summary: Summary, name: str) -> str:
+    """What the other transport would have cost, by the costs measured side by side."""
+    used = name.partition(" ")[0] if name.startswith("stopwatch") else name
+    other = "sdk (httpx)" if used == "stopwatch" else "stopwatch"
+    if used not in TRANSPORT_CPU_US:
+        return ""
+    requests, chunks = summary.ok + summary.errors, summary.distributions["gap"].n
+    cost = {kind: requests * each + chunks * chunk for kind, (each, chunk) in TRANSPORT_CPU_US.items()}
+    ratio = cost[other] / cost[used]
+    return f" ({other}: about {f'{ratio:.0f} times' if ratio > 1 else f'1/{1 / ratio:.0f} of'} its CPU)"
 
 
 def client_line(summary: Summary, health: Sequence[Health]) -> str:

@@ -93,6 +93,18 @@ def test_details_say_that_the_client_was_no_bottleneck_or_that_it_was() -> None:
     assert not any("not the bottleneck" in line for line in starved)
 
 
+@pytest.mark.parametrize(
+    ("transport", "told"),
+    [
+        ("stopwatch (uvloop)", "transport stopwatch (uvloop) (sdk (httpx): about 6 times its CPU); 0 connections"),
+        ("sdk (httpx)", "transport sdk (httpx) (stopwatch: about 1/6 of its CPU)"),
+    ],
+)
+def test_the_transport_is_named_and_what_the_other_would_have_cost(transport: str, told: str) -> None:
+    summary = summary_of(*(make_record(n) for n in range(100)))
+    assert told in bench.clock_line(summary, [health(transport=transport)])
+
+
 def test_server_text_is_made_harmless() -> None:
     record = make_record(status="http_error", error_kind="http_500", error="\x1b]0;own\x07bad\x1b[2J\nline")
     lines = bench.detail_lines(summary_of(record), make_config(), [])
