@@ -3806,6 +3806,8 @@ def run_loop(main: Coroutine[Any, Any, Any]) -> Any:
 
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    STOP_SIGNALS.remove(signal.SIGHUP)  # nohup: the run is to outlive its terminal
 
 
 def on_signals(stop: Stop) -> None:

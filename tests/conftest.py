@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,9 @@ import pytest
 
 import online_bench_openai_async as bench
 from tests.wire import Script
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "online_bench_openai_async.py"

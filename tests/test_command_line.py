@@ -343,6 +343,20 @@ def test_one_signal_drains_and_reports(demo: Callable[..., Demo], tmp_path: Path
     assert truth["in_flight"] == 0
 
 
+def test_under_nohup_a_run_outlives_its_terminal(demo: Callable[..., Demo], tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(demo(ttft_ms=20, gap_ms=0), path, "--total-requests", "100")
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    wait_for_rows(path, 8)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Requests (ok/err): 100/0" in out
+
+
 def test_two_signals_stop_now_and_still_report(demo: Callable[..., Demo], tmp_path: Path) -> None:
     server, path = demo(ttft_ms=50, gap_ms=60_000), tmp_path / "r.csv"
     corpus = tmp_path / "corpus.jsonl"
