@@ -150,8 +150,7 @@ CLIENT_DELAY_FLOOR_MS = 0.5
 # CPU of one core in microseconds per request and per streamed chunk, about; ratios are what it is for.
 TRANSPORT_CPU_US = {"stopwatch": (230.0, 4.0), "sdk (aiohttp)": (400.0, 10.0), "sdk (httpx)": (1350.0, 33.0)}
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
-WAITING_SHARE = 0.40  # of what it needed of a core: runnable, but without one
-WAITING_FLOOR = 0.03  # of the time; below, nothing of the figures moves
+WAITING_SHARE = 0.05  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
 LAG_SHARE = 0.02  # of the median latency
 MERGED_LIMIT = 0.05
@@ -636,9 +635,9 @@ def describe(sample: Iterable[float]) -> Distribution:
     if not ordered:
         return Distribution(0)
     mean = math.fsum(ordered) / len(ordered)
-    variance = math.fsum((value - mean) ** 2 for value in ordered) / len(ordered)
+    deviation = math.dist(ordered, [mean] * len(ordered)) / math.sqrt(len(ordered))
     ranks = {rank: percentile(ordered, rank) for rank in PERCENTILES}
-    return Distribution(len(ordered), mean, math.sqrt(variance), ordered[-1], ranks)
+    return Distribution(len(ordered), mean, deviation, ordered[-1], ranks)
 
 
 def _one(value: Optional[float]) -> Sequence[float]:
@@ -803,13 +802,8 @@ def _lagging_clock(summary: Summary, health: Sequence[Health]) -> Optional[str]:
 
 
 def _starved(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    kept = [
-        h.waiting_s / h.wall_s
-        for h in health
-        if h.wall_s > TELLING_RUN_S and h.waiting_s > WAITING_SHARE * (h.cpu_s + h.waiting_s)
-    ]
-    waiting = max(kept, default=0.0)
-    return f"it waited for a core {waiting:.0%} of the time" if waiting > WAITING_FLOOR else None
+    waiting = max((h.waiting_s / h.wall_s for h in health if h.wall_s > TELLING_RUN_S), default=0.0)
+    return f"it waited for a core {waiting:.0%} of the time" if waiting > WAITING_SHARE else None
 
 
 CLIENT_RULES = (_busy_core, _starved, _slow_hands, _lagging_clock)
@@ -1436,6 +1430,7 @@ _ANCILLARY_BYTES = 128 if sys.platform == "win32" else socket.CMSG_SPACE(_TIMESP
 _SOL_SOCKET = int(socket.SOL_SOCKET)  # an enumeration's member compares at ten times the cost
 _READABLE, _WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _MESSAGE_END = b"\r\n\r\n"
+PAIR_LIMIT_NS = 20_000
 _TOLD = (b"content-encoding", b"retry-after")
 
 
@@ -1573,9 +1568,14 @@ class KernelClock:
         self.pair()
 
     def pair(self) -> None:
-        before = time.perf_counter_ns()
-        wall = time.time_ns()
-        self.offset_ns = wall - (before + time.perf_counter_ns()) // 2
+        """Again where something came between the two readings: it would shift a whole batch of stamps."""
+        for _ in range(3):
+            before = time.perf_counter_ns()
+            wall = time.time_ns()
+            after = time.perf_counter_ns()
+            self.offset_ns = wall - (before + after) // 2
+            if after - before < PAIR_LIMIT_NS:
+                return
 
     def receive(self, sock: socket.socket) -> tuple[bytes, int, bool]:
         """(bytes, stamp in ns of perf_counter, whether the kernel gave it); raises as recvmsg does."""
@@ -2435,6 +2435,7 @@ class StreamReader:
         self._before = self._behind = b"\0"  # until the first plain event: no event is like this
         self._content_reads = 0
         self._merged_reads = 0
+        self._alone = False  # whether the last read's chunk is its only one so far
 
     def feed(self, stamp_ns: int, data: bytes) -> None:
         self._stamp_ns = stamp_ns
@@ -2446,7 +2447,6 @@ class StreamReader:
             and not self._tail
             and not self._after_cr
         ):  # one event that differs from the last plain one in its text alone
-            self._content_reads += 1
             self._content(stamp_ns, True)
         else:
             self._feed_any(stamp_ns, data)
@@ -2472,12 +2472,8 @@ class StreamReader:
         events = data.split(b"\n\n")
         tail = events.pop()
         self._tail = bytearray(tail) if tail else _NO_TAIL
-        before = self._chunks
         for event in events:
             self._event(stamp_ns, event)
-        spoken = self._chunks - before
-        self._content_reads += spoken > 0
-        self._merged_reads += spoken > 1
 
     def _opened(self, data: bytes) -> bytes:
         """Keeps the first bytes, to say what came when no event did, and drops a byte order mark."""
@@ -2545,8 +2541,14 @@ class StreamReader:
             self._finish = finish
 
     def _content(self, stamp_ns: int, visible: bool, tokens: int = 1) -> None:
-        """A chunk known to hold several tokens spreads its gap evenly over them."""
+        """A chunk known to hold several tokens spreads its gap evenly over them; chunks of one stamp, one read."""
         self._chunks += 1
+        if stamp_ns != self._last_ns:
+            self._content_reads += 1
+            self._alone = True
+        elif self._alone:
+            self._merged_reads += 1
+            self._alone = False
         if visible and self._visible_ns is None:
             self._visible_ns = stamp_ns
         if self._last_ns is None:
@@ -2715,14 +2717,28 @@ class StopwatchTransport(StopwatchWire):
 
     def http_client(self, openai: Any, httpx: ModuleType) -> Any:
         wire = self
+        none = httpx.Headers()
+        heads: dict[Any, bytes] = {}  # one entry: the last head, which is every request's
 
         class Message(httpx.Request):  # type: ignore[name-defined, misc]
             """The request as the SDK made it, without a second parse of its parts."""
 
-            def __init__(self, method: str, url: Any, headers: Any, data: bytes) -> None:
-                self.method, self.url, self.headers = method, url, headers
+            def __init__(self, method: str, url: Any, wire_bytes: bytes) -> None:
+                self.method, self.url, self.headers = method, url, none
                 self.extensions: dict[str, Any] = {}
-                self.wire_bytes = data
+                self.wire_bytes = wire_bytes
+
+        class Whole(httpx.Response):  # type: ignore[name-defined, misc]
+            """A reply that has been read: its status, and its body where it is an error's."""
+
+            def __init__(self, status: int, content: bytes, request: Any) -> None:
+                self.status_code, self._content, self._request = status, content, request
+                self.headers = none
+                self.extensions: dict[str, Any] = {}
+                self.history: list[Any] = []
+                self.is_closed = self.is_stream_consumed = True
+                self.next_request = self.stream = None
+                self.default_encoding = "utf-8"
 
         class Client(httpx.AsyncClient):  # type: ignore[name-defined, misc]
             def build_request(self, method: str, url: Any, **parts: Any) -> Any:
@@ -2730,12 +2746,17 @@ class StopwatchTransport(StopwatchWire):
                 if content is None:
                     content = json.dumps(parts.get("json"), ensure_ascii=False, separators=(",", ":")).encode()
                 pairs = headers if isinstance(headers, list) else list(headers.items())
-                return Message(method, url, dict(pairs), http_request(method, str(url), pairs, content))
+                key = (method, url, tuple(pairs))
+                head = heads.get(key)
+                if head is None:
+                    heads.clear()
+                    head = heads[key] = http_head(method, str(url), pairs)
+                return Message(method, url, b"%sContent-Length: %d\r\n\r\n%s" % (head, len(content), content))
 
             async def send(self, request: Any, **_: Any) -> Any:
                 exchange = _EXCHANGE.get()
                 await wire.perform(exchange, request.wire_bytes)
-                return httpx.Response(exchange.status, content=bytes(exchange.error_body), request=request)
+                return Whole(exchange.status or 0, bytes(exchange.error_body), request)
 
         return Client(timeout=None, trust_env=False)
 
@@ -2747,16 +2768,15 @@ class StopwatchTransport(StopwatchWire):
         await call
 
 
-def http_request(method: str, url: str, headers: Sequence[tuple[str, str]], content: bytes) -> bytes:
-    """An HTTP/1.1 request as bytes."""
+def http_head(method: str, url: str, headers: Sequence[tuple[str, str]]) -> bytes:
+    """The head of an HTTP/1.1 request, all but its Content-Length."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     host = parts.netloc.rpartition("@")[2]
     lines = [f"{method.upper()} {target} HTTP/1.1", f"Host: {host}"]
     skipped = ("host", "content-length", "connection", "transfer-encoding")
     lines += [f"{name}: {value}" for name, value in headers if name.lower() not in skipped]
-    lines += [f"Content-Length: {len(content)}", "", ""]
-    return "\r\n".join(lines).encode("latin-1") + content
+    return "\r\n".join([*lines, ""]).encode("latin-1")
 
 
 class SdkTransport:
@@ -2935,6 +2955,30 @@ def hidden_words(config: Config, environ: Mapping[str, str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
+def client_class(openai: Any) -> Any:
+    """AsyncOpenAI that works out its URL and its headers once: they are the same for every request of a run.
+
+    Both methods are the SDK's inner ones; in a version without them nothing is kept, and nothing breaks.
+    """
+
+    class Client(openai.AsyncOpenAI):  # type: ignore[misc]
+        def _prepare_url(self, url: str) -> Any:
+            kept = self.__dict__.setdefault("_kept", {})
+            if url not in kept:
+                kept[url] = super()._prepare_url(url)
+            return kept[url]
+
+        def _build_headers(self, options: Any, **more: Any) -> Any:
+            if options.headers:
+                return super()._build_headers(options, **more)
+            kept = self.__dict__.setdefault("_kept", {})
+            if "headers" not in kept:
+                kept["headers"] = super()._build_headers(options, **more)
+            return kept["headers"]
+
+    return Client
+
+
 class Sender:
     """Makes calls through AsyncOpenAI.chat.completions.create; never raises for what a server does."""
 
@@ -2945,8 +2989,10 @@ class Sender:
         self.dialect = Dialect("max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field)
         self._config = config
         self.wire = wire
-        self._omit = {} if config.stream else {"stream": importlib.import_module("openai._types").Omit()}
-        self._client = openai.AsyncOpenAI(
+        omit = importlib.import_module("openai._types").Omit()
+        self._omit = {} if config.stream else {"stream": omit}
+        self._absent = {"model": omit, "messages": omit}  # the prepared body has them: typed ones cost 50 us more
+        self._client = client_class(openai)(
             api_key=config.api_key or "none",
             base_url=api_base,
             max_retries=0,  # a retry hidden inside a latency is a lie
@@ -2984,7 +3030,7 @@ class Sender:
         """The SDK hands the prepared body on as it is and parses nothing: `stream=True` is its way to say so."""
         _EXCHANGE.set(exchange)
         extra = {**body, **self._omit}
-        stream = await self._create(model=self._config.model, messages=[], stream=True, extra_body=extra)
+        stream = await self._create(**self._absent, stream=True, extra_body=extra)
         await self.wire.read(exchange, stream)
 
     def _failure(self, exchange: Exchange, error: Exception) -> Optional[Failure]:
@@ -3383,16 +3429,19 @@ class DemoServer:
         if peer.closed:
             self.in_flight -= 1
             return False
-        now_ns = time.perf_counter_ns()
-        if not sequence.emitted:
-            sequence.first_ns = now_ns
+        first = not sequence.emitted
         sequence.emitted += tokens
         last = sequence.emitted >= sequence.limit
-        if sequence.streamed:
-            data = sequence.chunk
-            if sequence.emitted == tokens:
-                data = self._stream_head(sequence) + data
-            peer.send(data + self._stream_end(sequence) if last else data)
+        data = sequence.chunk if sequence.streamed else b""
+        if sequence.streamed and first:
+            data = self._stream_head(sequence) + data
+        if sequence.streamed and last:
+            data += self._stream_end(sequence)
+        now_ns = time.perf_counter_ns()  # the last step before sending: nothing may come between
+        if first:
+            sequence.first_ns = now_ns
+        if data:
+            peer.send(data)
         if last:
             sequence.last_ns = now_ns
             self._done(sequence)
