@@ -58,5 +58,11 @@ def test_the_script_alone_runs_help_and_demo(version: str, client: str, tmp_path
 
     assert "--concurrency" in run("--help")
     sizes = ["--concurrency", "4", "--total-requests", "8", "--prompt-tokens", "32", "--output-tokens", "8"]
-    for mode in ([], ["--stream"]):
-        assert "Requests (ok/err): 8/0" in run("--demo", *sizes, *mode)
+    alone = run("--demo", *sizes)
+    assert "Requests (ok/err): 8/0" in alone
+    assert "transport sdk" in alone
+    helped = uv("pip", "install", "-q", "--python", str(python), "httptools")
+    assert helped.returncode == 0, helped.stderr
+    truer = run("--demo", *sizes, "--stream")
+    assert "Requests (ok/err): 8/0" in truer
+    assert "transport stopwatch" in truer
