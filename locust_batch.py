@@ -52,8 +52,8 @@ CSV columns (blank: not measured):
     http_status           as received
     scheduled_s, ttft_ms, tpot_ms, response_ms, queue_ms, chunks   blank here (open loop, streaming)
 
-When the first 100 requests or more, over all workers, have all failed alike (same status and error_kind),
-no further prompt is handed out: what is in flight ends, then the run stops, exit code 1.
+When the first 100 requests, over all workers, have all failed alike (same status and error_kind), no
+further prompt is handed out: what is in flight ends, then the run stops, exit code 1.
 
 Exit codes: 0 every prompt was answered, 1 some prompt failed, was lost or was never sent
 (--exit-code-on-error changes it), 2 wrong usage (nothing was sent, nothing was written).

@@ -244,6 +244,21 @@ def test_a_count_that_is_none_is_left_blank(lb, bad):
     assert (outcome.prompt_tokens, outcome.completion_tokens, outcome.total_tokens) == (None, 2, None)
 
 
+def test_a_hundred_failures_alike_and_no_success_are_hopeless(lb):
+    refused, timed_out = (lb.Record(0, "http_error", kind, "x") for kind in ("connect_refused", "timeout"))
+
+    def hopeless(*records):
+        tally = lb.Tally()
+        for record in records:
+            tally.add(record)
+        return tally.hopeless
+
+    assert hopeless(*[refused] * 100)
+    assert not hopeless(*[refused] * 99)
+    assert not hopeless(*[refused] * 200, timed_out)
+    assert not hopeless(lb.Record(0, "success"), *[refused] * 200)
+
+
 def test_broken_compression_and_a_bomb(lb):
     assert lb.read_answer(lb.Answer(200, b"\x1f\x8bnonsense", "gzip")).error_kind == "other"
     bomb = lb.read_answer(lb.Answer(200, lb.zlib.compress(b" " * (lb.MAX_BODY_BYTES + 10**6)), "deflate"))
