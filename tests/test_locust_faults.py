@@ -14,6 +14,7 @@ from tests.fault_server import (
     DOORS,
     FAULTS,
     GROUPS,
+    MEGABYTE,
     SUCCESS,
     Call,
     FaultServer,
@@ -23,6 +24,7 @@ from tests.fault_server import (
     completion,
     fault_prompt,
     full_queue,
+    good,
     reply,
 )
 from tests.test_faults import server_context
@@ -69,19 +71,28 @@ def endless(start: bytes, more: bytes) -> Any:
     return act
 
 
+def long_winded(call: Call) -> None:
+    """A good reply, after more blank lines than any reply may have bytes."""
+    for _ in range(65):
+        call.sock.sendall(b"\r\n" * (MEGABYTE // 2))
+    good(call)
+
+
 ENDLESS = {
     "endless_interim": endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
     "endless_headers": endless(b"HTTP/1.1 200 OK\r\n", b"X-A: " + b"v" * 1000 + b"\r\n"),
     "endless_body": endless(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 1000),
+    "long_winded": long_winded,
 }
 UNREADABLE = {"http_error/timeout", "http_error/other"}  # too long or too large, whichever comes first
+OWN_READINGS["endless_interim"] = {"http_error/timeout"}  # so slow to read that nothing but the clock ends it
 
 
 def readings(name: str) -> set[str]:
-    if name in ENDLESS:
-        return UNREADABLE
+    if name in OWN_READINGS or name in ENDLESS:
+        return OWN_READINGS.get(name, UNREADABLE)
     fates = (fate.split("/") for fate in FAULTS[name].whole.split("|"))
-    return OWN_READINGS.get(name) or {f"{status}/{NAMES.get(kind, kind)}" for status, kind in fates}
+    return {f"{status}/{NAMES.get(kind, kind)}" for status, kind in fates}
 
 
 def fate(row: dict[str, str]) -> str:
@@ -165,8 +176,8 @@ def test_every_fault_has_its_name(mixed, name):
 @MIXED
 def test_good_requests_are_unharmed_and_nothing_is_sent_twice(mixed, name):
     names, outcome, seen, left_open = mixed[name]
-    good = outcome.rows[::2]
-    assert {(fate(row), row["total_tokens"], row["finish_reason"]) for row in good} == {(SUCCESS, "10", "stop")}
+    between = outcome.rows[::2]
+    assert {(fate(row), row["total_tokens"], row["finish_reason"]) for row in between} == {(SUCCESS, "10", "stop")}
     del seen["connections"]
     assert seen == {"good": len(names) * TURNS, **dict.fromkeys(names, TURNS)}
     assert left_open == 0
