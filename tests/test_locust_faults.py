@@ -32,7 +32,7 @@ from tests.test_locust_batch import Bench, forked, needs_locust, wait_until
 
 pytestmark = needs_locust
 
-TURNS = 4  # of each fault, and as many good requests between them
+TURNS = 3  # of each fault, and as many good requests between them
 USERS = 5
 TIMEOUT_S = 1
 GOOD_PROMPT = "a good one"
