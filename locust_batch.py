@@ -52,6 +52,9 @@ CSV columns (blank: not measured):
     http_status           as received
     scheduled_s, ttft_ms, tpot_ms, response_ms, queue_ms, chunks   blank here (open loop, streaming)
 
+When the first 100 requests, over all workers, have all failed alike (same status and error_kind), no
+further prompt is handed out: what is in flight ends, then the run stops, exit code 1.
+
 Exit codes: 0 every prompt was answered, 1 some prompt failed, was lost or was never sent
 (--exit-code-on-error changes it), 2 wrong usage (nothing was sent, nothing was written).
 """
@@ -100,6 +103,8 @@ DRAIN_GRACE_S = 5.0  # beyond --stop-timeout: for killing what is left and for t
 IDLE_S = 10.0  # prompts are left, nobody holds one and nobody has asked for so long: the run is over
 TICK_S = 0.2
 FLUSH_S = 0.2  # what a killed worker can take with it
+
+HOPELESS = 100  # so many requests, all failed alike and none answered: no more are sent
 
 MAX_ERROR_CHARS = 200
 MAX_BODY_BYTES = 64 * 2**20
@@ -372,7 +377,11 @@ def decompressed(body: bytes, encoding: str) -> bytes:
     """The body of a server that compressed it though nobody asked; at most MAX_BODY_BYTES."""
     if encoding not in ("gzip", "x-gzip", "deflate"):
         return body
-    return zlib.decompressobj(47 if "gzip" in encoding else 15).decompress(body, MAX_BODY_BYTES)
+    unpacking = zlib.decompressobj(47 if "gzip" in encoding else 15)
+    unpacked = unpacking.decompress(body, MAX_BODY_BYTES)
+    if unpacking.unconsumed_tail:
+        raise zlib.error(f"it is larger than {MAX_BODY_BYTES // 2**20} MiB")
+    return unpacked
 
 
 def error_message(reply: Any) -> str:
@@ -394,9 +403,9 @@ def reply_problem(reply: Any) -> Optional[tuple[str, str]]:
     if choices[0].get("finish_reason") in NOT_AN_ENDING:
         return "error_body", f"the server gave up: finish_reason {choices[0]['finish_reason']}"
     message = choices[0].get("message")
-    said = isinstance(message, dict) and any(
-        message.get(key) for key in ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
-    )
+    if not isinstance(message, dict):
+        return "no_choices", "a choice without a message"
+    said = any(message.get(key) for key in ("content", "reasoning_content", "reasoning", "refusal", "tool_calls"))
     if not said and not count(reply, "usage", "completion_tokens"):
         return "empty", "the answer is empty"
     return None
@@ -432,7 +441,11 @@ def count(reply: Any, *path: str) -> Optional[int]:
 def failed_call(error: BaseException, connecting: bool, secret: str = "") -> Outcome:
     """A call that got no answer, under its own name."""
     kind = failure_kind(error, connecting)
-    said = {"timeout": "no answer in time", "aborted": "stopped before the answer came"}.get(kind, "")
+    said = {
+        "connect_timeout": "no connection in time",
+        "timeout": "no answer in time",
+        "aborted": "stopped before the answer came",
+    }.get(kind, "")
     return Outcome(HTTP_ERROR, kind, plain(said or f"{type(error).__name__}: {error}", secret))
 
 
@@ -547,6 +560,7 @@ class Tally:
     latencies_ms: "array[float]" = field(default_factory=lambda: array("d"))
     errors: "Counter[str]" = field(default_factory=Counter)
     first_errors: dict[str, str] = field(default_factory=dict)
+    fates: set[str] = field(default_factory=set)
 
     def add(self, record: Record) -> None:
         self.rows += 1
@@ -557,6 +571,7 @@ class Tally:
             kind = record.error_kind or "other"
             self.errors[kind] += 1
             self.first_errors.setdefault(kind, record.error or "")
+            self.fates.add(f"{record.status}/{kind}")
             return
         self.successes += 1
         self.without_usage += record.total_tokens is None
@@ -565,6 +580,11 @@ class Tally:
         self.tokens_total += record.total_tokens or 0
         if record.latency_ms is not None:
             self.latencies_ms.append(record.latency_ms)
+
+    @property
+    def hopeless(self) -> bool:
+        """So many requests, and all have failed alike."""
+        return self.rows >= HOPELESS and not self.successes and len(self.fates) == 1
 
     @property
     def elapsed_s(self) -> Optional[float]:
@@ -791,6 +811,12 @@ class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
 
     answer: Optional[Answer] = None
     reusable = False
+    received = 0
+
+    def _on_message_begin(self) -> None:
+        super()._on_message_begin()
+        if self.answer is not None:  # the rest of it would be taken for the next answer
+            self.reusable = False
 
     def _on_message_complete(self) -> None:
         super()._on_message_complete()
@@ -805,6 +831,7 @@ class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
 
     def take(self, data: bytes) -> bool:
         """Feed what arrived (nothing: the server has closed); True when the answer is complete."""
+        self.received += len(data)
         try:
             self.feed(data)
         except HTTPParseError:
@@ -815,7 +842,7 @@ class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
             self.reusable = False
         if self.answer is None and not data:
             raise EOFError("the connection was closed before a reply")
-        if len(self._body_buffer) > MAX_BODY_BYTES:
+        if self.received > MAX_BODY_BYTES:  # counted with headers and interim answers, which may be endless, too
             raise ValueError(f"the reply is larger than {MAX_BODY_BYTES // 2**20} MiB")
         return self.answer is not None
 
@@ -849,6 +876,8 @@ class Wire:
                     data = self.sock.recv(RECV_BYTES)
                     self.done = time.perf_counter()
                     finished = parser.take(data)
+                    if len(data) == RECV_BYTES and not finished:
+                        gevent.sleep(0)  # more is there already: else neither others nor the time-out had a turn
         except BaseException:
             self.done = time.perf_counter()
             self.close()
@@ -906,8 +935,14 @@ class Run:
     heard: float
     tally: Tally = field(default_factory=Tally)
     ramped: bool = False
+    given_up: bool = False
     ending: bool = False
     closed: bool = False
+
+    @property
+    def dealing(self) -> bool:
+        """Prompts are still handed out."""
+        return not (self.given_up or self.ending)
 
 
 class Desk:
@@ -973,18 +1008,18 @@ class Desk:
         """Answer a worker, in messages of bounded size; the last one says that it is the answer."""
         run = self.run
         indices: list[int] = []
-        if run is not None and not run.ending:
+        if run is not None and run.dealing:
             indices = run.ledger.grant(worker, want["urgent"], want["spare"])
         for part in self.parts(indices):
             self.runner.send_message(MESSAGE + "prompts", self.header(part, -1, 1), worker)
-        left = len(run.ledger.unsent) if run is not None and not run.ending else 0
+        left = len(run.ledger.unsent) if run is not None and run.dealing else 0
         more = left if len(indices) >= want["urgent"] + want["spare"] else 0
         answer = {**self.header([], want["ticket"], left), "more": more}
         self.runner.send_message(MESSAGE + "prompts", answer, worker)
 
     def header(self, prompts: list[list[Any]], ticket: int, left: int) -> dict[str, Any]:
         run = self.run
-        if run is None or run.ending:
+        if run is None or not run.dealing:
             return {"run": 0, "prompts": [], "ticket": ticket, "left": 0, "more": 0, "ramped": False}
         return {
             "run": run.number,
@@ -1036,8 +1071,22 @@ class Desk:
                 run.tally.add(record)
             if not run.ledger.unsent and not run.ledger.holders():
                 self.end()
+            elif run.dealing and run.tally.hopeless:
+                self.give_up(run)
 
     # Ending
+
+    def give_up(self, run: Run) -> None:
+        """No new prompts; `tick` ends the run when nothing is in flight any more."""
+        run.given_up = True
+        (fate,) = run.tally.fates
+        logger.error("stopped: the first %d requests all failed alike (%s)", run.tally.rows, fate)
+        if self.distributed:
+            self.halt(run, CONNECT_TIMEOUT_S + run.settings.timeout_s)
+
+    def halt(self, run: Run, grace_s: float) -> None:
+        """Workers take no more prompts, and give back what they have not sent."""
+        self.runner.send_message(MESSAGE + "halt", {"run": run.number, "grace_s": grace_s})
 
     def tick(self) -> None:
         while True:
@@ -1046,11 +1095,11 @@ class Desk:
                 self.end()
 
     def is_over(self, run: Run) -> bool:
-        """Nobody who is alive holds a prompt, and none is left, or nobody is left to take one."""
+        """Nobody who is alive holds a prompt, and none is left, or none is dealt, or nobody is left to take one."""
         live = self.live_workers()
         if any(worker in live for worker in run.ledger.holders()):
             return False
-        return not run.ledger.unsent or (run.ramped and time.perf_counter() - run.heard > IDLE_S)
+        return not run.ledger.unsent or run.given_up or (run.ramped and time.perf_counter() - run.heard > IDLE_S)
 
     def end(self) -> None:
         if self.run is not None and not self.run.ending:
@@ -1073,7 +1122,7 @@ class Desk:
         run.ending = True
         if not self.distributed or not run.ledger.holders():
             return
-        self.runner.send_message(MESSAGE + "halt", {"run": run.number})
+        self.halt(run, self.environment.stop_timeout)
         deadline = time.perf_counter() + self.environment.stop_timeout + DRAIN_GRACE_S
         try:
             while time.perf_counter() < deadline:
@@ -1173,7 +1222,7 @@ class LocalStation(Station):
 
     def take(self) -> Optional[Prompt]:
         run = self.desk.run
-        if run is None or run.ending:
+        if run is None or not run.dealing:
             return None
         granted = run.ledger.grant(LOCAL, urgent=1, spare=0)
         return run.corpus[granted[0]] if granted else None
@@ -1294,12 +1343,12 @@ class RemoteStation(Station):
 
     def on_halt(self, environment: Any, msg: Any, **_: Any) -> None:
         if msg.data["run"] == self.run:
-            gevent.spawn(self.halt)
+            gevent.spawn(self.halt, msg.data["grace_s"])
 
-    def halt(self) -> None:
-        """Take no more; finish what is in flight within --stop-timeout, abort the rest; then report."""
+    def halt(self, grace_s: float) -> None:
+        """Take no more; finish what is in flight within the time given, abort the rest; then report."""
         self.close()
-        deadline = time.perf_counter() + self.environment.stop_timeout
+        deadline = time.perf_counter() + grace_s
         while self.in_flight and time.perf_counter() < deadline:
             gevent.sleep(TICK_S / 4)
         self.runner.user_greenlets.kill(block=True, timeout=DRAIN_GRACE_S / 2)

@@ -209,7 +209,8 @@ GOOD = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
         (200, {"choices": [{"message": {"content": "", "reasoning_content": "hm"}}]}, None),
         (200, {"choices": [{"message": {"content": ""}}], "usage": {"completion_tokens": 1}}, None),
         (200, {"choices": [{"message": {"content": ""}}]}, "empty"),
-        (200, {"choices": [{"message": None}]}, "empty"),
+        (200, {"choices": [{"message": None}]}, "no_choices"),
+        (200, {"choices": [{}], "usage": {"completion_tokens": 1}}, "no_choices"),
         (200, {"choices": [{"finish_reason": "abort", "message": {"content": "h"}}]}, "error_body"),
         (200, {**GOOD, "error": {"message": "x"}}, "error_body"),
         (200, {"object": "error", "message": "x"}, "error_body"),
@@ -243,10 +244,25 @@ def test_a_count_that_is_none_is_left_blank(lb, bad):
     assert (outcome.prompt_tokens, outcome.completion_tokens, outcome.total_tokens) == (None, 2, None)
 
 
+def test_a_hundred_failures_alike_and_no_success_are_hopeless(lb):
+    refused, timed_out = (lb.Record(0, "http_error", kind, "x") for kind in ("connect_refused", "timeout"))
+
+    def hopeless(*records):
+        tally = lb.Tally()
+        for record in records:
+            tally.add(record)
+        return tally.hopeless
+
+    assert hopeless(*[refused] * 100)
+    assert not hopeless(*[refused] * 99)
+    assert not hopeless(*[refused] * 200, timed_out)
+    assert not hopeless(lb.Record(0, "success"), *[refused] * 200)
+
+
 def test_broken_compression_and_a_bomb(lb):
     assert lb.read_answer(lb.Answer(200, b"\x1f\x8bnonsense", "gzip")).error_kind == "other"
-    bomb = lb.zlib.compress(b" " * (lb.MAX_BODY_BYTES + 10**6))
-    assert len(lb.decompressed(bomb, "deflate")) == lb.MAX_BODY_BYTES
+    bomb = lb.read_answer(lb.Answer(200, lb.zlib.compress(b" " * (lb.MAX_BODY_BYTES + 10**6)), "deflate"))
+    assert (bomb.error_kind, bomb.error) == ("other", "broken deflate body: it is larger than 64 MiB")
 
 
 def test_text_of_a_server_is_one_line_without_secret_or_escape(lb):
