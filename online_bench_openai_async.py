@@ -150,7 +150,7 @@ CLIENT_DELAY_FLOOR_MS = 0.5
 # CPU of one core in microseconds per request and per streamed chunk, about; ratios are what it is for.
 TRANSPORT_CPU_US = {"stopwatch": (230.0, 4.0), "sdk (aiohttp)": (400.0, 10.0), "sdk (httpx)": (1350.0, 33.0)}
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
-WAITING_SHARE = 0.05  # of the time, runnable but without a core
+WAITING_SHARE = 0.03  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
 LAG_SHARE = 0.02  # of the median latency
 MERGED_LIMIT = 0.05

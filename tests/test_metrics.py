@@ -112,7 +112,7 @@ def health(**changes: Any) -> bench.Health:
         ({"cpu_s": 9.5}, True),
         ({"cpu_s": 5.0, "waiting_s": 4.5}, True),
         ({"waiting_s": 1.0}, True),
-        ({"waiting_s": 0.3}, False),
+        ({"waiting_s": 0.2}, False),
         ({"lag_p99_ms": 12.0, "kernel_clock": False}, True),
         ({"lag_p99_ms": 12.0}, False),
         ({"wall_s": 0.1, "cpu_s": 0.1}, False),  # too short to tell
