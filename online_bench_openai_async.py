@@ -512,9 +512,14 @@ def synthetic_prompt(key: str, tokens: int) -> str:
     return f"{head[:8]} {head[8:]}" + (f" {body}" if body else "")
 
 
-def chat(prompt: str, system_prompt: Optional[str]) -> list[dict[str, Any]]:
+def under_system(system_prompt: Optional[str], messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, the system's own before them where there is one."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": prompt}]
+    return [*system, *messages]
+
+
+def chat(prompt: str, system_prompt: Optional[str]) -> list[dict[str, Any]]:
+    return under_system(system_prompt, [{"role": "user", "content": prompt}])
 
 
 def synthetic_request(config: Config, index: int) -> Request:
@@ -559,8 +564,7 @@ def _messages_of(row: Mapping[str, Any], system_prompt: Optional[str]) -> list[d
     if messages is not None:
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
             raise ValueError("'messages' is not a list of messages")
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        return [*system, *messages]
+        return under_system(system_prompt, messages)
     prompt = row.get("text", row.get("prompt"))
     if prompt is None:
         raise ValueError("no prompt: neither 'text', 'prompt' nor 'messages'")
@@ -3815,7 +3819,7 @@ async def _warm_up_once(station: Station, sender: Sender, count: int) -> Tally:
 
 async def measure(station: Station, released: Optional[Callable[[], Awaitable[int]]] = None) -> Optional[Health]:
     """Warm up, wait for the release if there is one, run; None when it was stopped before the timed part."""
-    the_sdk()
+    the_sdk()  # when it is missing, before any socket is opened
     wire = open_wire(station.config, station.concurrency)
     sender = Sender(station.config, wire)
     try:
@@ -3897,12 +3901,13 @@ class PipeSink:
     """A shard's records, to its parent: one JSON line each, written whole and at once."""
 
     def add(self, record: Record) -> None:
-        row = [getattr(record, item.name) for item in dataclasses.fields(Record)]
+        row = [getattr(record, name) for name in _RECORD_FIELDS]
         row[_GAPS_AT] = base64.b64encode(array("f", record.gaps_ms).tobytes()).decode()
         tell({"record": row})
 
 
-_GAPS_AT = [item.name for item in dataclasses.fields(Record)].index("gaps_ms")
+_RECORD_FIELDS = [item.name for item in dataclasses.fields(Record)]
+_GAPS_AT = _RECORD_FIELDS.index("gaps_ms")
 
 
 def record_from(row: list[Any]) -> Record:
@@ -4397,8 +4402,8 @@ class Session:
     async def load(self) -> tuple[Sequence[Health], Stop]:
         stop = Stop()
         on_signals(stop)
-        sinks: list[Sink] = [self._tally, Breaker(self._tally, stop, self.config.stop_after_errors)]
-        sinks[1:1] = [self._csv] if self._csv else []
+        breaker = Breaker(self._tally, stop, self.config.stop_after_errors)  # last: it judges by the tally
+        sinks: list[Sink] = [self._tally, *([self._csv] if self._csv else []), breaker]
         station = Station(self.config, self._workload, sinks, stop, self._begin)
         try:
             if self.config.processes > 1:
