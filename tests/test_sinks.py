@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import make_record, rows_of
+from tests.support.records import make_record
+from tests.support.tables import rows_of
 
 TOOLKIT = ["index", "prompt_tokens", "completion_tokens", "total_tokens", "latency_ms", "status", "error"]
 

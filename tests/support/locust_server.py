@@ -1,6 +1,6 @@
 """A real-socket chat server for the Locust tests: it remembers what arrived, by content, and what it took.
 
-    python tests/locust_server.py [--delay-ms 200] [--fault http_500]
+    python tests/support/locust_server.py [--delay-ms 200] [--fault http_500]
 
 Prints its port, serves loopback until its stdin closes. A prompt may ask for a fault: `[fault:reset] ...`.
 GET /truth: what was seen, by the server's own clock. Token counts follow from the text alone.
