@@ -270,6 +270,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 @pytest.mark.parametrize(("times", "processes"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_a_signal_under_load(name: str, times: int, processes: int, slow: Demo, tmp_path: Path) -> None:
     """Once: what is in flight is waited for. Twice: it is recorded as aborted. Reported either way."""
+    served = len(slow.truth()["requests"])
     program = Program(slow, tmp_path, "--total-requests", "100000", "--processes", str(processes))
     program.wait_for_rows(6)
     before = program.finished_rows()
@@ -284,6 +285,9 @@ def test_a_signal_under_load(name: str, times: int, processes: int, slow: Demo, 
     assert aborted <= (CONCURRENCY if times > 1 else 0)
     assert f"Requests (ok/err): {ok}/{aborted}" in got.out
     assert f"WARNING: interrupted: {len(got.rows)} of 100000 requests were made" in got.out
+    if times == 1:  # everything that was sent was waited for, the warm-up included
+        truth = slow.truth()
+        assert (len(truth["requests"]) - served, truth["in_flight"]) == (ok + CONCURRENCY, 0)
     summary = program.summary()
     assert (summary["completed"], summary["failed"], summary["interrupted"]) == (ok, aborted, True)
 
@@ -300,7 +304,7 @@ def test_a_signal_during_the_warm_up(name: str, times: int, processes: int, tmp_
         assert server.truth()["peak_in_flight"] <= CONCURRENCY
     finally:
         server.stop()
-    assert got.code == 130
+    assert (got.code, got.out) == (130, "")
     assert "nothing to report" in got.err
     assert not program.csv.exists()
     assert not program.jsonl.exists()
@@ -388,6 +392,19 @@ def test_a_demo_server_that_dies_is_an_error_and_no_crash(tmp_path: Path) -> Non
     assert_whole(program.csv, COLUMNS)
 
 
+def test_under_nohup_a_run_outlives_its_terminal(slow: Demo, tmp_path: Path) -> None:
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = Program(slow, tmp_path, "--total-requests", "25")
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    program.wait_for_rows(6)
+    program.send("SIGHUP")
+    got = program.outcome()
+    assert got.code == 0, got.err
+    assert "Requests (ok/err): 25/0" in got.out
+
+
 # --- when a run stops by itself ---
 
 ACTS = {name: FAULTS[name].act for name in ("status_400_object", "status_503_retry_after")}
@@ -430,10 +447,10 @@ def test_a_server_that_fails_everything_is_not_hammered(streamed: bool, transpor
 
 
 def test_nor_by_several_processes(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus.jsonl", [BAD] * 100_000)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [BAD])
     with FaultServer(ACTS) as server:
         words = ["--api-base", server.api_base, "--model", "m", "--requests-file", corpus, "--warmup", "0"]
-        got = run_script(*words, "--processes", "2", "--concurrency", "8")
+        got = run_script(*words, "--total-requests", "100000", "--processes", "2", "--concurrency", "8")
         asked = server.seen["status_400_object"]
     assert got.code == 1
     assert "all failed alike" in got.out

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 import pytest
 
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
-from tests.support.program import ROOT, SCRIPT, Outcome, Running, run_script
+from tests.support.program import ROOT, SCRIPT, Outcome, run_script
 from tests.support.replies import ANSWER, GOOD_EVENTS, reply
 from tests.support.server import Call, ScriptedServer, says
-from tests.support.tables import assert_whole, rows_of
+from tests.support.tables import rows_of
 
 SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32", "--output-tokens", "5"]
 
@@ -316,80 +314,6 @@ def test_the_warm_up_learns_what_the_server_takes(
     assert learned is None or all(learned in body for body in sent[1:])
 
 
-# --- interruptions ---
-
-
-def start(server: Demo, folder: Path, *argv: str) -> Running:
-    sizes = ["--concurrency", "4", "--total-requests", "4000", "--prompt-tokens", "16", "--output-tokens", "1"]
-    return Running(folder, *server.target, *sizes, *argv)
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_one_signal_drains_and_reports(demo: Callable[..., Demo], tmp_path: Path, name: str) -> None:
-    server = demo(ttft_ms=50, gap_ms=0)
-    program = start(server, tmp_path)
-    program.wait_for_rows(12)
-    program.send(name)
-    done = program.outcome()
-    assert done.code == 130, done.err
-    assert f"Requests (ok/err): {len(done.rows)}/0" in done.out
-    assert "interrupted" in done.out
-    truth = server.truth()
-    assert len(truth["requests"]) == len(done.rows) + 4  # the warm-up; everything that was sent was waited for
-    assert truth["in_flight"] == 0
-
-
-def test_under_nohup_a_run_outlives_its_terminal(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        program = start(demo(ttft_ms=20, gap_ms=0), tmp_path, "--total-requests", "100")
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
-    program.wait_for_rows(8)
-    program.send("SIGHUP")
-    done = program.outcome()
-    assert done.code == 0, done.err
-    assert "Requests (ok/err): 100/0" in done.out
-
-
-def test_two_signals_stop_now_and_still_report(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text('{"text": "quick", "max_tokens": 1}\n' * 8 + '{"text": "endless", "max_tokens": 2}\n' * 8)
-    options = ("--requests-file", str(corpus), "--total-requests", "16", "--warmup", "0")
-    program = start(demo(ttft_ms=50, gap_ms=60_000), tmp_path, *options)
-    program.wait_for_rows(8)
-    program.send("SIGINT")
-    time.sleep(0.2)  # it drains
-    program.send("SIGINT")
-    done = program.outcome()
-    assert done.seconds < bench.DRAIN_GRACE_S
-    assert done.code == 130, done.err
-    rows = rows_of(program.csv)
-    assert [row["status"] for row in rows] == ["success"] * 8 + ["http_error"] * 4
-    assert {row["error_kind"] for row in rows[8:]} == {"aborted"}
-    assert "Requests (ok/err): 8/4" in done.out
-
-
-def test_a_killed_run_leaves_every_finished_row_whole(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    program = start(demo(ttft_ms=5, gap_ms=0), tmp_path)
-    program.wait_for_rows(50)
-    program.process.kill()
-    assert len(program.outcome().rows) >= 50
-    assert_whole(program.csv, len(bench.CSV_COLUMNS))
-
-
-def test_an_interrupted_warm_up_reports_nothing_and_leaves_nothing(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    server = demo(ttft_ms=60_000)
-    program = start(server, tmp_path)
-    program.wait_until(lambda: server.truth()["in_flight"] == 4)
-    program.send("SIGINT", 2)
-    done = program.outcome()
-    assert done.code == 130
-    assert done.out == ""
-    assert "nothing to report" in done.err
-    assert not program.csv.exists()
-
-
 # --- memory ---
 
 
@@ -406,31 +330,4 @@ def peak_kb(server: Demo, count: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
 def test_memory_does_not_follow_the_number_of_requests(demo: Callable[..., Demo]) -> None:
     server = demo(ttft_ms=0, gap_ms=0)
-    assert peak_kb(server, 20_000) - peak_kb(server, 200) < 60_000
-
-
-# --- limits ---
-
-
-def limited(soft: int, hard: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.parametrize(("soft", "hard", "code"), [(64, 64, 2), (64, 4096, 1)])
-def test_too_few_descriptors_are_raised_or_refused_with_the_cure(soft: int, hard: int, code: int) -> None:
-    target = ["--api-base", "http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "1000"]
-    done = run_script(*target, preexec_fn=limited(soft, hard))
-    assert done.code == code, done.err
-    assert ("ulimit" in done.err) is (code == 2)
-
-
-# --- secrets ---
-
-
-def test_a_key_is_in_no_output(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    path, line = tmp_path / "r.csv", tmp_path / "s.jsonl"
-    secrets: dict[str, Any] = {"guided": {"api_key": "sk-canary"}}
-    target = [*demo(ttft_ms=1, gap_ms=0).target, *SMALL, "--results-csv", str(path), "--summary-jsonl", str(line)]
-    done = run_script(*target, "--api-key", "sk-canary", "--extra-body", json.dumps(secrets))
-    assert done.code == 0, done.err
-    assert "canary" not in done.out + done.err + path.read_text() + line.read_text()
+    assert peak_kb(server, 5_000) - peak_kb(server, 500) < 3 * 4_500  # kB: 3 a request would be a record kept

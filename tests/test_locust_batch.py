@@ -389,7 +389,7 @@ def late_by(rows, truth, texts):
 
 @needs_locust
 def test_one_process(bench, serve):
-    server = serve("--delay-ms", "200")
+    server = serve("--delay-ms", "200", "--together", "500")
     bench.corpus(TEXTS)
     code, out, err = bench.run(server, 500, "--csv", bench.path / "own", OPENAI_API_KEY=CANARY)
     rows, truth = check_complete(bench, server, TEXTS, out)

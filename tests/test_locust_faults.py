@@ -41,7 +41,7 @@ OWN_READINGS = {
 RACES = ("closes_after_each_reply",)  # the next request may be on its way when the end of the connection arrives
 WHOLE = [
     name
-    for group in ("connection", "status", "body")
+    for group in ("connection", "status", "body", "size")
     for name, fault in GROUPS[group].items()
     if fault.whole and name not in RACES
 ]
@@ -128,13 +128,10 @@ def mixed(tmp_path_factory):
         return {name: future.result() for name, future in futures.items()}
 
 
-def mixed_runs(test: Any) -> Any:
-    """Each of the runs of `mixed`, in the one worker that makes them."""
-    every = pytest.mark.parametrize("name", ["one process", "two workers", "without end"])
-    return pytest.mark.xdist_group("locust-mixed")(every(test))
+MIXED = pytest.mark.parametrize("name", ["one process", "two workers", "without end"])
 
 
-@mixed_runs
+@MIXED
 def test_every_fault_has_its_name(mixed, name):
     names, outcome, _, _ = mixed[name]
     bad = outcome.rows[1::2]
@@ -148,7 +145,7 @@ def test_every_fault_has_its_name(mixed, name):
     assert outcome.code == 1
 
 
-@mixed_runs
+@MIXED
 def test_good_requests_are_unharmed_and_nothing_is_sent_twice(mixed, name):
     names, outcome, seen, left_open = mixed[name]
     between = outcome.rows[::2]
@@ -207,7 +204,6 @@ CLOSED_DOORS = {
 }
 
 
-@pytest.mark.xdist_group("locust-closed-doors")
 @pytest.mark.parametrize("name", CLOSED_DOORS)
 def test_nobody_gets_in(closed_doors, name):
     outcome = closed_doors[name]

@@ -140,11 +140,15 @@ def test_no_secret_is_ever_written(way: str, transport: str, streamed: bool, tmp
     ],
     ids=lambda words: words[-1][:12] if len(words) < 4 else f"{words[-2]}-{words[-1][:6]}",
 )
-def test_no_message_about_the_command_line_shows_one(words: list[str], tmp_path: Path) -> None:
-    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"http://{LOGIN}@127.0.0.1:1/v1"}
-    code, text = run_script(words, tmp_path, env)
-    assert code == (0 if words[0] in ("--help", "--version") else 2)
-    assert_silent(text)
+def test_no_message_about_the_command_line_shows_one(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://{LOGIN}@127.0.0.1:1/v1")
+    monkeypatch.chdir(tmp_path)
+    done = program.cli(*words)
+    assert done.code == (0 if words[0] in ("--help", "--version") else 2)
+    assert_silent(written_by(done, tmp_path))
 
 
 @pytest.mark.parametrize("status", ["401 no", "302 Elsewhere"])

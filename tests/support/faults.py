@@ -302,9 +302,6 @@ BODY_FAULTS = {
     ),
     "gzip_unasked": Fault(body(GZIPPED, "Content-Encoding: gzip"), SUCCESS),
     "gzip_broken": Fault(body(GZIPPED[:20] + b"????" + GZIPPED[24:], "Content-Encoding: gzip"), "http_error/bad_http"),
-    "gzip_bomb": Fault(body(BOMB, "Content-Encoding: gzip"), "http_error/too_large"),
-    "body_below_the_limit": Fault(flood(LIMIT // 2), SUCCESS),
-    "body_beyond_the_limit": Fault(flood(2 * LIMIT), "http_error/too_large"),
     "chunked_with_trimmings": Fault(
         sends(
             head("200 OK", "Transfer-Encoding: chunked"),
@@ -320,6 +317,13 @@ BODY_FAULTS = {
         sends(f"HTTP/1.1 200 OK\r\ncOnTeNt-LeNgTh:{len(ANSWER)}\r\nX-A: 1\r\nX-A: 2\r\nX-E:\r\n\r\n".encode() + ANSWER),
         SUCCESS,
     ),
+}
+
+# Much to read: no limit on silence is to strike where the machine is busy.
+SIZE_FAULTS = {
+    "gzip_bomb": Fault(body(BOMB, "Content-Encoding: gzip"), "http_error/too_large"),
+    "body_below_the_limit": Fault(flood(LIMIT // 2), SUCCESS),
+    "body_beyond_the_limit": Fault(flood(2 * LIMIT), "http_error/too_large"),
 }
 
 STREAM_FAULTS = {
@@ -402,6 +406,7 @@ GROUPS: dict[str, dict[str, Fault]] = {
     "connection": CONNECTION_FAULTS,
     "status": status_faults(),
     "body": BODY_FAULTS,
+    "size": SIZE_FAULTS,
     "stream": {
         f"stream_{name}": Fault(act, "", kind, SDK_READINGS.get(name, ""), name in SPOILING)
         for name, (act, kind) in STREAM_FAULTS.items()

@@ -95,7 +95,10 @@ def cli(*argv: Any) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     started = time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = bench.main(words)
+        try:
+            code = bench.main(words)
+        except SystemExit as end:  # --help and --version
+            code = int(end.code or 0)
     seconds = time.monotonic() - started
     return Outcome(code, out.getvalue(), err.getvalue(), results_of(words), seconds)
 
