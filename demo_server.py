@@ -745,6 +745,7 @@ class DemoServer:
         self._ends = array("q")  # last_ns of each row of the truth: ascending
         self._wave_ns = 0
         self._stall_at_ns: Optional[int] = None
+        self._ran_ns = self._run_took_ns = 0  # when the engine last ran, and for how long
         self._stopped = False
         self._precise = sys.platform == "linux" and self.selector.fileno() < 1024  # the limit of select
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -778,7 +779,9 @@ class DemoServer:
         while not self._stopped:
             for key, mask in self._wait():
                 key.data(mask)
-                self._run()  # between any two: a wave of arrivals must not hold back tokens that are due
+                # A wave of arrivals must not hold back tokens that are due, nor the other way round: half and half.
+                if time.perf_counter_ns() - self._ran_ns >= self._run_took_ns:
+                    self._run()
             self._run()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -800,6 +803,8 @@ class DemoServer:
             self._engine.stall(self._stall_at_ns, int(self._settings.stall_s * 1e9))
             self._stall_at_ns = None
         self._engine.run(now_ns)
+        self._ran_ns = time.perf_counter_ns()
+        self._run_took_ns = self._ran_ns - now_ns
 
     def _accept(self, _: int) -> None:
         with contextlib.suppress(OSError):

@@ -24,6 +24,7 @@ from typing import Any, Callable, Optional
 import pytest
 
 import demo_server
+from tests.support.processes import is_alive, needs_proc, wait_until
 
 SERVER = Path(__file__).resolve().parent.parent / "demo_server.py"
 QUICK = ("--ttft-ms", "1", "--gap-ms", "0")
@@ -554,7 +555,7 @@ def test_until_stdin_closes_means_just_that(serve: Callable[..., Server]) -> Non
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@needs_proc
 def test_it_ends_with_its_parent_even_if_that_is_killed() -> None:
     options = [str(SERVER), "--port", "0", "--until-stdin-closes"]
     code = (
@@ -566,17 +567,11 @@ def test_it_ends_with_its_parent_even_if_that_is_killed() -> None:
     assert parent.stdout is not None
     lines = sorted(parent.stdout.readline() for _ in range(2))  # the child's address, its number
     child = int(lines[0])
-    os.kill(child, 0)
+    assert is_alive(child)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    for _ in range(200):
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    pytest.fail("the demo server outlived its parent by 10 s")
+    wait_until(lambda: not is_alive(child), 10)
 
 
 # --- alone ---
