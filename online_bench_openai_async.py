@@ -964,12 +964,16 @@ class Redactor:
         >>> Redactor(["sk-1234567890"]).text("no key sk-1234567890, nor sk-1234567")
         'no key ***, nor ***'
         """
-        for word in self._words:
-            text = text.replace(word, "***")
+        text = self._replaced(text)
         for word in self._words:
             lengths = range(min(len(word), len(text)), LEAST_SECRET_CHARS - 1, -1)
             cut = next((length for length in lengths if text.endswith(word[:length])), 0)
             text = f"{text[:-cut]}***" if cut else text
+        return text
+
+    def _replaced(self, text: str) -> str:
+        for word in self._words:
+            text = text.replace(word, "***")
         return text
 
     @staticmethod
@@ -1011,7 +1015,7 @@ class Redactor:
             elif option == "--extra-body":
                 with contextlib.suppress(ValueError):
                     text = json.dumps(self.fields(json.loads(text)))
-            masked.append(self.text(self.url(f"{name}={text}" if equals else text)))
+            masked.append(self._replaced(self.url(f"{name}={text}" if equals else text)))
         return masked
 
     @staticmethod
