@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import online_bench_openai_async as bench
-from tests.fault_server import (
+from tests.support.replies import (
     ANSWER,
     COUNTS,
     DONE,

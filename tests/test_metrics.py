@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 import random
 import statistics
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import make_config, make_record
+from tests.support.records import health, make_config, make_record, summary_of
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
@@ -35,13 +34,6 @@ def test_describe_agrees_with_the_standard_library() -> None:
     assert told.mean == pytest.approx(statistics.fmean(sample))
     assert told.std == pytest.approx(statistics.pstdev(sample))
     assert told.max == max(sample)
-
-
-def summary_of(*records: bench.Record) -> bench.Summary:
-    tally = bench.Tally()
-    for record in records:
-        tally.add(record)
-    return tally.summary()
 
 
 def test_a_run_counts_from_its_first_send_to_its_last_completion() -> None:
@@ -98,11 +90,6 @@ def test_replies_without_usage_are_counted_and_said() -> None:
     assert summary.without_usage == 1
     assert summary.completion_tokens == 0
     assert any("no usage" in warning.text for warning in bench.warnings_of(summary, make_config(), []))
-
-
-def health(**changes: Any) -> bench.Health:
-    calm = bench.Health(10.0, 3.0, 0.1, 1.0, 2.0, 0.5, 64, 0, "stopwatch (uvloop)", True)
-    return dataclasses.replace(calm, **changes)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import ROOT, make_record, rows_of
+from tests.support.program import ROOT
+from tests.support.records import make_record
+from tests.support.tables import rows_of
 
 TOOLKIT = ["index", "prompt_tokens", "completion_tokens", "total_tokens", "latency_ms", "status", "error"]
 

@@ -8,8 +8,7 @@ import unicodedata
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import make_config, make_record
-from tests.test_metrics import health, summary_of
+from tests.support.records import health, make_config, make_record, summary_of
 
 
 def test_the_progress_line() -> None:
