@@ -1,4 +1,4 @@
-"""Room 5: the numbers, against brute force and the standard library."""
+"""Section 6, Metrics: the numbers, against brute force and the standard library."""
 
 from __future__ import annotations
 
