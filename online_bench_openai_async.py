@@ -1341,7 +1341,8 @@ class Redactor:
     def of(cls, config: Config | argparse.Namespace, environ: Mapping[str, str]) -> Redactor:
         """Every secret that a run can send: key, logins and query values of URLs, body fields, headers."""
         headers = [line.partition(":") for line in environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()]
-        named = secret_values([config.extra_body, {name: value.strip() for name, _, value in headers}])
+        named: list[str] = []
+        cls.fields([config.extra_body, {name: value.strip() for name, _, value in headers}], found=named)
         proxies = [f"//{value.rpartition('//')[2]}" for name, value in environ.items() if name.lower()[-6:] == "_proxy"]
         urls = [config.api_base, *proxies]
         logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
@@ -1358,12 +1359,16 @@ class Redactor:
         >>> Redactor(["sk-1234567890"]).text("no key sk-1234567890, nor sk-1234567")
         'no key ***, nor ***'
         """
-        for word in self._words:
-            text = text.replace(word, "***")
+        text = self._replaced(text)
         for word in self._words:
             lengths = range(min(len(word), len(text)), LEAST_SECRET_CHARS - 1, -1)
             cut = next((length for length in lengths if text.endswith(word[:length])), 0)
             text = f"{text[:-cut]}***" if cut else text
+        return text
+
+    def _replaced(self, text: str) -> str:
+        for word in self._words:
+            text = text.replace(word, "***")
         return text
 
     @staticmethod
@@ -1405,7 +1410,7 @@ class Redactor:
             elif option == "--extra-body":
                 with contextlib.suppress(ValueError):
                     text = json.dumps(self.fields(json.loads(text)))
-            masked.append(self.text(self.url(f"{name}={text}" if equals else text)))
+            masked.append(self._replaced(self.url(f"{name}={text}" if equals else text)))
         return masked
 
     @staticmethod
@@ -1417,21 +1422,6 @@ class Redactor:
             "api_key": config.api_key if config.api_key in PLAIN_KEYS else "***",
             "extra_body": Redactor.fields(config.extra_body),
         }
-
-
-def secret_values(value: Any) -> list[str]:
-    """What Redactor.fields would blank."""
-    found: list[str] = []
-    Redactor.fields(value, "", found)
-    return found
-
-
-def mask_url(url: str) -> str:
-    return Redactor.url(url)
-
-
-def without_secrets(text: str, words: Iterable[str]) -> str:
-    return Redactor(words).text(text)
 
 
 def split_login(url: str) -> tuple[str, dict[str, str]]:
@@ -4449,10 +4439,9 @@ class Invocation:
         if not summary.ok + summary.errors:
             _say("Interrupted before the first measured request had ended: nothing to report.")
             return 130
-        details = detail_lines(summary, config, point.health)
-        if demo:
-            details.insert(0, self._truth(summary, demo, point.origin_ns))
-        details += [f"WARNING: {line}" for line in self._lost_lines(summary, config, stop)]
+        notices = [ReportWarning(text) for text in self._notices(summary, config, stop)]
+        truth = self._truth(summary, demo, point.origin_ns) if demo else ""
+        details = detail_lines(summary, config, point.health, notices, truth)
         report(summary_block(summary, config.concurrency))
         report("\n" + "\n".join(details) + "\n")
         report(config_block(config))
@@ -4469,7 +4458,7 @@ class Invocation:
         except Exception as error:  # it is dead or drowned: the report stands without it
             return f"WARNING: the demo server does not tell what it measured: {plain(_reason(error))}"
 
-    def _lost_lines(self, summary: Summary, config: Config, stop: Stop) -> Iterator[str]:
+    def _notices(self, summary: Summary, config: Config, stop: Stop) -> Iterator[str]:
         if stop.interrupted or stop.reason:
             why = stop.reason or "interrupted"
             yield f"{why}: {summary.ok + summary.errors} of {config.total_requests} requests were made"
