@@ -56,7 +56,11 @@ SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32"
         (["--results-csv", "/"], "--results-csv"),
         (["--summary-jsonl", "/nowhere/s.jsonl"], "cannot write --summary-jsonl"),
         (["--ca-file", "/nowhere/ca.pem", "--api-base", "https://localhost/v1"], "--ca-file"),
-        (["--demo-engine", '{"speed": 1}'], "--demo-engine"),
+        (["--demo-engine", '{"ttft_ms": 1}'], "--demo-engine needs --demo"),
+        (["--demo", "--demo-engine", '{"ttft_ms": "1"}'], "takes a JSON object of numbers"),
+        (["--results-csv", ""], "--results-csv: takes a file name, not ''"),
+        (["--summary-jsonl", ""], "--summary-jsonl: takes a file name"),
+        (["--requests-file", ""], "--requests-file: takes a file name"),
         (["--processes", "-1"], "--processes"),
         (["--seed", "x"], "--seed"),
     ],
@@ -88,12 +92,18 @@ def test_without_the_client_the_way_out_is_named(tmp_path: Path) -> None:
     assert "pip install openai" in done.stderr
 
 
-def test_a_defect_of_ours_is_one_line_too(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_ours_is_one_line_that_says_how_to_see_more(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench, "build_config", lambda *_: 1 / 0)
     done = cli("--model", "m")
     assert (done.code, done.err.count("\n")) == (1, 1)
-    assert "internal error at line" in done.err
-    assert "ZeroDivisionError" in done.err
+    assert "internal error: ZeroDivisionError" in done.err
+    assert "--debug shows where" in done.err
+    shown = cli("--model", "m", "--debug")
+    assert shown.code == 1
+    assert shown.err.startswith("Traceback")
+    assert "1 / 0" in shown.err
 
 
 def test_wrong_usage_reaches_no_server(cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path) -> None:
@@ -219,6 +229,20 @@ def test_an_existing_csv_stops_the_run_before_it_begins(
     assert path.read_text() == before
     assert cli(*server.target, *SMALL, "--results-csv", str(path), "--append").code == 0
     assert len(rows_of(path)) == 24
+
+
+def test_overwrite_keeps_the_old_rows_until_the_warm_up_has_succeeded(
+    cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("old,rows\n1,2\n")
+    results = ["--results-csv", str(path), "--overwrite"]
+    dead = ["--api-base", "http://127.0.0.1:9/v1", "--model", "m"]
+    assert cli(*dead, *SMALL, *results).code == 1
+    assert cli(*dead, *SMALL, *results, "--summary-jsonl", "/nowhere/s.jsonl").code == 2
+    assert path.read_text() == "old,rows\n1,2\n"
+    assert cli(*demo(ttft_ms=1, gap_ms=0).target, *SMALL, *results).code == 0
+    assert len(rows_of(path)) == 12
 
 
 def test_a_warm_up_that_fails_stops_the_run_with_its_error(cli: Callable[..., Outcome], tmp_path: Path) -> None:
