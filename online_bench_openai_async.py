@@ -1961,6 +1961,7 @@ class LiveLine:
         self._clock = clock
         self._start_s = clock()
         self._tty = bool(sys.stderr and sys.stderr.isatty())
+        self._task: Optional[asyncio.Future[None]] = None
         self.period_s = PROGRESS_TTY_S if self._tty else PROGRESS_PIPE_S
 
     def start(self) -> None:
@@ -1981,7 +1982,8 @@ class LiveLine:
 
     def finish(self) -> None:
         """The last state, over the report's own time, so that a log shows how it ended; an empty line after it."""
-        self._task.cancel()
+        if self._task:
+            self._task.cancel()
         self.show(self._tally.elapsed_s)
         _say("\n" if self._tty else "")
 
@@ -2161,7 +2163,7 @@ class Permits:
 class Call:
     """One request under way: the reply that is being filled in, and what matters only until it has ended."""
 
-    def __init__(self, streamed: bool, permits: Permits) -> None:
+    def __init__(self, reader: Callable[[Reply], Reader], permits: Permits) -> None:
         self.reply = Reply()
         self.permits = permits
         self.payload = b""
@@ -2174,7 +2176,7 @@ class Call:
         self.size = 0
         self.newest_ns: Optional[int] = None  # the newest arrival
         self.arrived: list[tuple[int, bytes]] = []  # pieces of the body that the reader has not seen yet
-        self._reader = READERS[streamed](self.reply)
+        self._reader = reader(self.reply)
         self._inflate: Any = None
 
     @property
@@ -2379,6 +2381,7 @@ class H11Parser:
         self._h11 = h11
         self._listener = listener
         self._status = 0
+        self._start = b""
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=READ_BUFFER_BYTES)
         self._http.send(h11.Request(method="POST", target="/", headers=[("Host", "-"), ("Content-Length", "0")]))
         self._http.send(h11.EndOfMessage())
@@ -2390,8 +2393,11 @@ class H11Parser:
         return self._http.our_state is not self._h11.MUST_CLOSE
 
     def feed_data(self, data: bytes) -> None:
-        """Raises h11.RemoteProtocolError."""
+        """Raises h11.RemoteProtocolError, or ValueError for what does not begin as HTTP does."""
         h11, listener = self._h11, self._listener
+        self._start = (self._start + data)[:5]
+        if not b"HTTP/".startswith(self._start):  # h11 would wait for the end of a head
+            raise ValueError(f"it begins with {self._start!r}")
         self._http.receive_data(data)
         while True:
             event = self._http.next_event()
@@ -2511,7 +2517,9 @@ class Connection:
         if data and self.call:
             self.keep(data, stamp_ns, by_kernel)
             self.parse()
-        if closed or (data and not self.call):
+        elif data:  # nobody has asked
+            closed = True
+        if closed:
             self.ended()
 
     def keep(self, data: bytes, stamp_ns: int, by_kernel: bool) -> None:
@@ -3242,7 +3250,7 @@ class StopwatchTransport:
     """Sends what the SDK has built over sockets of our own, whose arrivals the kernel stamps."""
 
     def __init__(self, config: Config) -> None:
-        self._streamed = config.stream
+        self._reader = READERS[config.stream]
         self._stopwatch = Stopwatch(origin_of(config), timeouts_of(config), config.stream)
         self._sdk = Sdk(config, self._http_client())
         self.kernel_clock = sys.platform == "linux"
@@ -3254,7 +3262,7 @@ class StopwatchTransport:
 
     async def exchange(self, body: Mapping[str, Any], permits: Permits) -> Reply:
         await self._stopwatch.steps.turn()
-        call = Call(self._streamed, permits)
+        call = Call(self._reader, permits)
         _CALL.set(call)
         return await settle(call, self._sdk.create(body))
 
@@ -3313,7 +3321,8 @@ class SdkTransport:
 
     def __init__(self, config: Config, concurrency: int, trust_env: bool) -> None:
         self.connections = 0
-        self._streamed = config.stream
+        self._reader = READERS[config.stream]
+        self._steps = StepQueue(asyncio.get_running_loop())
         self._timeouts = timeouts_of(config)
         origin = origin_of(config)
         _, httpx = import_sdk()
@@ -3327,7 +3336,7 @@ class SdkTransport:
         self._sdk = Sdk(config, self._http_client(httpx)(**options))
 
     async def exchange(self, body: Mapping[str, Any], permits: Permits) -> Reply:
-        call = Call(self._streamed, permits)
+        call = Call(self._reader, permits)
         asking = asyncio.ensure_future(self._ask(call, body))
         call.watchdog = partial(self._watch, call, asking)
         try:
@@ -3361,6 +3370,7 @@ class SdkTransport:
     def _http_client(self, httpx: ModuleType) -> Any:
         # Of its own time-outs only the one to connect: the watchdog has the others, as in the stopwatch.
         limits = {"connect": self._timeouts.connect_s, "read": None, "write": None, "pool": None}
+        steps = self._steps  # one at a time: its pool gives a connection to several that come at once
 
         class Client(httpx.AsyncClient):  # type: ignore[name-defined, misc]
             async def send(self, request: Any, **options: Any) -> Any:
@@ -3372,6 +3382,7 @@ class SdkTransport:
                     raise
                 call.watchdog = call.watchdog()
                 call.permits.sent()
+                await steps.turn()
                 request.extensions = {**request.extensions, "timeout": limits}
                 call.reply.ready_ns = call.reply.sent_ns = time.perf_counter_ns()
                 response = await super().send(request, **{**options, "stream": True})
@@ -4301,7 +4312,7 @@ def notes_before(config: Config, prompts: int) -> Iterator[str]:
 def versions() -> dict[str, str]:
     """What a result depends on, as far as it is installed and imported."""
     found = {"python": sys.version.split()[0], "online_bench": __version__}
-    for name in ("openai", "httptools", "uvloop", "aiohttp"):
+    for name in ("openai", "httptools", "h11", "uvloop"):
         with contextlib.suppress(Exception):
             found[name] = importlib.import_module("importlib.metadata").version(name)
     return found

@@ -1,4 +1,4 @@
-"""Room 13: the script as a user meets it."""
+"""Section 13, Command line: the script as a user meets it."""
 
 from __future__ import annotations
 
