@@ -41,7 +41,7 @@ OWN_READINGS = {
 RACES = ("closes_after_each_reply",)  # the next request may be on its way when the end of the connection arrives
 WHOLE = [
     name
-    for group in ("connection", "status", "body", "size")
+    for group in ("silence", "connection", "status", "body")
     for name, fault in GROUPS[group].items()
     if fault.whole and name not in RACES
 ]
