@@ -90,7 +90,9 @@ import signal
 import socket
 import struct
 import sys
+import textwrap
 import time
+import traceback
 from array import array
 from collections import Counter, deque
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -98,8 +100,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Callable, NamedTuple, Optional, Protocol
+from typing import Any, Callable, NamedTuple, Optional, Protocol
 from urllib.parse import unquote, urlsplit
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # === 1. Constants ===
 
@@ -110,7 +117,12 @@ DEFAULT_API_BASE = "http://127.0.0.1:8000/v1"
 DEFAULT_API_KEY = "vllm"
 PLAIN_KEYS = ("vllm", "EMPTY", "")  # placeholders that hide nothing
 LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
-SECRET_HEAD_CHARS = 8  # so much of a secret is recognised where a text was cut
+
+# Defaults of the options; one that is not here is off, absent, or worked out from others.
+DEFAULTS: Mapping[str, Any] = {
+    "concurrency": 128, "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
+    "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0, "max_error_rate": 1.0,
+}  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
 WARMUP_PROMPT_TOKENS = 64  # of a corpus run, whose own prompts must stay unseen
@@ -125,6 +137,8 @@ GC_THRESHOLDS = (5_000, 100, 1000)  # short young passes, no full one
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 FEW_SAMPLES_FOR_P99 = 100
+REPORT_COLUMNS = 100
+ERROR_GROUPS_SHOWN = 5
 ERROR_TEXT_CHARS = 300
 
 READ_BUFFER_BYTES = 256 * 1024
@@ -147,8 +161,6 @@ WHOLE_PER_PROCESS = 512
 CLIENT_BUSY_SHARE = 0.90  # of one core, waiting for the core included
 CLIENT_DELAY_SHARE = 0.10  # of a request's service time
 CLIENT_DELAY_FLOOR_MS = 0.5
-# CPU of one core in microseconds per request and per streamed chunk, about; ratios are what it is for.
-TRANSPORT_CPU_US = {"stopwatch": (230.0, 4.0), "sdk (aiohttp)": (400.0, 10.0), "sdk (httpx)": (1350.0, 33.0)}
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
 WAITING_SHARE = 0.03  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
@@ -662,7 +674,7 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
-    Metric("visible", "Time to first visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms)),
+    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
     Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.gaps_ms if r.ok else (), "f"),
     Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
@@ -773,7 +785,14 @@ def percent(part: float, whole: float) -> float:
     return 100 * part / whole if whole else 0.0
 
 
-# --- what the run should be doubted for: each rule looks at the summary and says a line, or nothing ---
+# --- warnings that qualify the figures: each rule looks at the summary and returns one, or None ---
+
+
+class ReportWarning(NamedTuple):
+    """Something that makes a figure mean less than it seems to, and what the user can do about it."""
+
+    text: str
+    cure: str = ""
 
 
 def client_bound(summary: Summary, health: Sequence[Health]) -> Optional[str]:
@@ -789,15 +808,15 @@ def _busy_core(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     return f"it needed {max(shares):.0%} of a core"
 
 
-def _slow_hands(summary: Summary, health: Sequence[Health]) -> Optional[str]:
+def _slow_to_send(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     queue, service = summary.queue_ms_mean, summary.service_ms_mean
     if queue is None or service is None or queue < max(CLIENT_DELAY_SHARE * service, CLIENT_DELAY_FLOOR_MS):
         return None
     return f"it took {queue:.1f} ms to send a request that the server answered in {service:.1f} ms"
 
 
-def _lagging_clock(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    """Without the kernel's clock a late loop is a late stamp."""
+def _late_stamps(summary: Summary, health: Sequence[Health]) -> Optional[str]:
+    """Without the kernel's clock a late event loop is a late stamp."""
     median = summary.distributions["latency"].percentiles.get(50.0)
     lag = max((h.lag_p99_ms for h in health if not h.kernel_clock), default=0.0)
     if median is None or lag < max(LAG_FLOOR_MS, LAG_SHARE * median):
@@ -810,83 +829,91 @@ def _starved(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     return f"it waited for a core {waiting:.0%} of the time" if waiting > WAITING_SHARE else None
 
 
-CLIENT_RULES = (_busy_core, _starved, _slow_hands, _lagging_clock)
+CLIENT_RULES = (_busy_core, _starved, _slow_to_send, _late_stamps)
 
 
-def _cure(summary: Summary, config: Config, health: Sequence[Health]) -> str:
+def _client_cure(summary: Summary, health: Sequence[Health]) -> str:
     cores = os.cpu_count() or 1
     cures = ["a core of its own for this client"] if _starved(summary, health) else []
-    if any(h.transport.startswith("sdk") for h in health) and config.transport == "auto":
+    if any("uvloop" not in h.transport and h.transport.startswith("stopwatch") for h in health):
         cures.append("pip install httptools uvloop")
     if len(health) < cores and not cures:
         cures.append(f"--processes {min(cores, 2 * len(health))}")
     return ", or ".join(cures) or "a machine with more free cores, or a lower --concurrency"
 
 
-def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
+def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     reason = client_bound(summary, health)
-    return f"client-bound: {reason}. Cure: {_cure(summary, config, health)}" if reason else None
+    return ReportWarning(f"client-bound: {reason}", _client_cure(summary, health)) if reason else None
 
 
-def _warn_prompt_length(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
+def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    if not summary.without_usage:
+        return None
+    how = "counted by their content chunks" if summary.chunk_counted else "counted as 0 tokens"
+    text = f"{summary.without_usage} replies carried no usage: {how}, their prompts as 0"
+    return ReportWarning(text, "a server that sends `usage`; Req/s and the latencies are right without it")
+
+
+def _warn_prompt_length(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     counted = summary.distributions["prompt"].mean
     if config.requests_file or counted is None:
         return None
     if abs(counted / config.prompt_tokens - 1) <= PROMPT_LENGTH_TOLERANCE:
         return None
     better = max(1, round(config.prompt_tokens**2 / counted))
-    return f"the server counted {counted:.1f} prompt tokens for {config.prompt_tokens}: try --prompt-tokens {better}"
+    text = (
+        f"the server counted {counted:.1f} prompt tokens on average, --prompt-tokens asked for {config.prompt_tokens}"
+    )
+    return ReportWarning(text, f"--prompt-tokens {better}; for exact lengths a corpus by generate_requests.py")
 
 
-def _warn_short_answers(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
+def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     mean = summary.distributions["output"].mean
     if config.requests_file or mean is None or mean >= 0.95 * config.output_tokens:
         return None
-    return (
-        f"answers of {mean:.1f} tokens on average, {config.output_tokens} allowed: they ended by themselves;"
-        """ a fixed length takes --extra-body '{"ignore_eos": true}' where the server knows it (vLLM, SGLang)"""
-    )
+    text = f"replies of {mean:.1f} tokens on average, {config.output_tokens} allowed: the model ended them itself"
+    return ReportWarning(text, """--extra-body '{"ignore_eos": true}' fixes the length (vLLM, SGLang)""")
 
 
-def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
-    if not summary.without_usage:
-        return None
-    how = "counted by their content chunks" if summary.chunk_counted else "counted as 0 tokens"
-    return f"{summary.without_usage} replies carried no usage: {how}, their prompts as 0"
-
-
-def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
+def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     hit = percent(summary.cached_tokens, summary.prompt_tokens)
-    return f"{hit:.1f} % of the prompt tokens came from the server's prefix cache" if hit >= 1 else None
+    if hit < 1:
+        return None
+    cure = "send every prompt of the corpus once only" if config.requests_file else "leave out --seed"
+    text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
+    return ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
 
 
-def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
+def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if summary.merged_reads <= MERGED_LIMIT * summary.content_reads:
         return None
     merged = percent(summary.merged_reads, summary.content_reads)
-    return f"{merged:.1f} % of the reads held several chunks: their gaps are those of packets, not of tokens"
+    text = f"{merged:.1f} % of the reads held several chunks: their gaps are those of packets, not of tokens"
+    return ReportWarning(text, "read TPOT; it does not depend on how tokens are packed")
 
 
-def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[str]:
+def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if not summary.reconnects:
         return None
-    return f"{summary.reconnects} requests were sent anew: the server had closed the kept connection"
+    text = f"{summary.reconnects} requests were sent anew: the server had closed the kept connection"
+    return ReportWarning(text, "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)")
 
 
 WARNINGS = (
     _warn_client,
     _warn_usage,
     _warn_prompt_length,
-    _warn_short_answers,
+    _warn_short_replies,
     _warn_cache,
     _warn_merged,
     _warn_reconnects,
 )
 
 
-def warnings_of(summary: Summary, config: Config, health: Sequence[Health]) -> list[str]:
-    lines = (rule(summary, config, health) for rule in WARNINGS)
-    return [line for line in lines if line]
+def warnings_of(summary: Summary, config: Config, health: Sequence[Health]) -> list[ReportWarning]:
+    found = (rule(summary, config, health) for rule in WARNINGS)
+    return [warning for warning in found if warning]
 
 
 # === 6. Text (pure) ===
@@ -903,70 +930,114 @@ def plain(text: str, limit: int = ERROR_TEXT_CHARS) -> str:
     return " ".join(_CONTROL.sub(" ", text[: 4 * limit]).split())[:limit]
 
 
-def mask_key(key: str) -> str:
-    """
-    >>> mask_key("vllm"), mask_key("sk-123")
-    ('vllm', '***')
-    """
-    return key if key in PLAIN_KEYS else "***"
+_SECRET_NAME = re.compile(r"key|token\b|secret|passw|auth|cookie|credential|bearer|\bsig", re.IGNORECASE)
+_LOGIN = re.compile(r"(?<=//)[^/?#]*(?=@)")
+_QUERY = re.compile(r"([?&])([^=&#\s]+)=([^&#\s]+)")
 
 
-_SECRET_NAME = re.compile(r"key|token\b|secret|passw|auth|cookie|credential|bearer", re.IGNORECASE)
+class Redactor:
+    """Blanks what must not be shown: the API key, logins in URLs, and values whose name looks secret."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        """`words`: the secrets of this run; those too short to keep anybody out are ignored."""
+        kept = {plain(word, len(word)) for word in words if len(word) >= LEAST_SECRET_CHARS and word not in PLAIN_KEYS}
+        self._words = sorted(kept, key=len, reverse=True)
+
+    @classmethod
+    def of(cls, config: Config | argparse.Namespace, environ: Mapping[str, str]) -> Redactor:
+        """Every secret that a run can send: key, logins and query values of URLs, body fields, headers."""
+        headers = [line.partition(":") for line in environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()]
+        named = secret_values([config.extra_body, {name: value.strip() for name, _, value in headers}])
+        proxies = [f"//{value.rpartition('//')[2]}" for name, value in environ.items() if name.lower()[-6:] == "_proxy"]
+        urls = [config.api_base, *proxies]
+        logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
+        basic = [base64.b64encode(login.encode()).decode() for login in logins]
+        queries = [text for url in urls for _, name, text in _QUERY.findall(url) if _SECRET_NAME.search(name)]
+        words = [config.api_key, *logins, *basic, *queries, *map(unquote, queries), *named]
+        return cls(
+            [*words, *(login.partition(":")[2] for login in logins), *(word.rpartition(" ")[2] for word in named)]
+        )
+
+    def text(self, text: str) -> str:
+        """Any text, a server's words above all, with every secret blanked, also one that is cut off at the end.
+
+        >>> Redactor(["sk-1234567890"]).text("no key sk-1234567890, nor sk-1234567")
+        'no key ***, nor ***'
+        """
+        for word in self._words:
+            text = text.replace(word, "***")
+        for word in self._words:
+            lengths = range(min(len(word), len(text)), LEAST_SECRET_CHARS - 1, -1)
+            cut = next((length for length in lengths if text.endswith(word[:length])), 0)
+            text = f"{text[:-cut]}***" if cut else text
+        return text
+
+    @staticmethod
+    def fields(value: Any, name: str = "", found: Optional[list[str]] = None) -> Any:
+        """A copy of JSON data with every text blanked whose name looks secret, at any depth; `found` gets those.
+
+        >>> Redactor.fields({"a": {"api_key": "x"}, "max_tokens": 5})
+        {'a': {'api_key': '***'}, 'max_tokens': 5}
+        """
+        if isinstance(value, Mapping):
+            return {key: Redactor.fields(item, f"{name} {key}", found) for key, item in value.items()}
+        if isinstance(value, list):
+            return [Redactor.fields(item, name, found) for item in value]
+        if not isinstance(value, str) or not _SECRET_NAME.search(name):
+            return value
+        if found is not None:
+            found.append(value)
+        return "***"
+
+    @staticmethod
+    def url(url: str) -> str:
+        """
+        >>> Redactor.url("http://me:p@w@host:1/v1?api-version=2&key=abc")
+        'http://***@host:1/v1?api-version=2&key=***'
+        """
+        return _QUERY.sub(
+            lambda found: f"{found[1]}{found[2]}={'***' if _SECRET_NAME.search(found[2]) else found[3]}",
+            _LOGIN.sub("***", url),
+        )
+
+    def argv(self, argv: Sequence[str]) -> list[str]:
+        """A command line as given, secrets blanked wherever they stand."""
+        masked = []
+        for before, word in zip(["", *argv], argv):
+            name, equals, value = word.partition("=")
+            option, text = (name, value) if equals else (before, word)
+            if option == "--api-key":
+                text = text if text in PLAIN_KEYS else "***"
+            elif option == "--extra-body":
+                with contextlib.suppress(ValueError):
+                    text = json.dumps(self.fields(json.loads(text)))
+            masked.append(self.text(self.url(f"{name}={text}" if equals else text)))
+        return masked
+
+    @staticmethod
+    def config(config: Config) -> dict[str, Any]:
+        """Every option in force, secrets masked."""
+        return {
+            **{item.name: getattr(config, item.name) for item in dataclasses.fields(config)},
+            "api_base": Redactor.url(config.api_base),
+            "api_key": config.api_key if config.api_key in PLAIN_KEYS else "***",
+            "extra_body": Redactor.fields(config.extra_body),
+        }
 
 
-def mask_secrets(value: Any, name: str = "") -> Any:
-    """A copy with everything blanked whose name looks secret, at any depth.
-
-    >>> mask_secrets({"a": {"api_key": "x"}, "max_tokens": 5})
-    {'a': {'api_key': '***'}, 'max_tokens': 5}
-    """
-    if isinstance(value, Mapping):
-        return {key: mask_secrets(item, f"{name} {key}") for key, item in value.items()}
-    if isinstance(value, list):
-        return [mask_secrets(item, name) for item in value]
-    return "***" if _SECRET_NAME.search(name) and isinstance(value, str) else value
-
-
-def secret_values(value: Any, name: str = "") -> Iterator[str]:
-    """What mask_secrets would blank.
-
-    >>> list(secret_values({"a": {"api_key": "x"}, "max_tokens": 5}))
-    ['x']
-    """
-    items = value.items() if isinstance(value, Mapping) else (("", item) for item in value)
-    for key, item in items:
-        if isinstance(item, (Mapping, list)):
-            yield from secret_values(item, f"{name} {key}")
-        elif isinstance(item, str) and _SECRET_NAME.search(f"{name} {key}"):
-            yield item
-
-
-def without_secrets(text: str, secrets_: Iterable[str]) -> str:
-    """A server's words with every secret blanked, even where the text was cut within one.
-
-    >>> without_secrets("no key sk-1234567890, nor sk-1234567", ["sk-1234567890"])
-    'no key ***, nor ***'
-    """
-    for secret in secrets_:
-        head = secret[:SECRET_HEAD_CHARS]
-        if head in text:
-            start, *rests = text.split(head)
-            tail = secret[SECRET_HEAD_CHARS:]
-            text = "***".join([start, *(rest[_alike(rest, tail) :] for rest in rests)])
-    return text
-
-
-def _alike(one: str, other: str) -> int:
-    """How many characters two texts share at their start."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+def secret_values(value: Any) -> list[str]:
+    """What Redactor.fields would blank."""
+    found: list[str] = []
+    Redactor.fields(value, "", found)
+    return found
 
 
 def mask_url(url: str) -> str:
-    """
-    >>> mask_url("http://me:p@w@host:1/v1")
-    'http://***@host:1/v1'
-    """
-    return re.sub(r"//[^/?#]*@", "//***@", url)
+    return Redactor.url(url)
+
+
+def without_secrets(text: str, words: Iterable[str]) -> str:
+    return Redactor(words).text(text)
 
 
 def split_login(url: str) -> tuple[str, dict[str, str]]:
@@ -982,16 +1053,36 @@ def split_login(url: str) -> tuple[str, dict[str, str]]:
     return url.replace(f"{login}@{host}", host, 1), {"Authorization": f"Basic {token}"}
 
 
-def progress_line(tally: Tally, total: int, elapsed_s: float) -> str:
+def _line_length(text: str) -> int:
+    """How many characters of this text fit a line of the report; Chinese and Japanese ones take two columns."""
+    return REPORT_COLUMNS if max(text, default="") < "\u1100" else REPORT_COLUMNS // 2
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= _line_length(text) else f"{text[: _line_length(text) - 3]}..."
+
+
+def wrapped(text: str, indent: int) -> list[str]:
+    """The text in lines of the report, the second and later ones indented."""
+    return textwrap.wrap(text, _line_length(text), subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def progress_line(tally: Tally, total: int, elapsed_s: float, columns: float = math.inf) -> str:
+    """How far the run is, in the longest form that fits; errors and remaining time stand in each of them."""
     done = tally.ok + tally.errors
-    eta_s = elapsed_s / done * (total - done) if done else 0.0
-    return (
-        f"Progress: {done}/{total} ({percent(done, total):.1f}%)"
-        f" | RPS(avg): {_rate(tally.ok, elapsed_s):.2f}"
-        f" | Gen tok/s: {_rate(tally.completion_tokens, elapsed_s):.2f}"
-        f" | Total tok/s: {_rate(tally.prompt_tokens + tally.completion_tokens, elapsed_s):.2f}"
-        f" | Errors: {tally.errors} | ETA: {eta_s:5.1f}s"
+    share = f"{done}/{total} ({percent(done, total):.1f}%)"
+    eta = f"ETA: {elapsed_s / done * (total - done):5.1f}s" if done else "ETA: -"
+    requests = f"RPS(avg): {_rate(tally.ok, elapsed_s):.2f}"
+    generated = f"Gen tok/s: {_rate(tally.completion_tokens, elapsed_s):.2f}"
+    tokens = f"Total tok/s: {_rate(tally.prompt_tokens + tally.completion_tokens, elapsed_s):.2f}"
+    end = f"Errors: {tally.errors} | {eta}"
+    forms = (
+        f"Progress: {share} | {requests} | {generated} | {tokens} | {end}",
+        f"{share} | {requests} | {generated} | {end}",
+        f"{share} | {end}",
+        f"{done}/{total} | {end}",
     )
+    return next((form for form in forms if len(form) <= columns), f"{tally.errors} err, {eta}")
 
 
 def _ms(value: Optional[float]) -> str:
@@ -1013,6 +1104,38 @@ def summary_block(summary: Summary, concurrency: int) -> str:
             f"Avg latency: {_ms(latency.mean)}",
         )
     )
+
+
+def detail_lines(
+    summary: Summary, config: Config, health: Sequence[Health], notices: Sequence[ReportWarning] = (), truth: str = ""
+) -> list[str]:
+    """What stands between the seven lines and the configuration: warnings, verdict, table, circumstances.
+
+    `notices`: warnings about the run itself, before those about its figures. `truth`: the demo's own line.
+    """
+    warnings = [line for item in (*notices, *warnings_of(summary, config, health)) for line in warning_lines(item)]
+    verdict = [*wrapped(truth, 0), *wrapped(verdict_line(summary, health), 0)]
+    blocks = [warnings, verdict, distribution_table(summary), circumstances(summary, health)]
+    return "\n\n".join("\n".join(block) for block in blocks if block).split("\n")
+
+
+def warning_lines(warning: ReportWarning) -> list[str]:
+    indent = len("WARNING: ")
+    cure = wrapped(f"{'':{indent}}Cure: {plain(warning.cure)}", indent) if warning.cure else []
+    return [*wrapped(f"WARNING: {plain(warning.text, 400)}", indent), *cure]
+
+
+def verdict_line(summary: Summary, health: Sequence[Health]) -> str:
+    """Whether the figures are the server's, in one sentence."""
+    if not health or not summary.ok:
+        return ""
+    if client_bound(summary, health):
+        return "Verdict: client-bound. These figures may be this client's and not the server's."
+    cpu = max(percent(h.cpu_s, h.wall_s) for h in health)
+    if not summary.kernel_reads:
+        return f"Verdict: this client kept up (CPU {cpu:.0f} %); arrivals were stamped when read, not by the kernel."
+    kernel = percent(summary.kernel_reads, summary.reads)
+    return f"Verdict: this client was not the bottleneck (CPU {cpu:.0f} %, kernel clock {kernel:.3g} %)."
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -1037,6 +1160,10 @@ def _shown(metric: Metric, summary: Summary) -> bool:
     return True
 
 
+def _figure(value: Optional[float]) -> str:
+    return "-" if value is None else f"{value:.{2 if value < 1e5 else 0}f}"
+
+
 def distribution_table(summary: Summary) -> list[str]:
     rows = [["", "mean", *(f"p{rank:g}" for rank in PERCENTILES), "max", "n"]]
     starred = False
@@ -1044,108 +1171,85 @@ def distribution_table(summary: Summary) -> list[str]:
         if not _shown(metric, summary):
             continue
         sample = summary.distributions[metric.key]
-        cells = [f"{value:.2f}" for value in sample.percentiles.values()]
+        cells = [_figure(value) for value in sample.percentiles.values()]
         if sample.n < FEW_SAMPLES_FOR_P99:
             cells[-1] += "*"
             starred = True
-        mean, top = f"{sample.mean:.2f}", f"{sample.max:.2f}"
-        rows.append([_metric_label(metric, summary), mean, *cells, top, str(sample.n)])
+        rows.append([_metric_label(metric, summary), _figure(sample.mean), *cells, _figure(sample.max), str(sample.n)])
     note = [f"* fewer than {FEW_SAMPLES_FOR_P99} samples: hardly more than the maximum"] if starred else []
     return [*table(rows), *note] if len(rows) > 1 else []
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def detail_lines(summary: Summary, config: Config, health: Sequence[Health]) -> list[str]:
-    """What stands between the block and the configuration, warnings last."""
-    lines = distribution_table(summary)
-    if summary.finish_reasons:
-        lines.append(f"Finish reasons: {plain(_counts(summary.finish_reasons))}")
-    prompt = summary.distributions["prompt"].mean
-    if prompt is not None and not config.requests_file:
-        lines.append(f"Prompt tokens: {prompt:.1f} on average as the server counted, {config.prompt_tokens} asked")
-    if summary.cached_tokens:
-        lines.append(f"Cached prompt tokens: {summary.cached_tokens}")
+def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
+    """A few lines on how the run went: concurrency reached, how replies ended, the clock, the client, errors."""
+    lines = []
     if health:
         peak = sum(h.peak_in_flight for h in health)
         lines.append(f"In flight: mean {summary.mean_concurrency:.1f}, peak {peak}")
-    for group in summary.error_groups:
-        lines.append(f"Errors: {group.count} x {group.status}/{group.kind}: {plain(group.first_message)}")
-    lines.append(clock_line(summary, health))
-    warnings = warnings_of(summary, config, health)
-    if client_bound(summary, health) is None and health:
-        lines.append(client_line(summary, health))
-    return [line for line in lines if line] + [f"WARNING: {plain(line, 400)}" for line in warnings]
+    if summary.finish_reasons:
+        reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
+        lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
+    lines += [line for line in (clock_line(summary, health), client_line(health)) if line]
+    for group in summary.error_groups[:ERROR_GROUPS_SHOWN]:
+        message = plain(group.first_message)
+        lines += wrapped(f"Errors: {group.count} x {group.status}/{group.kind}: {message}", len("Errors: "))
+    if len(summary.error_groups) > ERROR_GROUPS_SHOWN:
+        lines.append(f"Errors: {len(summary.error_groups) - ERROR_GROUPS_SHOWN} rarer kinds besides")
+    return lines
 
 
 def clock_line(summary: Summary, health: Sequence[Health]) -> str:
     if not summary.reads:
         return ""
     counted = any(h.transport.startswith("stopwatch") for h in health)
-    opened = f"; {summary.new_connections} connections opened in the timed part" if counted else ""
+    opened = f"; {summary.new_connections} new connections" if counted else ""
     names = "/".join(sorted({h.transport for h in health})) or "-"
     kernel = percent(summary.kernel_reads, summary.reads)
     merged = percent(summary.merged_reads, summary.content_reads)
-    other = other_transport(summary, names)
-    return f"Clock: kernel {kernel:.3g} %, merged {merged:.2g} %; transport {names}{other}{opened}"
+    return f"Clock: kernel {kernel:.3g} %, merged {merged:.2g} %; transport {names}{opened}"
 
 
-def other_transport(summary: Summary, name: str) -> str:
-    """What the other transport would have cost, by the costs measured side by side."""
-    used = name.partition(" ")[0] if name.startswith("stopwatch") else name
-    other = "sdk (httpx)" if used == "stopwatch" else "stopwatch"
-    if used not in TRANSPORT_CPU_US:
+def client_line(health: Sequence[Health]) -> str:
+    if not health:
         return ""
-    requests, chunks = summary.ok + summary.errors, summary.distributions["gap"].n
-    cost = {kind: requests * each + chunks * chunk for kind, (each, chunk) in TRANSPORT_CPU_US.items()}
-    ratio = cost[other] / cost[used]
-    return f" ({other}: about {f'{ratio:.0f} times' if ratio > 1 else f'1/{1 / ratio:.0f} of'} its CPU)"
-
-
-def client_line(summary: Summary, health: Sequence[Health]) -> str:
-    count = len(health)
     cpu = max(percent(h.cpu_s, h.wall_s) for h in health)
     lag = max(h.lag_p99_ms for h in health)
     pause = max(h.gc_pause_ms for h in health)
-    return (
-        f"Client: {count} process{'es' if count > 1 else ''}, CPU {cpu:.0f} %, loop lag p99 {lag:.1f} ms,"
-        f" gc pause max {pause:.1f} ms,"
-        f" kernel clock {percent(summary.kernel_reads, summary.reads):.3g} %: not the bottleneck"
-    )
+    count = f"{len(health)} process{'es' if len(health) > 1 else ''}"
+    return f"Client: {count}, CPU {cpu:.0f} %, loop lag p99 {lag:.1f} ms, gc pause max {pause:.1f} ms"
 
 
-def config_values(config: Config) -> dict[str, Any]:
-    """Every option in force, secrets masked."""
-    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    masked = {"api_key": mask_key(config.api_key), "api_base": mask_url(config.api_base)}
-    return {**values, **masked, "extra_body": mask_secrets(dict(config.extra_body))}
+# Labels of the founding document's configuration block, spaces included: scripts may read it.
+CONFIG_LABELS = (
+    "     api_base", "      api_key", "        model", "   concurrency", " total_requests", " prompt_tokens",
+    " output_tokens",
+)  # fmt: skip
 
 
 def config_block(config: Config) -> str:
-    values = config_values(config)
-    width = max(map(len, values))
-    lines = (f"{name:>{width}}: {_config_cell(value)}" for name, value in values.items())
-    return "\n".join(("=== Benchmark Configuration ===", *lines))
+    """The seven options that every report shows, then those that differ from their default."""
+    values = Redactor.config(config)
+    lines = [f"{label}: {_config_cell(values.pop(label.strip()))}" for label in CONFIG_LABELS]
+    for name, value in values.items():
+        default = config.concurrency if name == "warmup" else DEFAULTS.get(name)
+        if value != default and value is not None and value is not False:
+            lines.append(f"{name:>14}: {_config_cell(value)}")
+    return "\n".join(("=== Benchmark Configuration ===", *map(shortened, lines)))
 
 
 def _config_cell(value: Any) -> str:
-    if value is None:
-        return "-"
     return plain(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value))
 
 
 def truth_line(summary: Summary, truth: Mapping[str, Distribution]) -> str:
     """How far the reported figures are from the simulated server's own."""
     parts = []
-    for key, prefix in (("latency", ""), ("ttft", "TTFT ")):
+    for key, name in (("latency", ""), ("ttft", "TTFT ")):
         ours, theirs = summary.distributions[key], truth.get(key, Distribution(0))
         if ours.n and theirs.n:
-            parts += [
-                f"{prefix}p{r:g} {ours.percentiles[r] - theirs.percentiles[r]:+.2f} ms" for r in (50.0, 95.0, 99.0)
-            ]
-    return "Measurement error: " + (", ".join(parts) or "-")
+            off = [f"p{rank:g} {ours.percentiles[rank] - theirs.percentiles[rank]:+.2f}" for rank in (50.0, 95.0, 99.0)]
+            parts.append(f"{name}{', '.join(off)} ms")
+    return "Measurement error: " + ("; ".join(parts) or "-")
 
 
 # --- the summary as one JSON object, in the keys that vLLM's and SGLang's result files use ---
@@ -1184,8 +1288,8 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "reconnects": summary.reconnects,
         "client_bound": client_bound(summary, health),
         "client": [dataclasses.asdict(h) for h in health],
-        "warnings": warnings_of(summary, config, health),
-        "config": config_values(config),
+        "warnings": [". Cure: ".join(warning) for warning in warnings_of(summary, config, health)],
+        "config": Redactor.config(config),
     }
     return {**run, **requests, **_metric_keys(summary), **ours}
 
@@ -1218,74 +1322,197 @@ def _cell(text: Optional[str]) -> str:
     return f"'{line}" if line[:1] in ("=", "+", "-", "@") else line
 
 
-CSV_COLUMNS: Mapping[str, Callable[[Record], str]] = {
-    "index": lambda r: str(r.index),
-    "prompt_tokens": lambda r: _count(r.prompt_tokens),
-    "completion_tokens": lambda r: _count(r.completion_tokens),
-    "total_tokens": lambda r: _count(r.total_tokens),
-    "latency_ms": lambda r: _number(r.latency_ms),
-    "status": lambda r: r.status,
-    "error": lambda r: _cell(r.error),
-    "error_kind": lambda r: _cell(r.error_kind),
-    "scheduled_s": lambda r: _number(r.due_s, 6),
-    "sent_s": lambda r: _number(r.sent_s, 6),
-    "ttft_ms": lambda r: _number(r.ttft_ms),
-    "tpot_ms": lambda r: _number(r.tpot_ms),
-    "response_ms": lambda r: _number(r.response_ms),
-    "queue_ms": lambda r: _number(r.queue_ms),
-    "finish_reason": lambda r: _cell(r.finish_reason),
-    "chunks": lambda r: _count(r.chunks),
-    "cached_tokens": lambda r: _count(r.cached_tokens),
-    "reasoning_tokens": lambda r: _count(r.reasoning_tokens),
-    "new_connection": lambda r: _count(r.new_connection),
-    "http_status": lambda r: _count(r.http_status),
+class Column(NamedTuple):
+    """A column of --results-csv: what it says, for --help-columns, and how a record fills it."""
+
+    meaning: str
+    cell: Callable[[Record], str]
+
+
+CSV_COLUMNS: Mapping[str, Column] = {
+    "index": Column("number of the request, from 0", lambda r: str(r.index)),
+    "prompt_tokens": Column("as the server's usage counted them", lambda r: _count(r.prompt_tokens)),
+    "completion_tokens": Column("likewise; a stream without usage: its chunks", lambda r: _count(r.completion_tokens)),
+    "total_tokens": Column("their sum", lambda r: _count(r.total_tokens)),
+    "latency_ms": Column("sent -> last byte (streamed: last token); successes only", lambda r: _number(r.latency_ms)),
+    "status": Column("success, http_error (call failed), decode_error (incomplete answer)", lambda r: r.status),
+    "error": Column(f"the first {ERROR_TEXT_CHARS} characters of what went wrong", lambda r: _cell(r.error)),
+    "error_kind": Column("its class: http_429, timeout, connect_refused, cut, ...", lambda r: _cell(r.error_kind)),
+    "scheduled_s": Column("when it was due, from the start; blank in a closed loop", lambda r: _number(r.due_s, 6)),
+    "sent_s": Column("when its last byte was handed to the socket, from the start", lambda r: _number(r.sent_s, 6)),
+    "ttft_ms": Column("sent -> first token (streamed)", lambda r: _number(r.ttft_ms)),
+    "tpot_ms": Column("(last - first token) / (completion_tokens - 1) (streamed)", lambda r: _number(r.tpot_ms)),
+    "response_ms": Column("due -> completion; blank in a closed loop", lambda r: _number(r.response_ms)),
+    "queue_ms": Column("worker free -> sent: this client's own share, in no latency", lambda r: _number(r.queue_ms)),
+    "finish_reason": Column("stop, length, ...", lambda r: _cell(r.finish_reason)),
+    "chunks": Column("content chunks received (streamed)", lambda r: _count(r.chunks)),
+    "cached_tokens": Column("prompt tokens from the server's prefix cache", lambda r: _count(r.cached_tokens)),
+    "reasoning_tokens": Column("completion tokens spent on reasoning", lambda r: _count(r.reasoning_tokens)),
+    "new_connection": Column("1 when a connection was opened for it", lambda r: _count(r.new_connection)),
+    "http_status": Column("the HTTP status; blank when none came", lambda r: _count(r.http_status)),
 }
+
+
+@contextlib.contextmanager
+def _writing(option: str, path: str) -> Iterator[None]:
+    """What the system refuses is the user's to mend: UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {option} {path}: {error.strerror or error}") from None
+
+
+class OutputFile:
+    """A file that is only appended to, in whole lines; several runs may write to it at once.
+
+    Each run holds a shared lock for its whole life (where the system has flock). Whoever gets the exclusive lock is
+    alone: only then is a header written, old content dropped, or an empty file removed.
+    """
+
+    def __init__(self, path: str, option: str, taken: str = "") -> None:
+        """`taken`: the complaint when the file exists; empty: it is appended to. Leaves it locked. Raises UserError."""
+        self.path = path
+        with _writing(option, path):
+            self._open(taken)
+            while self.gone():  # another run removed it between our opening and locking
+                self._file.close()
+                self._open(taken)
+
+    def _open(self, taken: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        try:
+            place = os.open(self.path, flags | os.O_EXCL, 0o666)
+            self.created = True
+        except FileExistsError:
+            if taken:
+                raise UserError(taken) from None
+            place = os.open(self.path, flags, 0o666)
+            self.created = False
+        self._file = os.fdopen(place, "ab", buffering=0)
+        self.alone = self.lock_alone() or self.share()
+
+    def lock_alone(self) -> bool:
+        """Take the exclusive lock; False when another run has the file open."""
+        try:
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+        return True
+
+    def share(self) -> bool:
+        """Take the shared lock, or go back to it; False, as this run is not alone then."""
+        with contextlib.suppress(OSError):
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_SH)
+        return False
+
+    def size(self) -> int:
+        """Bytes that are in it; 0 of a device or a pipe."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def write(self, data: bytes, fresh: bool = False) -> None:
+        """All of it or, where a disk is full, nothing: half a line would spoil the next one. Raises OSError.
+
+        `fresh`: drop the old content before.
+        """
+        if fresh:
+            self._file.truncate(0)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._file.seek(len(view) - len(data), os.SEEK_CUR))
+            raise
+
+    def gone(self) -> bool:
+        """Whether what was written can no longer be found under its name."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except OSError:
+            return True
+
+    def close(self, unused_bytes: int = -1) -> None:
+        """Close; remove a file that this run created, nobody else has open, and that holds no more than so much."""
+        with contextlib.suppress(OSError, ValueError):
+            unused = self.created and self.size() <= unused_bytes and self.lock_alone() and not self.gone()
+            if unused and not fcntl:
+                self._file.close()  # Windows removes no open file
+            if unused:
+                os.unlink(self.path)
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class CsvSink:
     """A row per record, on the disk as soon as it is known: what kills the run loses no finished row."""
 
     def __init__(self, path: str, append: bool, overwrite: bool) -> None:
-        """Opens before any load. Raises UserError when the file exists, has other columns or cannot be written."""
-        self._path = path
+        """Checks everything before any load; rows that are to be replaced stay until `begin`. Raises UserError."""
         self.rows = 0
         self.lost = 0
         self.reason = ""
-        existed = os.path.exists(path)
-        if existed and not append and not overwrite:
-            raise UserError(f"--results-csv {path} exists; --append adds to it, --overwrite replaces it")
-        self._fresh = not existed
-        has_rows = append and existed and os.path.getsize(path) > 0
-        if has_rows:
-            self._check_header()
-        self._file = _open_output(path, "a" if append else "w", "--results-csv")
         self._text = io.StringIO()
         self._writer = csv.writer(self._text, lineterminator="\n")
+        self._header = self._line(list(CSV_COLUMNS))
+        taken = "" if append or overwrite else "exists; --append adds to it, --overwrite replaces it"
+        if taken and os.path.exists(path):  # never opened: a pipe without a reader would wait for one
+            raise UserError(f"--results-csv {path} {taken}")
+        self._out = OutputFile(path, "--results-csv", taken and f"--results-csv {path} {taken}")
+        self._replaces = overwrite and self._out.size() > 0
         try:
-            _write_whole(self._file, self._mending() if has_rows else self._line(list(CSV_COLUMNS)))
-        except OSError as error:
+            self._prepare()
+        except UserError:
             self.discard_if_empty()
-            raise UserError(f"cannot write --results-csv {path}: {error.strerror or error}") from None
+            raise
 
-    def _mending(self) -> bytes:
-        """The end of the last line, where a run was killed or a disk full within it."""
-        with open(self._path, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return b"" if file.read(1) == b"\n" else b"\n"
+    def _prepare(self) -> None:
+        path = self._out.path
+        if self._replaces and not self._out.alone:
+            raise UserError(f"another run is writing to --results-csv {path}; name another file")
+        with _writing("--results-csv", path):
+            if self._out.size() == 0:
+                self._out.write(self._header)
+            elif not self._replaces:
+                self._out.write(self._continuation())
+        self._out.share()
 
-    def _check_header(self) -> None:
+    def begin(self) -> None:
+        """The run is about to measure: now --overwrite drops the old rows. Raises UserError."""
+        if not self._replaces:
+            return
+        self._replaces = False
+        if not self._out.lock_alone():
+            raise UserError(f"another run has begun to write to --results-csv {self._out.path}; its rows are kept")
+        with _writing("--results-csv", self._out.path):
+            self._out.write(self._header, fresh=True)
+        self._out.share()
+
+    def _continuation(self) -> bytes:
+        """What ends the last row, where a run was cut off in it. Raises UserError when the columns are others."""
+        path = self._out.path
         try:
-            with open(self._path, encoding="utf-8", newline="") as file:
-                header = file.readline().rstrip("\r\n")
+            with open(path, "rb") as file:
+                header = file.readline().decode().rstrip("\r\n").split(",")
+                file.seek(-1, os.SEEK_END)
+                last = file.read(1)
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot append to --results-csv {self._path}: {error}") from None
-        if header != ",".join(CSV_COLUMNS):
-            raise UserError(f"--results-csv {self._path} has other columns; name another file or use --overwrite")
+            raise UserError(f"cannot append to --results-csv {path}: {error}") from None
+        if header != list(CSV_COLUMNS):
+            missing = [name for name in CSV_COLUMNS if name not in header]
+            older = header == [name for name in CSV_COLUMNS if name in header]
+            what = f"lacks the columns {', '.join(missing)}" if older else "has other columns"
+            raise UserError(f"--results-csv {path} {what}; name another file or use --overwrite")
+        return b"" if last == b"\n" else b"\n"
 
     def add(self, record: Record) -> None:
         self.rows += 1
         try:
-            _write_whole(self._file, self._line([cell(record) for cell in CSV_COLUMNS.values()]))
+            self._out.write(self._line([column.cell(record) for column in CSV_COLUMNS.values()]))
         except OSError as error:
             self.lost += 1
             self.reason = error.strerror or str(error)
@@ -1298,67 +1525,33 @@ class CsvSink:
         return data
 
     def gone(self) -> bool:
-        return is_gone(self._path, self._file)
+        return self._out.gone()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._out.close()
 
     def discard_if_empty(self) -> None:
         """A run that measured nothing leaves no file in the way of the next."""
-        self.close()
-        if self._fresh and not self.rows:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
-
-
-def _open_output(path: str, mode: str, option: str) -> IO[bytes]:
-    try:
-        return open(path, f"{mode}b", buffering=0)
-    except OSError as error:
-        raise UserError(f"cannot write {option} {path}: {error.strerror or error}") from None
-
-
-def _write_whole(file: IO[bytes], data: bytes) -> None:
-    """All of it or, where a disk is full, nothing: half a line would spoil the next one. Raises OSError."""
-    view = memoryview(data)
-    try:
-        while view:
-            view = view[file.write(view) :]
-    except OSError:
-        with contextlib.suppress(OSError):
-            file.truncate(file.seek(len(view) - len(data), os.SEEK_CUR))
-        raise
-
-
-def is_gone(path: str, file: IO[bytes]) -> bool:
-    """Whether what was written can no longer be found under its name."""
-    try:
-        return not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except OSError:
-        return True
+        self._out.close(-1 if self.rows else len(self._header))
 
 
 class SummarySink:
     """One line appended per run; opened before any load, so that nobody waits an hour for an error."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
-        self._fresh = not os.path.exists(path)
-        self._file = _open_output(path, "a", "--summary-jsonl")
+        self._out = OutputFile(path, "--summary-jsonl")
+        self._out.share()
 
     def write(self, summary: Mapping[str, Any]) -> None:
+        """Raises OSError."""
         line = json.dumps(summary, ensure_ascii=False, allow_nan=False) + "\n"
-        _write_whole(self._file, line.encode("utf-8", "replace"))
-        if is_gone(self._path, self._file):
+        self._out.write(line.encode("utf-8", "replace"))
+        if self._out.gone():
             raise FileNotFoundError(2, "it has been removed or replaced meanwhile")
 
     def close(self) -> None:
         """A run that measured nothing leaves no file of its own."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-            if self._fresh and os.path.getsize(self._path) == 0:
-                os.unlink(self._path)
+        self._out.close(unused_bytes=0)
 
 
 class LiveLine:
@@ -1378,18 +1571,17 @@ class LiveLine:
             await asyncio.sleep(self.period_s)
 
     def show(self, elapsed_s: Optional[float] = None) -> None:
-        line = progress_line(self._tally, self._total, elapsed_s or self._clock() - self._start_s)
+        elapsed_s = elapsed_s or self._clock() - self._start_s
         if self._tty:
             width = _columns() - 1
-            _say("\r" + line[:width].ljust(width), end="")
+            _say("\r" + progress_line(self._tally, self._total, elapsed_s, width)[:width].ljust(width), end="")
         else:
-            _say(line)
+            _say(progress_line(self._tally, self._total, elapsed_s))
 
     def finish(self) -> None:
-        """The last state, over the report's own time, so that a log shows how it ended."""
+        """The last state, over the report's own time, so that a log shows how it ended; an empty line after it."""
         self.show(self._tally.elapsed_s)
-        if self._tty:
-            _say("")
+        _say("\n" if self._tty else "")
 
 
 def _columns() -> int:
@@ -4149,6 +4341,12 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("takes a file name, not '': is a shell variable unset?")
+    return text
+
+
 def _url(text: str) -> str:
     try:
         parts = urlsplit(text)
@@ -4157,7 +4355,7 @@ def _url(text: str) -> str:
         valid = False
     if not valid or re.search(r"\s", text):
         raise argparse.ArgumentTypeError(
-            f"takes a URL like {DEFAULT_API_BASE}, not {plain(re.sub('.*@', '***@', text), 80)!r}"
+            f"takes a URL like {DEFAULT_API_BASE}, not {plain(Redactor.url(re.sub('.*@', '***@', text)), 80)!r}"
         )
     return text.rstrip("/")
 
@@ -4180,10 +4378,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _engine(text: str) -> str:
-    try:
-        Engine.of(text)
-    except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"takes {error}") from None
+    if not all(isinstance(value, (int, float)) and value >= 0 for value in _json_object(text).values()):
+        raise argparse.ArgumentTypeError('takes a JSON object of numbers like {"ttft_ms": 200}')
     return text
 
 
@@ -4192,53 +4388,115 @@ def _shard(text: str) -> tuple[int, int]:
     return shard, shards
 
 
+TOKEN_FIELDS = ("auto", "max_tokens", "max_completion_tokens")
+TRANSPORTS = ("auto", "stopwatch", "sdk")
+
+
+def columns_help() -> str:
+    """What --help-columns prints."""
+    width = max(map(len, CSV_COLUMNS))
+    return "\n".join(
+        (
+            "Columns of --results-csv: one row per request, in order of completion; blank = not measured.\n",
+            *(f"  {name:{width}}  {column.meaning}" for name, column in CSV_COLUMNS.items()),
+            "\nExit codes:\n",
+            "  0    done",
+            "  1    nothing succeeded, more errors than --max-error-rate, or the run stopped itself",
+            "  2    wrong usage; one line says what to do",
+            "  130  interrupted; what had finished is reported",
+        )
+    )
+
+
+EXAMPLES = """\
+examples:
+  %(prog)s --demo --stream
+  %(prog)s --model MODEL --concurrency 256 --stream --results-csv results.csv
+  %(prog)s --api-base https://api.openai.com/v1 --model gpt-4o-mini \\
+      --requests-file prompts.jsonl --concurrency 32 --summary-jsonl runs.jsonl
+
+Results go to stdout; progress, notes and errors to stderr."""
+
+
 def build_parser() -> Parser:
     """Every option, in the order of the README's table."""
     parser = Parser(
         prog=Path(__file__).name,
-        description="Load an OpenAI-compatible chat server and say how fast it was.",
-        epilog="stdout: results; stderr: progress and notes. The script's docstring explains columns and exit codes.",
+        usage="%(prog)s --model MODEL [options]",
+        description="Measure the latency and throughput of an OpenAI-compatible LLM server under load.",
+        epilog=EXAMPLES,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--api-base", type=_url, metavar="URL", help=f"base URL; $OPENAI_BASE_URL, else {DEFAULT_API_BASE}")
-    add("--api-key", type=_api_key, metavar="KEY", help="bearer token, never shown; $OPENAI_API_KEY, else vllm")
-    add("--model", type=_text, help="model name as the server knows it; required but for --demo")
-    add("--concurrency", type=_positive, default=128, metavar="N", help="requests in flight (128)")
-    add("--total-requests", type=_positive, metavar="N", help="requests to make; 1024, or the corpus's prompts")
-    add("--prompt-tokens", type=_positive, default=1024, metavar="N", help="length of synthetic prompts, about (1024)")
-    add("--output-tokens", type=_positive, metavar="N", help="output limit sent; 1024, with --demo 128")
-    add("--requests-file", metavar="FILE", help="JSONL corpus: text, prompt or messages; max_tokens per line")
-    add("--system-prompt", type=_text, metavar="TEXT", help="a system message before every prompt")
-    add("--results-csv", metavar="FILE", help="a row per request, written as it finishes")
+    add = parser.add_argument_group("Server").add_argument
+    add("--api-base", type=_url, metavar="URL", help=f"base URL (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})")
+    add(
+        "--api-key",
+        type=_api_key,
+        metavar="KEY",
+        help="bearer token, never shown (default: $OPENAI_API_KEY, else vllm)",
+    )
+    add("--model", type=_text, help="model name; required unless --demo is given")
+    add("--ca-file", type=_path, metavar="FILE", help="trust the certificate authority in this PEM file")
+    add("--insecure", action="store_true", help="do not check the server's TLS certificate")
+    add = parser.add_argument_group("Load").add_argument
+    add("--concurrency", type=_positive, metavar="N", help="requests in flight (default: %(default)s)")
+    add(
+        "--total-requests",
+        type=_positive,
+        metavar="N",
+        help="requests to make (default: 1024, or one per prompt given)",
+    )
+    add("--warmup", type=_count_or_none, metavar="N", help="unmeasured requests before (default: the concurrency)")
+    add("--stream", action="store_true", help="stream the replies: adds TTFT, TPOT and gaps between chunks")
+    add("--continuous-usage", action="store_true", help="with --stream: token counts in every chunk (vLLM, SGLang)")
+    add("--temperature", type=_temperature, metavar="T", help="sampling temperature (default: %(default)s)")
+    add(
+        "--max-tokens-field",
+        choices=TOKEN_FIELDS,
+        help="name of the output limit (auto: whichever the warm-up accepts)",
+    )
+    add("--extra-body", type=_json_object, metavar="JSON", help="object merged into every request body")
+    add = parser.add_argument_group("Prompts").add_argument
+    add(
+        "--prompt-tokens",
+        type=_positive,
+        metavar="N",
+        help="about so long are generated prompts (default: %(default)s)",
+    )
+    add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
+    add("--requests-file", type=_path, metavar="FILE", help="JSONL, per line: text, prompt or messages; max_tokens")
+    add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
+    add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
+    add = parser.add_argument_group("Output").add_argument
+    add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
     add("--append", action="store_true", help="add to an existing --results-csv")
-    add("--overwrite", action="store_true", help="replace an existing --results-csv")
-    add("--summary-jsonl", metavar="FILE", help="append one line per run")
-    add("--warmup", type=_count_or_none, metavar="N", help="warm-up requests, in no figure; the concurrency")
-    add("--temperature", type=_temperature, default=0.0, metavar="T", help="sampling temperature (0.0)")
-    fields = ("auto", "max_tokens", "max_completion_tokens")
-    add("--max-tokens-field", choices=fields, default="auto", help="name of the output limit (auto: by the warm-up)")
-    add("--extra-body", type=_json_object, default={}, metavar="JSON", help="object merged into every request")
-    add("--stream", action="store_true", help="streamed replies: TTFT, TPOT and chunk gaps, too")
-    add("--continuous-usage", action="store_true", help="ask for token counts in every chunk (vLLM, SGLang)")
-    add("--processes", type=_processes, default=1, metavar="N", help="client processes, or auto (1)")
-    add("--transport", choices=("auto", "stopwatch", "sdk"), default="auto", help="who holds the clock (auto)")
-    add("--ca-file", metavar="FILE", help="trust this certificate authority")
-    add("--insecure", action="store_true", help="do not check the server's certificate")
-    add("--seed", type=int, metavar="N", help="fixes the synthetic prompts; a fresh one, printed")
-    add("--timeout", type=_seconds, default=600.0, metavar="S", help="seconds for one whole request (600)")
-    add("--connect-timeout", type=_seconds, default=30.0, metavar="S", help="seconds to connect (30)")
-    add("--first-byte-timeout", type=_seconds, metavar="S", help="seconds until a reply begins (no limit of its own)")
-    add("--idle-timeout", type=_seconds, metavar="S", help="seconds between two bytes of it (no limit of its own)")
-    add("--max-error-rate", type=_fraction, default=1.0, metavar="F", help="exit 1 above this share of errors (1.0)")
-    add("--stop-after-errors", type=_positive, metavar="N", help="end the run at this many errors")
-    add("--no-progress", action="store_true", help="no live line")
-    add("--demo", action="store_true", help="benchmark a simulated server, started for the run")
-    add("--demo-engine", type=_engine, metavar="JSON", help='its character, e.g. {"ttft_ms": 200, "gap_ms": 0}')
-    add("--demo-server", type=_port, metavar="PORT", help="only serve the simulated server, until Ctrl-C")
+    add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
+    add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
+    add("--no-progress", action="store_true", help="do not show the progress line")
+    add = parser.add_argument_group("Client").add_argument
+    add("--processes", type=_processes, metavar="N", help="client processes, or auto (default: %(default)s)")
+    add("--transport", choices=TRANSPORTS, help="stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client")
+    add = parser.add_argument_group("Limits").add_argument
+    add("--timeout", type=_seconds, metavar="S", help="seconds for one whole request (default: %(default)s)")
+    add("--connect-timeout", type=_seconds, metavar="S", help="seconds to connect (default: %(default)s)")
+    add("--first-byte-timeout", type=_seconds, metavar="S", help="seconds until a reply begins (default: no limit)")
+    add("--idle-timeout", type=_seconds, metavar="S", help="seconds between two reads of a reply (default: no limit)")
+    add(
+        "--max-error-rate", type=_fraction, metavar="F", help="exit 1 above this share of errors (default: %(default)s)"
+    )
+    add("--stop-after-errors", type=_positive, metavar="N", help="stop the run at this many errors")
+    add = parser.add_argument_group("Demo").add_argument
+    add("--demo", action="store_true", help="start a simulated server and measure it")
+    add("--demo-engine", type=_engine, metavar="JSON", help='its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}')
+    add = parser.add_argument
+    add("--help-columns", action="version", version=columns_help(), help="explain CSV columns and exit codes, and exit")
+    add("--debug", action="store_true", help="show the traceback of an internal error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
+    add("--demo-server", type=_port, help=argparse.SUPPRESS)
     add("--demo-leash", action="store_true", help=argparse.SUPPRESS)
     add("--shard", type=_shard, help=argparse.SUPPRESS)
+    parser.set_defaults(**DEFAULTS)
     return parser
 
 
@@ -4281,15 +4539,15 @@ def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> N
 def require_model(options: argparse.Namespace) -> None:
     if options.model:
         return
-    base = mask_url(options.api_base)
-    hidden = [options.api_key] if len(options.api_key) >= LEAST_SECRET_CHARS else []
+    base = Redactor.url(options.api_base)
+    redactor = Redactor.of(options, os.environ)
     try:
         listed = fetch_json(f"{options.api_base}/models", options.api_key)
         names = ", ".join(str(model["id"]) for model in listed["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
-        reason = without_secrets(plain(_reason(error), 100), hidden)
+        reason = redactor.text(plain(_reason(error), 100))
         raise UserError(f"--model is missing, and {base} does not tell its models ({reason})") from None
-    raise UserError(f"--model is missing; {base} serves: {without_secrets(plain(names), hidden)}")
+    raise UserError(f"--model is missing; {base} serves: {redactor.text(plain(names))}")
 
 
 def keep_files_apart(options: argparse.Namespace) -> None:
@@ -4331,7 +4589,7 @@ def notes_before(config: Config, prompts: int) -> Iterator[str]:
         )
     proxy = proxy_for(config.api_base)
     if proxy:
-        yield f"via proxy {mask_url(proxy)}"
+        yield f"via proxy {Redactor.url(proxy)}"
     if config.insecure:
         yield "--insecure: the server's certificate is not checked"
     if config.transport == "auto" and not proxy and StopwatchWire.missing():
@@ -4348,19 +4606,7 @@ def versions() -> dict[str, str]:
 
 
 def masked_argv(argv: Sequence[str], hidden: Sequence[str]) -> list[str]:
-    """The command line as given, secrets blanked; `hidden` ones in whatever place."""
-    masked = []
-    for before, word in zip(["", *argv], argv):
-        name, equals, value = word.partition("=")
-        option = name if equals else before
-        text = value if equals else word
-        if option == "--api-key":
-            text = mask_key(text)
-        elif option == "--extra-body":
-            with contextlib.suppress(ValueError):
-                text = json.dumps(mask_secrets(json.loads(text)))
-        masked.append(without_secrets(mask_url(f"{name}={text}" if equals else text), hidden))
-    return masked
+    return Redactor(hidden).argv(argv)
 
 
 class Session:
@@ -4395,6 +4641,8 @@ class Session:
 
     def _begin(self, origin_ns: int) -> None:
         self._origin_ns = origin_ns
+        if self._csv:
+            self._csv.begin()
         if not self.config.no_progress:
             self._line = LiveLine(self._tally, self.config.total_requests, time.perf_counter)
             self._live = asyncio.ensure_future(self._line.keep())
@@ -4480,6 +4728,8 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Check everything, then load, then report. Raises UserError and RunError."""
     if options.append and options.overwrite:
         raise UserError("--append and --overwrite exclude each other")
+    if options.demo_engine and not options.demo:
+        raise UserError("--demo-engine needs --demo")
     resolve_server(options, os.environ)
     if options.demo:
         options.model = options.model or DEMO_MODEL
@@ -4532,8 +4782,9 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; the exit code."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        return run(words)
     except UserError as error:
         _say(f"{Path(__file__).name}: error: {plain(str(error), 500)}")
         return 2
@@ -4543,11 +4794,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # a defect of ours; what has been measured is on the disk
-        where = error.__traceback__
-        while where and where.tb_next:
-            where = where.tb_next
-        line = f" at line {where.tb_lineno}" if where else ""
-        _say(f"{Path(__file__).name}: internal error{line}: {type(error).__name__}: {plain(str(error), 300)}")
+        if "--debug" in words:
+            _say(traceback.format_exc(), end="")
+        way = "" if "--debug" in words else " (--debug shows where)"
+        _say(f"{Path(__file__).name}: internal error: {type(error).__name__}: {plain(str(error), 300)}{way}")
         return 1
 
 

@@ -16,7 +16,8 @@ from typing import Any, Callable
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import SCRIPT, Demo
+from tests.support.demo import Demo
+from tests.support.program import SCRIPT
 
 
 def post(demo: Demo, body: Any) -> Any:

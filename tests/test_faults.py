@@ -3,171 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import csv
 import errno
 import functools
-import gc
-import io
-import json
-import logging
 import os
-import shutil
 import socket
 import ssl
-import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import pytest
 
-import online_bench_openai_async as bench
-from tests.fault_server import (
+from tests.support.checked_runs import (
+    CONCURRENCY,
+    CONNECT_S,
+    GOOD_PROMPT,
+    TOTAL_S,
+    TRANSPORTS,
+    chosen,
+    run,
+    run_as_process,
+)
+from tests.support.faults import (
     ACTS,
     DOORS,
     FAULTS,
     GROUPS,
-    LIMIT,
     MEGABYTE,
     SUCCESS,
     Fault,
     FaultServer,
-    behind_tls,
-    closed_port,
     fault_prompt,
     flood,
-    full_queue,
     refuse_early,
 )
+from tests.support.program import Outcome
+from tests.support.server import behind_tls, closed_port, full_queue, server_context
+from tests.support.tables import fate
 
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
 REQUESTS = 20  # per fault: every second one is good
-CONCURRENCY = 5
-QUIET_S = 0.25  # first byte and idle
-TOTAL_S = 0.75
-CONNECT_S = 0.5
-GOOD_PROMPT = "a good one"
-BAD_WORDS = "Traceback|never retrieved|was destroyed|never awaited|ResourceWarning|Unclosed|asyncio:".split("|")
-
-TRANSPORTS = ("stopwatch", "sdk-aiohttp", "sdk-httpx")
-
-
-def has_aiohttp() -> bool:
-    try:
-        return type(openai.DefaultAioHttpClient).__name__ != "NoneType" and bool(__import__("aiohttp"))
-    except (AttributeError, ImportError):
-        return False
-
-
-@contextlib.contextmanager
-def chosen(transport: str) -> Iterator[str]:
-    """The value for --transport; the SDK's two clients are told apart by hiding one of them."""
-    name, _, client = transport.partition("-")
-    if name == "stopwatch" and bench.StopwatchWire.missing():
-        pytest.skip(f"the stopwatch needs {bench.StopwatchWire.missing()}")
-    if client == "aiohttp" and not has_aiohttp():
-        pytest.skip("this environment has no aiohttp, or an openai that does not know it")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "MAX_REPLY_BYTES", LIMIT)
-        if client == "httpx":
-            patch.setattr(openai, "DefaultAioHttpClient", None, raising=False)
-        yield name
-
-
-def arguments(api_base: str, **options: Any) -> list[str]:
-    """A command line with short time-outs; an option of None is left out, one of True has no value."""
-    settings = {
-        "api_base": api_base,
-        "model": "m",
-        "concurrency": CONCURRENCY,
-        "warmup": 0,
-        "timeout": TOTAL_S,
-        "connect_timeout": CONNECT_S,
-        "first_byte_timeout": QUIET_S,
-        "idle_timeout": QUIET_S,
-        **options,
-    }
-    words = []
-    for name, value in settings.items():
-        if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words
-
-
-class Outcome(NamedTuple):
-    """What one run left behind."""
-
-    code: int
-    rows: list[dict[str, str]]
-    out: str
-    err: str
-    seconds: float
-
-
-def run(api_base: str, prompts: Optional[Sequence[str]] = None, **options: Any) -> Outcome:
-    """The program in this process, all that it wrote kept: rows in order of index, streams, logs."""
-    out, err = io.StringIO(), io.StringIO()
-    handler = logging.StreamHandler(err)
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    with tempfile.TemporaryDirectory() as folder:
-        if prompts:
-            options["requests_file"] = Path(folder, "corpus.jsonl")
-            options["requests_file"].write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
-        options.setdefault("results_csv", Path(folder, "rows.csv"))
-        logging.getLogger().addHandler(handler)
-        started = time.monotonic()
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = bench.main(arguments(api_base, no_progress=True, **options))
-                seconds = time.monotonic() - started
-                gc.collect()
-        finally:
-            logging.getLogger().removeHandler(handler)
-        rows = rows_of(options["results_csv"])
-    return checked(Outcome(code, rows, out.getvalue(), err.getvalue(), seconds))
-
-
-def checked(outcome: Outcome) -> Outcome:
-    """What no run may say; its rows in order of index."""
-    for word in BAD_WORDS:
-        assert word not in outcome.err, outcome.err
-    return outcome._replace(rows=sorted(outcome.rows, key=lambda row: int(row["index"])))
-
-
-def run_as_process(api_base: str, prompts: Sequence[str], *, folder: Path, **options: Any) -> Outcome:
-    """The same in a process of its own, in Python's development mode: leaks and lost tasks are said on stderr."""
-    corpus, rows = folder / "corpus.jsonl", folder / "rows.csv"
-    corpus.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
-    words = arguments(api_base, no_progress=True, requests_file=corpus, results_csv=rows, **options)
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", bench.THIS_FILE, *words],
-        env={**os.environ, "PYTHONDEVMODE": "1"},  # for the processes that it starts
-        capture_output=True,
-        text=True,
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    seconds = time.monotonic() - started
-    return checked(Outcome(done.returncode, rows_of(rows), done.stdout, done.stderr, seconds))
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def fate(row: dict[str, str]) -> str:
-    return f"{row['status']}/{row['error_kind']}"
+PATIENT = {"timeout": 20, "first_byte_timeout": None, "idle_timeout": None}  # where no fault needs them to end
 
 
 def readings(fault: Fault, transport: str, streamed: bool) -> set[str]:
@@ -212,8 +91,9 @@ def run_of(group: str, streamed: bool, transport: str) -> GroupRun:
 def group_run(group: str, streamed: bool, transport: str) -> GroupRun:
     """All faults of a group in one run: 20 requests for each, good and bad by turns, 5 in flight."""
     names = faults_of(group, streamed, transport)
+    patience = PATIENT if group in ("status", "size") else {}
     with chosen(transport) as value, FaultServer(ACTS) as server:
-        outcome = run(server.api_base, turns(names), stream=streamed, transport=value)
+        outcome = run(server.api_base, turns(names), stream=streamed, transport=value, **patience)
         left = server.left_open()
         seen = Counter(server.seen)
     return GroupRun(outcome, seen, left, by_fault(outcome, names))
@@ -245,10 +125,6 @@ CASES = [
     for transport in TRANSPORTS
     for name in faults_of(group, streamed, transport)
 ]
-
-
-def test_the_table_holds_what_was_promised() -> None:
-    assert len(FAULTS) + len(DOORS) >= 60
 
 
 @pytest.mark.parametrize(("group", "streamed", "transport", "name"), CASES)
@@ -399,20 +275,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ssl.SSLC
     """Host names to server contexts with a certificate for that name, self-signed."""
     folder = tmp_path_factory.mktemp("tls")
     return {name: server_context(folder, name) for name in ("localhost", "elsewhere.invalid")}
-
-
-def server_context(folder: Path, name: str) -> ssl.SSLContext:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl to make certificates with")
-    key, certificate = folder / f"{name}.key", folder / f"{name}.pem"
-    words = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    words += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-keyout", str(key)]
-    subprocess.run([*words, "-out", str(certificate)], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    context.ca_file = str(certificate)  # type: ignore[attr-defined]
-    return context
 
 
 @EVERY_WAY

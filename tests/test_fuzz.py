@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import online_bench_openai_async as bench
-from tests.fault_server import (
+from tests.support.replies import (
     ANSWER,
     COUNTS,
     DONE,
@@ -106,7 +106,7 @@ def assert_sound(answer: bench.Answer) -> None:
     tally = bench.Tally()
     tally.add(record)
     tally.summary()
-    assert all("\n" not in cell(record) for cell in bench.CSV_COLUMNS.values())
+    assert all("\n" not in column.cell(record) for column in bench.CSV_COLUMNS.values())
 
 
 @settings

@@ -22,7 +22,7 @@ import pytest
 import generate_requests as gen
 
 pytest.importorskip("tokenizers")
-from tests.tokenizer_fixtures import BUILDERS, TokenizerShelf
+from tests.support.tokenizer_shelf import BUILDERS, TokenizerShelf
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "generate_requests.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib.util
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import ROOT, SCRIPT
+from tests.support.program import ROOT, SCRIPT
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -22,6 +23,7 @@ PURE = re.compile(r"# === (\d+)\. .*\(pure\) ===")
 BANNER = re.compile(r"^# === (\d+)\. ([A-Z][\w ]*?)(?: \(.*\))? ===$", re.MULTILINE)
 
 
+@functools.cache
 def rooms() -> list[tuple[int, str, int]]:
     """(number, name, first line) of each banner."""
     return [(int(m[1]), m[2], SOURCE[: m.start()].count("\n") + 1) for m in BANNER.finditer(SOURCE)]

@@ -1,16 +1,12 @@
 """locust_batch.py: its pure sections in this process, and real Locust processes against a real-socket server."""
 
 import ast
-import contextlib
-import csv
 import doctest
 import importlib.util
 import json
-import os
 import random
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,18 +16,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "locust_batch.py"
-SERVER = ROOT / "tests" / "locust_server.py"
-CANARY = "sk-canary-9f3b7c"
-WAIT_S = 50
+from tests.support.locust_runs import SCRIPT, WAIT_S, Bench, LocustServer, forked, needs_locust
+from tests.support.processes import free_port, wait_until
+from tests.support.program import ROOT
+from tests.support.tables import rows_of
 
-needs_locust = pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed")
+CANARY = "sk-canary-9f3b7c"
 
 
 # --- The pure sections: imported without Locust, which would patch this whole process for gevent ---
@@ -303,37 +297,12 @@ def test_sections_are_the_docstring_s_and_use_only_sections_above():
 # --- Real Locust processes ---
 
 
-class Server:
-    """tests/locust_server.py, and the latest truth it told."""
-
-    def __init__(self, *arguments):
-        command = [sys.executable, str(SERVER), *arguments]
-        pipe = subprocess.PIPE
-        self.process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.url = f"http://127.0.0.1:{int(next(iter(self.process.stdout or ())))}"
-
-    def truth(self):
-        with urllib.request.urlopen(self.url + "/truth", timeout=WAIT_S) as reply:
-            return json.load(reply)
-
-    def wait_for(self, requests):
-        deadline = time.monotonic() + WAIT_S
-        while sum(self.truth()["texts"].values()) < requests:
-            assert time.monotonic() < deadline, "the load did not arrive"
-            time.sleep(0.05)
-
-    def stop(self):
-        self.process.stdin.close()
-        self.process.wait(WAIT_S)
-        self.process.stdout.close()
-
-
 @pytest.fixture
 def serve():
     servers = []
 
     def start(*arguments):
-        servers.append(Server(*arguments))
+        servers.append(LocustServer(*arguments))
         return servers[-1]
 
     yield start
@@ -341,75 +310,11 @@ def serve():
         server.stop()
 
 
-def table(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-class Bench:
-    """A directory with a corpus, and Locust processes started in it."""
-
-    command = ("-m", "locust", "-f", str(SCRIPT))
-
-    def __init__(self, path):
-        self.path = path
-        self.results = path / "out" / "results.csv"
-        self.started = []
-
-    def corpus(self, texts):
-        lines = (json.dumps({"text": text}) + "\n" for text in texts)
-        (self.path / "requests.jsonl").write_text("".join(lines), "utf-8")
-
-    def start(self, *arguments, **environment):
-        home = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
-        number = len(self.started)
-        with (self.path / f"{number}.out").open("wb") as out, (self.path / f"{number}.err").open("wb") as err:
-            process = subprocess.Popen(
-                [sys.executable, *self.command, *map(str, arguments)],
-                cwd=self.path,
-                env={**home, "RESULTS_CSV": str(self.results), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-            )
-        self.started.append(process)
-        return process
-
-    def finish(self, process):
-        """(exit code, stdout, stderr)"""
-        code = process.wait(WAIT_S)
-        number = self.started.index(process)
-        return code, *((self.path / f"{number}.{name}").read_text("utf-8") for name in ("out", "err"))
-
-    def run(self, server, users, *arguments, **environment):
-        load = ("--headless", "--host", server.url, "-u", users, "-r", users)
-        return self.finish(self.start(*load, *arguments, **environment))
-
-    def rows(self):
-        return table(self.results)
-
-    def close(self):
-        for process in self.started:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-
-
 @pytest.fixture
 def bench(tmp_path):
     bench = Bench(tmp_path)
     yield bench
     bench.close()
-
-
-def forked(processes):
-    port = free_port()
-    return "--processes", processes, "--master-bind-port", port, "--master-port", port
-
-
-def free_port():
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return probe.getsockname()[1]
 
 
 TEXTS = [f"prompt {index} " + "word " * (index % 5) for index in range(500)]
@@ -439,7 +344,7 @@ def late_by(rows, truth, texts):
 
 @needs_locust
 def test_one_process(bench, serve):
-    server = serve("--delay-ms", "200")
+    server = serve("--delay-ms", "200", "--together", "500")
     bench.corpus(TEXTS)
     code, out, err = bench.run(server, 500, "--csv", bench.path / "own", OPENAI_API_KEY=CANARY)
     rows, truth = check_complete(bench, server, TEXTS, out)
@@ -451,7 +356,7 @@ def test_one_process(bench, serve):
     late = late_by(rows, truth, TEXTS)
     assert min(late) > -1
     assert statistics.median(late) < statistics.median(truth["took_ms"].values()) / 2
-    own = {row["Name"]: row for row in table(bench.path / "own_stats.csv")}
+    own = {row["Name"]: row for row in rows_of(bench.path / "own_stats.csv")}
     assert {name: int(row["Request Count"]) for name, row in own.items()} == {
         "/v1/chat/completions": 500,
         "prompt_tokens": 500,
@@ -773,16 +678,6 @@ def stop(url):
 def web_names(url):
     with urllib.request.urlopen(url + "/stats/requests", timeout=WAIT_S) as reply:
         return {row["name"] for row in json.load(reply)["stats"]}
-
-
-def wait_until(check):
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        with contextlib.suppress(OSError):
-            if check():
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @needs_locust

@@ -8,7 +8,9 @@ from typing import Any, Callable
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import Demo, Outcome, in_virtual_time
+from tests.support.demo import Demo
+from tests.support.program import Outcome
+from tests.support.virtual_time import in_virtual_time
 
 
 class Collected:

@@ -9,7 +9,7 @@ from typing import Any, Optional
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import make_config
+from tests.support.records import make_config
 
 
 def event(delta: dict[str, Any], finish: Optional[str] = None, **more: Any) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 import sys
 import time
 from typing import Any, Callable, Optional
@@ -12,7 +11,7 @@ from typing import Any, Callable, Optional
 import pytest
 
 import online_bench_openai_async as bench
-from tests.wire import Script, says
+from tests.support.server import ScriptedServer, behind_tls, says, server_context
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -79,7 +78,7 @@ def body_of(exchange: bench.Exchange) -> bytes:
 
 
 @linux_only
-def test_a_blocked_event_loop_does_not_move_the_stamps(script: Callable[..., Script]) -> None:
+def test_a_blocked_event_loop_does_not_move_the_stamps(script: Callable[..., ScriptedServer]) -> None:
     """The loop sleeps through all five chunks; the kernel does not."""
     chunks = [b"5\r\n%d.abc\r\n" % n for n in range(5)]
     server = script(says(CHUNKED, *chunks, b"0\r\n\r\n", gap_s=0.02))
@@ -93,7 +92,7 @@ def test_a_blocked_event_loop_does_not_move_the_stamps(script: Callable[..., Scr
 
 
 @linux_only
-def test_stamps_lie_between_sending_and_reading(script: Callable[..., Script]) -> None:
+def test_stamps_lie_between_sending_and_reading(script: Callable[..., ScriptedServer]) -> None:
     server = script(says(CHUNKED + b"2\r\nhi\r\n", b"2\r\nho\r\n0\r\n\r\n", gap_s=0.02))
     (exchange,), _ = exchange_with(server.port)
     stamps = [stamp for stamp, data in exchange.reader.fed]  # type: ignore[attr-defined]
@@ -105,7 +104,7 @@ def test_stamps_lie_between_sending_and_reading(script: Callable[..., Script]) -
 @linux_only
 @pytest.mark.parametrize("step_s", [3600, -3600])
 def test_a_stepped_clock_falls_back_to_the_time_of_the_read(
-    script: Callable[..., Script], step_s: int, monkeypatch: pytest.MonkeyPatch
+    script: Callable[..., ScriptedServer], step_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: true() + step_s * 1_000_000_000)
@@ -133,7 +132,7 @@ def test_a_stepped_clock_falls_back_to_the_time_of_the_read(
     ],
 )
 def test_a_reply_is_whole_however_it_is_cut_and_its_connection_is_kept(
-    script: Callable[..., Script], packets: tuple[bytes, ...]
+    script: Callable[..., ScriptedServer], packets: tuple[bytes, ...]
 ) -> None:
     server = script(says(*packets, gap_s=0.001))
     exchanges, errors = exchange_with(server.port, count=2)
@@ -151,7 +150,7 @@ def test_a_reply_is_whole_however_it_is_cut_and_its_connection_is_kept(
         says(HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi", keep=False),
     ],
 )
-def test_a_reply_that_ends_with_its_connection(script: Callable[..., Script], answer: Any) -> None:
+def test_a_reply_that_ends_with_its_connection(script: Callable[..., ScriptedServer], answer: Any) -> None:
     server = script(answer)
     exchanges, errors = exchange_with(server.port, count=2)
     assert errors == [None, None]
@@ -170,14 +169,14 @@ def test_a_reply_that_ends_with_its_connection(script: Callable[..., Script], an
         (says(CHUNKED + b"zz\r\nhi\r\n"), "bad_http"),
     ],
 )
-def test_what_breaks_on_the_wire_is_said(script: Callable[..., Script], answer: Any, kind: str) -> None:
+def test_what_breaks_on_the_wire_is_said(script: Callable[..., ScriptedServer], answer: Any, kind: str) -> None:
     server = script(answer)
     _, (error,) = exchange_with(server.port)
     assert error is not None
     assert (error.failure.status, error.failure.kind) == ("http_error", kind)
 
 
-def test_a_stale_connection_costs_one_counted_reconnect(script: Callable[..., Script]) -> None:
+def test_a_stale_connection_costs_one_counted_reconnect(script: Callable[..., ScriptedServer]) -> None:
     """The server closes the kept connection as the second request arrives: sent again on a new one."""
     good = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
     server = script(good, says(keep=False), good)
@@ -187,7 +186,7 @@ def test_a_stale_connection_costs_one_counted_reconnect(script: Callable[..., Sc
     assert server.requests == 3
 
 
-def test_a_server_that_keeps_closing_is_tried_twice_and_no_more(script: Callable[..., Script]) -> None:
+def test_a_server_that_keeps_closing_is_tried_twice_and_no_more(script: Callable[..., ScriptedServer]) -> None:
     good = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
     server = script(good, says(keep=False))
     _, errors = exchange_with(server.port, count=2)
@@ -206,7 +205,7 @@ def test_a_server_that_keeps_closing_is_tried_twice_and_no_more(script: Callable
     ],
 )
 def test_each_time_limit_holds_and_has_its_name(
-    script: Callable[..., Script], limits: bench.Timeouts, answer: Any, kind: str
+    script: Callable[..., ScriptedServer], limits: bench.Timeouts, answer: Any, kind: str
 ) -> None:
     server = script(answer)
     _, (error,) = exchange_with(server.port, limits=limits)
@@ -214,7 +213,7 @@ def test_each_time_limit_holds_and_has_its_name(
     assert error.failure.kind == kind
 
 
-def test_a_slow_but_steady_stream_meets_no_idle_limit(script: Callable[..., Script]) -> None:
+def test_a_slow_but_steady_stream_meets_no_idle_limit(script: Callable[..., ScriptedServer]) -> None:
     chunks = [b"2\r\nhi\r\n"] * 8
     server = script(says(CHUNKED, *chunks, b"0\r\n\r\n", gap_s=0.08))
     _, errors = exchange_with(server.port, limits=bench.Timeouts(5, None, 0.4, 9))
@@ -230,7 +229,7 @@ def test_a_refused_connection_says_so() -> None:
 
 
 def test_a_reply_without_an_end_is_an_error_and_not_an_exhaustion(
-    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+    script: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "MAX_REPLY_BYTES", 1 << 20)
     server = script(says(CHUNKED, *[b"10000\r\n" + b"x" * 65536 + b"\r\n"] * 64))
@@ -239,7 +238,7 @@ def test_a_reply_without_an_end_is_an_error_and_not_an_exhaustion(
     assert error.failure.kind == "too_large"
 
 
-def test_compression_nobody_asked_for_is_undone(script: Callable[..., Script]) -> None:
+def test_compression_nobody_asked_for_is_undone(script: Callable[..., ScriptedServer]) -> None:
     import gzip
 
     data = gzip.compress(b"hi")
@@ -277,35 +276,12 @@ def test_the_turnstile_admits_one_per_turn_of_the_loop() -> None:
     assert len(set(turns)) == 5
 
 
-def openssl_certificate(folder: Any) -> tuple[str, str]:
-    key, certificate = str(folder / "key.pem"), str(folder / "cert.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", certificate]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs the openssl command to make a certificate")
-    return key, certificate
-
-
 @pytest.mark.parametrize("trust", ["ca_file", "insecure", "nobody"])
-def test_tls_over_the_same_socket(script: Callable[..., Script], tmp_path: Any, trust: str) -> None:
-    import ssl
-
-    key, certificate = openssl_certificate(tmp_path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server = script(says(CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n", gap_s=0.01))
-    plain = server._talk
-
-    def talk(sock: socket.socket) -> None:
-        try:
-            with context.wrap_socket(sock, server_side=True) as sealed:
-                plain(sealed)
-        except OSError:  # a client that does not trust us
-            sock.close()
-
-    server._talk = talk  # type: ignore[method-assign]
+def test_tls_over_the_same_socket(script: Callable[..., ScriptedServer], tmp_path: Any, trust: str) -> None:
+    context: Any = server_context(tmp_path, "localhost")
+    certificate = context.ca_file
+    packets = (CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n")
+    server = script(says(*packets, gap_s=0.01), door=behind_tls(context))
 
     async def main() -> list[bench.Exchange]:
         ca_file = certificate if trust == "ca_file" else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import make_record
+from tests.support.records import make_record
 
 
 def test_durations_follow_from_the_stamps() -> None:

@@ -1,0 +1,106 @@
+"""Runs with short time-outs against a server that misbehaves, checked for what no run may say on its way.
+
+`run(api_base, prompts, ...)` is in this process, `run_as_process(...)` in one of its own, in Python's development
+mode, where leaks and lost tasks are said on stderr. Both: 5 requests in flight, no warm-up, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import io
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+
+import online_bench_openai_async as bench
+from tests.support.faults import LIMIT
+from tests.support.program import Outcome, cli, run_script, words_of
+from tests.support.tables import write_corpus
+
+CONCURRENCY = 5
+QUIET_S = 0.25  # first byte and idle
+TOTAL_S = 0.75
+CONNECT_S = 0.5
+GOOD_PROMPT = "a good one"
+BAD_WORDS = "Traceback|never retrieved|was destroyed|never awaited|ResourceWarning|Unclosed|asyncio:".split("|")
+
+TRANSPORTS = ("stopwatch", "sdk-aiohttp", "sdk-httpx")
+
+
+def has_aiohttp() -> bool:
+    import openai
+
+    return importlib.util.find_spec("aiohttp") is not None and hasattr(openai, "DefaultAioHttpClient")
+
+
+@contextlib.contextmanager
+def chosen(transport: str) -> Iterator[str]:
+    """The value for --transport; the SDK's two clients are told apart by hiding one of them."""
+    import openai
+
+    name, _, client = transport.partition("-")
+    if name == "stopwatch" and bench.StopwatchWire.missing():
+        pytest.skip(f"the stopwatch needs {bench.StopwatchWire.missing()}")
+    if client == "aiohttp" and not has_aiohttp():
+        pytest.skip("this environment has no aiohttp, or an openai that does not know it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "MAX_REPLY_BYTES", LIMIT)
+        if client == "httpx":
+            patch.setattr(openai, "DefaultAioHttpClient", None, raising=False)
+        yield name
+
+
+def arguments(api_base: str, **options: Any) -> list[str]:
+    """A command line with short time-outs; an option of None is left out, one of True has no value."""
+    settings = {
+        "api_base": api_base,
+        "model": "m",
+        "concurrency": CONCURRENCY,
+        "warmup": 0,
+        "timeout": TOTAL_S,
+        "connect_timeout": CONNECT_S,
+        "first_byte_timeout": QUIET_S,
+        "idle_timeout": QUIET_S,
+        "no_progress": True,
+    }
+    return words_of(**{**settings, **options})
+
+
+def run(api_base: str, prompts: Optional[Sequence[str]] = None, **options: Any) -> Outcome:
+    """The program in this process, all that it wrote kept: rows, streams, and what was logged, as if on stderr."""
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    with tempfile.TemporaryDirectory() as folder:
+        if prompts:
+            options["requests_file"] = write_corpus(Path(folder, "corpus.jsonl"), prompts)
+        options.setdefault("results_csv", Path(folder, "rows.csv"))
+        logging.getLogger().addHandler(handler)
+        try:
+            with contextlib.redirect_stderr(logged):
+                outcome = cli(*arguments(api_base, **options))
+                gc.collect()
+        finally:
+            logging.getLogger().removeHandler(handler)
+    outcome.err += logged.getvalue()
+    return checked(outcome)
+
+
+def run_as_process(api_base: str, prompts: Sequence[str], *, folder: Path, **options: Any) -> Outcome:
+    """The same in a process of its own, and those that it starts, in Python's development mode."""
+    corpus = write_corpus(folder / "corpus.jsonl", prompts)
+    words = arguments(api_base, requests_file=corpus, results_csv=folder / "rows.csv", **options)
+    return checked(run_script(*words, flags=["-X", "dev"], env={"PYTHONDEVMODE": "1"}))
+
+
+def checked(outcome: Outcome) -> Outcome:
+    """The outcome, if nothing on stderr tells of a leak, a lost task or a defect."""
+    for word in BAD_WORDS:
+        assert word not in outcome.err, outcome.err
+    return outcome
