@@ -162,10 +162,10 @@ class Settings:
     @cached_property
     def secrets(self) -> list[str]:
         """What no server's words may bring back into a row, a log or the summary; longest first."""
-        query = dict(parse_qsl(urlsplit(self.path).query))
-        password, basic = self.login.partition(":")[2], self.authorization.partition(" ")[2]
-        named = secret_values("", {**self.extra_body, **query})
-        words = {self.api_key, self.login, password, basic, *named}
+        query = urlsplit(self.path).query
+        pairs = [*parse_qsl(query), *(part.partition("=")[::2] for part in query.split("&"))]  # decoded, and as sent
+        named = [value for pair in [*self.extra_body.items(), *pairs] for value in secret_values(*pair)]
+        words = {self.api_key, self.login, self.login.partition(":")[2], self.authorization.partition(" ")[2], *named}
         return sorted((word for word in words if len(word) >= LEAST_SECRET_CHARS), key=len, reverse=True)
 
 
@@ -261,11 +261,11 @@ SECRET_IN_URL = re.compile(rf"(//)[^/?#]*(?=@)|([?&][^=&]*(?:{SECRET_NAME.patter
 def secret_values(name: str, value: Any) -> Iterator[str]:
     """Every text in a JSON value that stands under a name which looks secret.
 
-    >>> list(secret_values("", {"a": {"api_key": "x"}, "max_tokens": 5}))
+    >>> list(secret_values("a", {"api_key": ["x"], "max_tokens": 5}))
     ['x']
     """
     if isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else ((name, item) for item in value):
+        for key, item in value.items() if isinstance(value, dict) else (("", item) for item in value):
             yield from secret_values(f"{name} {key}", item)
     elif isinstance(value, str) and SECRET_NAME.search(name):
         yield value
@@ -797,14 +797,14 @@ def settings_from(options: Any, host: Optional[str]) -> Settings:
         results_csv=given["results_csv"],
         system_prompt=given["system_prompt"],
         defaults=default_fields(given),
-        extra_body=extra_body(given["extra_body"].strip() or "{}"),
+        extra_body=parsed_extra_body(given["extra_body"].strip() or "{}"),
         api_key=api_key,
         login=unquote(target.netloc.rpartition("@")[0]),
         tls=tls,
         host=target.hostname or "",
         port=target.port or (443 if tls else 80),
         path=joined_path(target.path, given["openai_endpoint_path"].strip(), target.query),
-        timeout_s=number(given, "request_timeout", float, 0.001) or DEFAULT_TIMEOUT_S,
+        timeout_s=number_of(given, "request_timeout", float, 0.001) or DEFAULT_TIMEOUT_S,
     )
 
 
@@ -839,12 +839,12 @@ def joined_path(base: str, endpoint: str, query: str) -> str:
 
 
 def default_fields(given: Mapping[str, str]) -> dict[str, Any]:
-    limit, temperature = number(given, "max_tokens", int, 1), number(given, "temperature", float, 0)
+    limit, temperature = number_of(given, "max_tokens", int, 1), number_of(given, "temperature", float, 0)
     fields = {"model": given["openai_model"], "max_tokens": limit, "temperature": temperature}
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def extra_body(text: str) -> dict[str, Any]:
+def parsed_extra_body(text: str) -> dict[str, Any]:
     try:
         extra = json.loads(text)
         json.dumps(extra, allow_nan=False, ensure_ascii=False).encode()
@@ -857,7 +857,7 @@ def extra_body(text: str) -> dict[str, Any]:
     return extra
 
 
-def number(given: Mapping[str, str], name: str, kind: type, least: float) -> Any:
+def number_of(given: Mapping[str, str], name: str, kind: type, least: float) -> Any:
     """None when not given."""
     text = given[name].strip()
     try:
