@@ -1,4 +1,4 @@
-"""Room 13: the script as a user meets it."""
+"""Section 13, Command line: the script as a user meets it."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_overwrite_keeps_the_old_rows_until_the_warm_up_has_succeeded(
     assert cli(*dead, *SMALL, *results).code == 1
     assert cli(*dead, *SMALL, *results, "--summary-jsonl", "/nowhere/s.jsonl").code == 2
     assert path.read_text() == "old,rows\n1,2\n"
-    assert cli(*at(demo(ttft_ms=1, gap_ms=0)), *SMALL, *results).code == 0
+    assert cli(*demo(ttft_ms=1, gap_ms=0).target, *SMALL, *results).code == 0
     assert len(rows_of(path)) == 12
 
 

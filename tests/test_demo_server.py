@@ -44,7 +44,7 @@ def test_a_whole_completion(demo: Callable[..., Demo]) -> None:
 def test_a_streamed_completion(demo: Callable[..., Demo]) -> None:
     asked = {**ASK, "stream": True, "stream_options": {"include_usage": True}}
     with post(demo(ttft_ms=1, gap_ms=1), asked) as response:
-        answer = bench.read_stream([(0, response.read())])
+        answer = bench.read_reply(True, [(0, response.read())])
     assert answer.failure is None
     assert (answer.chunks, answer.completion_tokens) == (5, 5)
 

@@ -200,7 +200,8 @@ def all_fail(api_base: str, transport: str, streamed: bool, **options: Any) -> s
 
 
 EVERY_WAY = pytest.mark.parametrize(
-    ("transport", "streamed"), [("stopwatch", False), ("stopwatch", True), ("sdk-aiohttp", True), ("sdk-httpx", False)]
+    ("transport", "streamed"),
+    [("stopwatch", False), ("stopwatch", True), ("stopwatch-h11", True), ("sdk", False), ("sdk", True)],
 )
 
 

@@ -1,4 +1,4 @@
-"""Room 5: the numbers, against brute force and the standard library."""
+"""Section 6, Metrics: the numbers, against brute force and the standard library."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_verdict_on_the_client(changes: dict[str, Any], bound: bool) -> None
 
 
 def test_slow_hands_bind_the_client_whatever_its_cpu() -> None:
-    slow = summary_of(*(make_record(n, ready_s=0.8) for n in range(10)))  # 200 ms before each send of 500 ms
+    slow = summary_of(*(make_record(n, free_s=0.8) for n in range(10)))  # 200 ms before each send of 500 ms
     assert "to send" in (bench.client_bound(slow, [health()]) or "")
 
 
@@ -128,7 +128,7 @@ def test_short_replies_and_long_prompts_are_pointed_out_with_their_cure() -> Non
 
 def test_every_warning_says_what_to_do() -> None:
     """All rules at once: a bad run, and each line of it with a cure."""
-    bad = make_record(has_usage=False, cached_tokens=5, merged_reads=3, reconnects=1, ready_s=0.5)
+    bad = make_record(has_usage=False, cached_tokens=5, merged_reads=3, reconnects=1, free_s=0.5)
     config = make_config(output_tokens=50, prompt_tokens=20)
     found = bench.warnings_of(summary_of(bad), config, [health()])
     assert len(found) == len(bench.WARNINGS)

@@ -1,4 +1,4 @@
-"""Room 12: several processes, one run."""
+"""Section 12, Shards: several processes, one run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ from tests.support.records import make_record
 from tests.support.tables import rows_of
 
 
-def test_a_record_crosses_the_pipe_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr(bench, "tell", told.append)
-    record = make_record(3, gaps_ms=array("f", [1.5, 2.5]), first_s=None)
-    bench.PipeSink().add(record)
-    (message,) = told
-    again = bench.record_from(json.loads(json.dumps(message))["record"])
+@pytest.mark.parametrize("failed", [{}, {"status": "http_error", "error_kind": "timeout", "error": "late"}])
+def test_a_record_crosses_the_pipe_unchanged(failed: dict[str, str]) -> None:
+    record = make_record(3, gaps_ms=array("f", [1.5, 2.5]), first_s=None, **failed)
+    again = bench.record_from(json.loads(json.dumps(bench.record_line(record))))
     assert again == record
 
 
@@ -34,7 +31,7 @@ def test_a_record_crosses_the_pipe_unchanged(monkeypatch: pytest.MonkeyPatch) ->
 def test_any_number_of_processes_makes_the_same_run(
     demo: Callable[..., Demo], tmp_path: Path, processes: int, mode: list[str]
 ) -> None:
-    server = demo(ttft_ms=20, gap_ms=1)
+    server = demo(ttft_ms=60, gap_ms=1)
     path = tmp_path / "r.csv"
     sizes = ["--concurrency", "10", "--total-requests", "50", "--prompt-tokens", "32", "--output-tokens", "6"]
     target = [*server.target, "--seed", "5", "--results-csv", str(path), *mode]

@@ -1,4 +1,4 @@
-"""Room 7: the writers."""
+"""Section 8, Sinks: the writers."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_simultaneous_starts_write_one_header_and_lose_no_row(tmp_path: Path) ->
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import online_bench_openai_async as b\n"
-        "from tests.conftest import make_record\n"
+        "from tests.support.records import make_record\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "for n in range(20):\n"
         "    sink = b.CsvSink(sys.argv[1] + str(n), True, False); sink.begin()\n"

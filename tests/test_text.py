@@ -1,4 +1,4 @@
-"""Room 6: what is printed, whole strings."""
+"""Section 7, Text: what is printed, whole strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 2: records hold stamps, durations are derived, absent is None."""
+"""Section 2, Types: records hold stamps, durations are derived, absent is None."""
 
 from __future__ import annotations
 

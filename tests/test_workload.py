@@ -1,4 +1,4 @@
-"""Room 4: what is asked."""
+"""Section 4, Workload: what is asked."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import io
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,29 +30,17 @@ CONNECT_S = 0.5
 GOOD_PROMPT = "a good one"
 BAD_WORDS = "Traceback|never retrieved|was destroyed|never awaited|ResourceWarning|Unclosed|asyncio:".split("|")
 
-TRANSPORTS = ("stopwatch", "sdk-aiohttp", "sdk-httpx")
-
-
-def has_aiohttp() -> bool:
-    import openai
-
-    return importlib.util.find_spec("aiohttp") is not None and hasattr(openai, "DefaultAioHttpClient")
+TRANSPORTS = ("stopwatch", "stopwatch-h11", "sdk")
 
 
 @contextlib.contextmanager
 def chosen(transport: str) -> Iterator[str]:
-    """The value for --transport; the SDK's two clients are told apart by hiding one of them."""
-    import openai
-
-    name, _, client = transport.partition("-")
-    if name == "stopwatch" and bench.StopwatchWire.missing():
-        pytest.skip(f"the stopwatch needs {bench.StopwatchWire.missing()}")
-    if client == "aiohttp" and not has_aiohttp():
-        pytest.skip("this environment has no aiohttp, or an openai that does not know it")
+    """The value for --transport; the two parsers of HTTP are told apart by hiding one of them."""
+    name, _, parser = transport.partition("-")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "MAX_REPLY_BYTES", LIMIT)
-        if client == "httpx":
-            patch.setattr(openai, "DefaultAioHttpClient", None, raising=False)
+        if parser == "h11":
+            patch.setitem(sys.modules, "httptools", None)
         yield name
 
 

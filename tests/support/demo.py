@@ -12,7 +12,7 @@ class Demo:
     """`Demo(ttft_ms=200, gap_ms=0)`: its figures are those of the simulated engine."""
 
     def __init__(self, **engine: float) -> None:
-        self._process = bench.DemoProcess(json.dumps(engine))
+        self._process = bench.DemoServer(json.dumps(engine))
         self.url = self._process.api_base
         self.root = self.url[: -len("/v1")]
 

@@ -9,36 +9,39 @@ import online_bench_openai_async as bench
 
 
 def make_record(index: int = 0, **changes: Any) -> bench.Record:
-    """A success: sent at 1.0 s, first token at 1.1, last at 1.5; 5 tokens."""
+    """A success: permit free at 0.999 s, sent at 1.0, first token at 1.1, last at 1.5, end at 1.6; 5 tokens.
+
+    Keywords are fields of Reply, stamps also as seconds from the start (`sent_s`), and `due_s`, `status`,
+    `error_kind`, `error`.
+    """
     values: dict[str, Any] = {
-        "index": index,
-        "due_s": None,
-        "ready_s": 0.999,
+        "free_s": 0.999,
+        "ready_s": 1.0,
         "sent_s": 1.0,
         "first_s": 1.1,
         "visible_s": 1.1,
         "last_s": 1.5,
         "end_s": 1.6,
-        "status": "success",
-        "error_kind": "",
-        "error": "",
         "http_status": 200,
         "prompt_tokens": 10,
         "completion_tokens": 5,
-        "cached_tokens": None,
-        "reasoning_tokens": None,
         "has_usage": True,
         "finish_reason": "length",
         "chunks": 5,
         "gaps_ms": (100.0, 100.0, 100.0, 100.0),
         "new_connection": False,
-        "reconnects": 0,
         "reads": 5,
         "kernel_reads": 5,
         "content_reads": 5,
-        "merged_reads": 0,
+        **changes,
     }
-    return bench.Record(**{**values, **changes})
+    due_s = values.pop("due_s", None)
+    status, kind, error = (values.pop(name, "") for name in ("status", "error_kind", "error"))
+    failure = bench.Failure(status, kind, error) if status not in ("", "success") else None
+    for name in [name for name in values if name.endswith("_s")]:
+        seconds = values.pop(name)
+        values[f"{name[:-2]}_ns"] = None if seconds is None else round(seconds * 1e9)
+    return bench.Record(bench.Job(index, due_s), bench.Reply(failure=failure, **values), 0)
 
 
 def summary_of(*records: bench.Record) -> bench.Summary:
