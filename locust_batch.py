@@ -324,7 +324,7 @@ def messages_of(row: Mapping[str, Any], system_prompt: str) -> list[dict[str, An
     messages = row[key]
     if key != "messages":
         if not isinstance(messages, str) or not messages:
-            raise ValueError(f"the prompt is not a text, or an empty one: {key!r}")
+            raise ValueError("the prompt is not a text, or an empty one")
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
         raise ValueError("'messages' is not a list of messages")
@@ -347,8 +347,8 @@ def parse_corpus(lines: Iterable[bytes], name: str) -> Iterator[str]:
     """The checked line of each prompt; blank lines are skipped. UsageError names the line at fault."""
     for number, raw in enumerate(lines, 1):
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if line:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            if line.strip():
                 parse_line(line)
                 yield line
         except UnicodeDecodeError:
@@ -401,7 +401,7 @@ def plain(text: str, limit: int = ERROR_TEXT_CHARS, secrets: Iterable[str] = ())
     line = " ".join(CONTROL.sub(" ", text[:ERROR_BODY_BYTES]).split())
     for secret in secrets:
         line = line.replace(secret, "***")
-    return line[:limit]
+    return line[:limit].rstrip()
 
 
 def read_reply(reply: Reply, secrets: Iterable[str] = ()) -> Outcome:
@@ -418,10 +418,10 @@ def read_reply(reply: Reply, secrets: Iterable[str] = ()) -> Outcome:
         return Outcome(HTTP_ERROR, f"http_{status}", said, http_status=status)
     answer, problem = decoded(body)
     problem = problem or answer_problem(answer)
+    finish = plain(finish_of(answer), 40, secrets)
     if problem:
-        return Outcome(DECODE_ERROR, problem[0], plain(problem[1], secrets=secrets), http_status=status)
-    finish = answer["choices"][0].get("finish_reason")
-    finish = plain(finish, 40, secrets) if isinstance(finish, str) else ""
+        kind, message = problem
+        return Outcome(DECODE_ERROR, kind, plain(message, secrets=secrets), finish_reason=finish, http_status=status)
     return Outcome(SUCCESS, finish_reason=finish, http_status=status, **usage_of(answer.get("usage")))
 
 
@@ -491,18 +491,28 @@ def answer_problem(answer: Any) -> Optional[Problem]:
     message = error_text(answer)
     if message:
         return "error_body", message
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+    choice = choice_of(answer)
+    if choice is None:
         return "no_choices", f"no choices in {glimpse(answer)[:120]}"
-    said, finish = choices[0].get("message"), choices[0].get("finish_reason")
+    said = choice.get("message")
     if not isinstance(said, dict):
         return "no_choices", "a choice without a message"
-    if isinstance(finish, str) and finish in ABORTED_REASONS:
-        return "aborted_by_server", f"finish_reason {finish}"
+    if finish_of(answer) in ABORTED_REASONS:
+        return "aborted_by_server", f"finish_reason {finish_of(answer)}"
     texts = ("content", "refusal", "tool_calls", "function_call", "reasoning_content", "reasoning")
     if not any(said.get(key) for key in texts) and not usage_of(answer.get("usage")).get("completion_tokens"):
         return "empty", "a reply without a token"
     return None
+
+
+def choice_of(answer: Any) -> Optional[dict[str, Any]]:
+    choices = answer.get("choices") if isinstance(answer, dict) and not error_text(answer) else None
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+
+
+def finish_of(answer: Any) -> str:
+    finish = (choice_of(answer) or {}).get("finish_reason")
+    return finish if isinstance(finish, str) else ""
 
 
 def usage_of(usage: Any) -> dict[str, Any]:
@@ -548,10 +558,10 @@ ERROR_KINDS = (
 )
 
 
-def failed_call(error: BaseException, secrets: Iterable[str] = ()) -> Outcome:
-    """The outcome of a call that raised."""
+def failed_call(error: BaseException, http_status: Optional[int], secrets: Iterable[str]) -> Outcome:
+    """The outcome of a call that raised, perhaps after the head of a reply had come."""
     kind, message = failure_of(error)
-    return Outcome(HTTP_ERROR, kind, plain(message, secrets=secrets))
+    return Outcome(HTTP_ERROR, kind, plain(message, secrets=secrets), http_status=http_status)
 
 
 def failure_of(error: BaseException) -> Problem:
@@ -976,8 +986,8 @@ class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
             self.reusable = False
         if self.reply is None and not data:
             if self.received:
-                within = f"the connection was closed within the reply, after {self.received} bytes"
-                raise ConnectionFailed("cut", within)
+                size = len(self._body_buffer)
+                raise ConnectionFailed("cut", f"the connection was closed within the reply, after {size} bytes")
             raise ConnectionFailed("closed", "the server closed the connection without a reply")
         if self.received > MAX_REPLY_BYTES:  # counted with headers and interim replies, which may be endless, too
             raise ConnectionFailed("too_large", f"the reply is larger than {MAX_REPLY_BYTES >> 20} MB")
@@ -999,6 +1009,7 @@ class Connection:
         self.sent: Optional[float] = None
         self.done: Optional[float] = None
         self.is_new: Optional[bool] = None
+        self.http_status: Optional[int] = None  # of a reply that did not become complete
         self.sent_again = False
 
     def call(self, payload: bytes) -> Reply:
@@ -1023,6 +1034,8 @@ class Connection:
                 self.receive(parser)
         except BaseException as error:
             self.done = time.perf_counter()
+            if parser.headers_complete and parser.get_code() >= 200:
+                self.http_status = parser.get_code()
             unread = not self.is_new and not parser.received and self.was_reset(error)
             self.close()
             if unread:
@@ -1556,11 +1569,9 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
         try:
             reply = connection.call(source.head + b"%d\r\n\r\n" % len(body) + body)
             gevent.sleep(0)  # others' replies are stamped before this one is understood
-        except gevent.GreenletExit as error:
-            stopped = error
-            outcome = failed_call(error)
-        except Exception as error:
-            outcome = failed_call(error, secrets)
+        except (Exception, gevent.GreenletExit) as error:
+            stopped = error if isinstance(error, gevent.GreenletExit) else None
+            outcome = failed_call(error, connection.http_status, secrets)
         if reply is not None:
             outcome = read_reply(reply, secrets)
         self.report_to_locust(outcome, began, len(reply.body) if reply else 0)
