@@ -59,6 +59,7 @@ import os
 import re
 import socket
 import ssl
+import struct
 import sys
 import time
 import zlib
@@ -102,6 +103,7 @@ MAX_REPLY_BYTES = 256 * 2**20
 MOST_TOKENS = 2**40  # a count beyond it is no count
 LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 RECV_BYTES = 65536
+PAIR_LIMIT_S = 20e-6
 BATCH_BYTES = 256 * 1024  # one message: a few milliseconds of a worker's loop, far from a missed heartbeat
 BATCH_PROMPTS = 500
 BATCH_ROWS = 500
@@ -994,6 +996,20 @@ class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
         return self.reply is not None
 
 
+SO_TIMESTAMPNS = 35  # Linux, the common architectures; the socket module does not name it
+TIMESPEC = struct.Struct("@ll")
+ANCILLARY_BYTES = 64
+
+
+def clock_pair() -> tuple[float, int]:
+    """(perf_counter in s, wall clock in ns) of one moment; read again where something came between the two."""
+    for _ in range(3):
+        now_s, wall_ns = time.perf_counter(), time.time_ns()
+        if time.perf_counter() - now_s < PAIR_LIMIT_S:
+            break
+    return now_s, wall_ns
+
+
 class Connection:
     """One user's connection, opened before the clock starts and kept for the user's next prompt."""
 
@@ -1001,6 +1017,7 @@ class Connection:
         self.settings = settings
         self.context = context
         self.sock: Any = None
+        self.stamped = False  # by the kernel
         self.refused = False  # the server's side took no more bytes of the request
         self.reset_call()
 
@@ -1069,14 +1086,29 @@ class Connection:
             self.sock.settimeout(None)
 
     def receive(self, parser: ReplyParser) -> None:
-        """Stamps `done` with every arrival, as soon as gevent has turned to this connection."""
+        """Stamps `done` with every arrival."""
         finished = False
         while not finished:
-            data = self.sock.recv(RECV_BYTES)
-            self.done = time.perf_counter()
+            data = self.read()
             finished = parser.take(data)
             if len(data) == RECV_BYTES and not finished:
                 gevent.sleep(0)  # more is there already: else neither others nor the time-out had a turn
+
+    def read(self) -> bytes:
+        """What has arrived; `done` is when the kernel says it has, on Linux and without TLS, else now."""
+        if not self.stamped:
+            data: bytes = self.sock.recv(RECV_BYTES)
+            self.done = time.perf_counter()
+            return data
+        data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, ANCILLARY_BYTES)
+        self.done, wall_ns = clock_pair()
+        for level, kind, stamp in ancillary:
+            if (level, kind, len(stamp)) == (socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC.size):
+                seconds, nanoseconds = TIMESPEC.unpack(stamp)
+                age_s = (wall_ns - seconds * 10**9 - nanoseconds) / 1e9
+                if 0 <= age_s <= self.done - (self.sent or 0.0):  # else the wall clock was set meanwhile
+                    self.done -= age_s
+        return data
 
     def was_reset(self, error: BaseException) -> bool:
         """Whether the server's side has refused the request: it was closed before it had read all of it.
@@ -1106,6 +1138,9 @@ class Connection:
                 sock.close()
                 raise
         self.sock = sock
+        self.stamped = sys.platform == "linux" and self.context is None
+        if self.stamped:
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
 
     def is_stale(self) -> bool:
         """The server has closed the idle connection, or sent what nobody asked for."""
