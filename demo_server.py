@@ -65,9 +65,9 @@ from array import array
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, Union
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 TOKEN_TEXT = " token"
 DEFAULT_MAX_TOKENS = 16
@@ -75,6 +75,7 @@ BLOCK_TOKENS = 16  # of the prefix cache, as in vLLM
 CHAT_TEMPLATE_TOKENS = 8  # what a chat template would add to the messages
 WAVE_NS = 100_000_000  # --first-wave-extra-ms: what arrives this soon after an idle spell is of the first wave
 EMISSIONS_PER_TURN = 1024  # then the sockets are read again
+SHORTEST_WAIT_S = 200e-6  # waking for every single token of hundreds of streams would cost more than sending it
 SOCKET_BACKLOG = 4096
 READ_BYTES = 1 << 18
 MAX_HEAD_BYTES = 1 << 16
@@ -97,25 +98,14 @@ GAP_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 
 
 @dataclass(frozen=True)
 class Engine:
-    """How long the simulated engine takes. The metadata is the help of each field's option."""
+    """How long the simulated engine takes: a fixed timetable with `ttft_ms`, continuous batching without."""
 
-    ttft_ms: Optional[float] = field(
-        default=None,
-        metadata={"help": "fixed timetable: time from a request's arrival to its first token (default: batching)"},
-    )
-    gap_ms: float = field(default=10.0, metadata={"help": "fixed timetable: time from one token to the next"})
-    prefill_tokens_per_s: float = field(
-        default=200_000.0, metadata={"help": "batching: prompt tokens processed per second; cached ones cost nothing"}
-    )
-    step_ms: float = field(
-        default=4.0, metadata={"help": "batching: duration of a step, which gives each running request one token"}
-    )
-    step_ms_per_sequence: float = field(
-        default=0.02, metadata={"help": "batching: added to the step for each running request"}
-    )
-    max_batch: int = field(
-        default=256, metadata={"help": "batching: requests that run at the same time; more wait in a queue"}
-    )
+    ttft_ms: Optional[float] = None
+    gap_ms: float = 10.0
+    prefill_tokens_per_s: float = 200_000.0
+    step_ms: float = 4.0
+    step_ms_per_sequence: float = 0.02
+    max_batch: int = 256
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Engine:
@@ -190,9 +180,8 @@ class Prompt:
         """The hashes with this many generated tokens appended."""
         if self.tail is None:
             return self.hashes
-        return (
-            self.hashes + Prompt.of_text(self.tail + TOKEN_TEXT * tokens, self.hashes[-1] if self.hashes else 0).hashes
-        )
+        before = self.hashes[-1] if self.hashes else 0
+        return self.hashes + Prompt.of_text(self.tail + TOKEN_TEXT * tokens, before).hashes
 
 
 def _chain(blocks: Sequence[Any], before: int) -> list[int]:
@@ -228,7 +217,7 @@ class PrefixCache:
         self._known.clear()
 
 
-def _chat_text(asked: Mapping[str, Any]) -> Prompt:
+def _chat_prompt(asked: Mapping[str, Any]) -> Prompt:
     messages = asked["messages"]
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message")
@@ -289,7 +278,7 @@ def _text(text: bytes, finish: bytes = b"null") -> bytes:
 _TOKEN_BYTES = TOKEN_TEXT.encode()
 _CHAT = Dialect(
     name="chatcmpl",
-    prompt=_chat_text,
+    prompt=_chat_prompt,
     template_tokens=CHAT_TEMPLATE_TOKENS,
     stream_object="chat.completion.chunk",
     whole_object="chat.completion",
@@ -317,12 +306,28 @@ def _http_chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
+def _http_reply(status: str, body: bytes, content_type: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
 class Generation:
     """One request being served, and what truly happened to it (ns of perf_counter)."""
 
     __slots__ = (
-        *("arrived_ns", "cached_tokens", "chunk", "dialect", "due_ns", "emitted", "extra_ns", "first_due_ns"),
-        *("first_ns", "last_ns", "limit", "number", "peer", "prompt", "prompt_tokens", "started_ns", "streamed"),
+        *("arrived_ns", "cached_tokens", "chunk", "dialect", "emitted", "extra_ns", "first_due_ns"),
+        *(
+            "first_ns",
+            "last_due_ns",
+            "last_ns",
+            "limit",
+            "number",
+            "peer",
+            "prompt",
+            "prompt_tokens",
+            "started_ns",
+            "streamed",
+        ),
         *("stub", "usage"),
     )
 
@@ -339,11 +344,12 @@ class Generation:
             raise BadRequest("stream_options need stream: true")
         if asked.get("n") not in (None, 1):
             raise BadRequest("n must be 1: this server gives one answer a request")
-        self.usage = bool(options.get("include_usage")) + bool(
-            options.get("include_usage") and options.get("continuous_usage_stats")
-        )  # 0 none, 1 at the end, 2 in every event
+        with_usage = bool(options.get("include_usage"))
+        self.usage = with_usage + (
+            with_usage and bool(options.get("continuous_usage_stats"))
+        )  # none, at the end, always
         self.emitted = self.cached_tokens = self.extra_ns = 0
-        self.started_ns = self.first_ns = self.last_ns = self.due_ns = self.first_due_ns = 0
+        self.started_ns = self.first_ns = self.last_ns = self.first_due_ns = self.last_due_ns = 0
         self.chunk = b""
 
     def accepted(self, number: int, arrived_ns: int, model: bytes) -> None:
@@ -354,33 +360,39 @@ class Generation:
         start = f'{{"id":"{self.dialect.name}-{number}","object":"{kind}","created":{int(time.time())},"model":'
         self.stub = start.encode() + model + b',"choices":['
         if self.streamed:
-            self.chunk = _http_chunk(self.event(self.dialect.token))
+            self.chunk = _http_chunk(self._event(self.dialect.token, 1))
 
-    def event(self, choice: bytes) -> bytes:
-        usage = b',"usage":' + self._usage(False) if self.usage == 2 else b""
+    def piece(self) -> bytes:
+        """What is written for the token just emitted; nothing for a whole reply that is not whole yet."""
+        if not self.streamed:
+            return self._whole() if self.emitted == self.limit else b""
+        data = self.chunk if self.usage < 2 else _http_chunk(self._event(self.dialect.token, self.emitted))
+        if self.emitted == 1:
+            role = _http_chunk(self._event(self.dialect.role, 0)) if self.dialect.role else b""
+            data = _STREAM_HEAD + role + data
+        return data + self._end() if self.emitted == self.limit else data
+
+    def _event(self, choice: bytes, emitted: int) -> bytes:
+        usage = b',"usage":{%s}' % self._counts(emitted) if self.usage == 2 else b""
         return b"data: %s%s]%s}\n\n" % (self.stub, choice, usage)
 
-    def head(self) -> bytes:
-        return _STREAM_HEAD + (_http_chunk(self.event(self.dialect.role)) if self.dialect.role else b"")
-
-    def end(self) -> bytes:
-        events = self.event(self.dialect.finish)
+    def _end(self) -> bytes:
+        events = self._event(self.dialect.finish, self.emitted)
         if self.usage:
-            events += b'data: %s],"usage":%s}\n\n' % (self.stub, self._usage(True))
+            events += b'data: %s],"usage":%s}\n\n' % (self.stub, self._final_usage())
         return _http_chunk(events + b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
-    def whole(self) -> bytes:
-        before, after = self.dialect.whole
-        return b'%s%s%s%s],"usage":%s}' % (
-            *(self.stub, before, _TOKEN_BYTES * self.emitted, after),
-            self._usage(True),
-        )
+    def _whole(self) -> bytes:
+        choice = (_TOKEN_BYTES * self.emitted).join(self.dialect.whole)
+        return _http_reply("200 OK", b'%s%s],"usage":%s}' % (self.stub, choice, self._final_usage()))
 
-    def _usage(self, final: bool) -> bytes:
-        prompt, emitted = self.prompt_tokens, self.emitted
-        counts = b'"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d' % (prompt, prompt + emitted, emitted)
-        details = b',"prompt_tokens_details":{"cached_tokens":%d}' % self.cached_tokens if final else b""
-        return b"{%s%s}" % (counts, details)
+    def _counts(self, emitted: int) -> bytes:
+        counts = (self.prompt_tokens, self.prompt_tokens + emitted, emitted)
+        return b'"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d' % counts
+
+    def _final_usage(self) -> bytes:
+        details = b'"prompt_tokens_details":{"cached_tokens":%d}' % self.cached_tokens
+        return b"{%s,%s}" % (self._counts(self.emitted), details)
 
 
 def _token_limit(asked: Mapping[str, Any]) -> int:
@@ -458,10 +470,10 @@ class FixedTimetable:
         for _ in range(EMISSIONS_PER_TURN):
             if later and later[0][0] <= now_ns and not (first and first[0][0] < later[0][0]):
                 due_ns, request = later.popleft()
-                if due_ns - request.due_ns == gap_ns:
+                if due_ns - request.last_due_ns == gap_ns:
                     usual_gaps += 1
                 else:  # there was a stall
-                    self._hooks.gaps.observe_ns(due_ns - request.due_ns)
+                    self._hooks.gaps.observe_ns(due_ns - request.last_due_ns)
             elif first and first[0][0] <= now_ns:
                 due_ns, _, request = heapq.heappop(first)
                 if not request.streamed and request.limit > 1:
@@ -633,34 +645,41 @@ class Peer:
             self.advance(stamp_ns)
 
     def advance(self, stamp_ns: int) -> None:
-        """Answer the next whole request, one at a time."""
+        """Answer the whole requests received, one at a time."""
+        while not self.current and not self.closed and self._take_next(stamp_ns):
+            pass
+
+    def _take_next(self, stamp_ns: int) -> bool:
+        """Whether there was a whole request."""
         received = self._received
-        if self.current or self.closed or not received or len(received) < self._wanted:
-            return
+        if not received or len(received) < self._wanted:
+            return False
         end = received.find(b"\r\n\r\n")
         if end < 0 or not received[:1].isalpha():  # not alphabetic: no HTTP, a TLS greeting for instance
             if len(received) > MAX_HEAD_BYTES or not received[:1].isalpha():
                 self.close()
-            return
+            return False
         first, *lines = bytes(received[:end]).decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers or not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+        if "transfer-encoding" in headers or not length.isdecimal() or int(length[:12]) > MAX_BODY_BYTES:
             self._last = True
+            received.clear()
             self.refuse("411 Length Required", f"a Content-Length of at most {MAX_BODY_BYTES} bytes is needed")
-            return
+            return False
         self._wanted = end + 4 + int(length)
         if len(received) < self._wanted:
             if headers.get("expect", "").lower() == "100-continue" and len(received) == end + 4:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return
+            return False
         body = bytes(received[end + 4 : self._wanted])
         del received[: self._wanted]
         self._wanted = 0
         self._last = headers.get("connection", "").lower() == "close"
         method, _, target = first.partition(" ")
-        parts = urlsplit(target.partition(" ")[0])
-        self._server.answer(self, HttpRequest(method, parts.path, parts.query, body, stamp_ns))
+        path, _, query = target.partition(" ")[0].partition("?")
+        self._server.answer(self, HttpRequest(method, path, query, body, stamp_ns))
+        return True
 
     def send(self, data: Union[bytes, memoryview]) -> None:
         if self._unsent:
@@ -678,8 +697,7 @@ class Peer:
             self._server.selector.modify(self._sock, READABLE | WRITABLE, self.ready)
 
     def reply(self, status: str, body: bytes, content_type: str = "application/json") -> None:
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.send(head.encode() + body)
+        self.send(_http_reply(status, body, content_type))
         self.done()
 
     def refuse(self, status: str, message: str) -> None:
@@ -687,11 +705,8 @@ class Peer:
         self.reply(status, json.dumps({"error": error}).encode())
 
     def done(self) -> None:
-        """The reply is complete: close, or take the next request."""
         self.current = None
         self._close_if_last()
-        if self._received and not self.closed:
-            self.advance(time.perf_counter_ns())
 
     def _close_if_last(self) -> None:
         if self._last and not self.current and not self._unsent:
@@ -714,12 +729,12 @@ class DemoServer:
 
     def __init__(self, settings: Settings, host: str, port: int) -> None:
         """Raises OSError when the address cannot be listened on."""
-        self.selector = selectors.DefaultSelector()
+        self.selector: Any = selectors.DefaultSelector()
         self.clock = KernelClock()
         self._settings = settings
         self._model = json.dumps(settings.model).encode()
         self._cache = PrefixCache(settings.kv_cache_tokens)
-        self._histograms = {name: Histogram(text, bounds) for name, (text, bounds) in HISTOGRAMS.items()}
+        self._histograms = {name: Histogram(text, bounds) for name, (text, bounds, *_) in HISTOGRAMS.items()}
         hooks = Hooks(self._start, self._emit, self._histograms["inter_token_latency"])
         kind = ContinuousBatching if settings.engine.ttft_ms is None else FixedTimetable
         self._engine: Union[ContinuousBatching, FixedTimetable] = kind(settings.engine, hooks)
@@ -730,7 +745,9 @@ class DemoServer:
         self._ends = array("q")  # last_ns of each row of the truth: ascending
         self._wave_ns = 0
         self._stall_at_ns: Optional[int] = None
+        self._ran_ns = self._run_took_ns = 0  # when the engine last ran, and for how long
         self._stopped = False
+        self._precise = sys.platform == "linux" and self.selector.fileno() < 1024  # the limit of select
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=SOCKET_BACKLOG)
         self._listener.setblocking(False)
@@ -744,34 +761,38 @@ class DemoServer:
         ours, theirs = socket.socketpair()
 
         def wait() -> None:
-            with contextlib.suppress(OSError):
+            with theirs, contextlib.suppress(OSError):
                 while os.read(descriptor, 4096):
                     pass
-            theirs.send(b"x")
+
+        thread = threading.Thread(target=wait, daemon=True)
 
         def stop(_: int) -> None:
             self._stopped = True
+            thread.join()
             ours.close()
 
         self.selector.register(ours, READABLE, stop)
-        threading.Thread(target=wait, daemon=True).start()
+        thread.start()
 
     def serve(self) -> None:
         while not self._stopped:
             for key, mask in self._wait():
                 key.data(mask)
-                self._run()  # between any two: a wave of arrivals must not hold back tokens that are due
+                # A wave of arrivals must not hold back tokens that are due, nor the other way round: half and half.
+                if time.perf_counter_ns() - self._ran_ns >= self._run_took_ns:
+                    self._run()
             self._run()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         due_ns = self._engine.due_ns()
-        wait_s = None if due_ns is None else max(0.0, (due_ns - time.perf_counter_ns()) / 1e9)
-        descriptor = getattr(self.selector, "fileno", lambda: 1024)()
-        if wait_s and sys.platform == "linux" and descriptor < 1024:
+        wait_s = None if due_ns is None else min(60.0, max(0.0, (due_ns - time.perf_counter_ns()) / 1e9))
+        if wait_s and self._precise:
             # epoll rounds up to a millisecond; select, which keeps to the microsecond, waits for the epoll itself.
-            select.select([descriptor], [], [], wait_s)
+            if not select.select([self.selector], [], [], max(wait_s, SHORTEST_WAIT_S))[0]:
+                return []
             wait_s = 0.0
-        ready = self.selector.select(wait_s)
+        ready: list[tuple[selectors.SelectorKey, int]] = self.selector.select(wait_s)
         if ready:
             self.clock.pair()
         return ready
@@ -782,6 +803,8 @@ class DemoServer:
             self._engine.stall(self._stall_at_ns, int(self._settings.stall_s * 1e9))
             self._stall_at_ns = None
         self._engine.run(now_ns)
+        self._ran_ns = time.perf_counter_ns()
+        self._run_took_ns = self._ran_ns - now_ns
 
     def _accept(self, _: int) -> None:
         with contextlib.suppress(OSError):
@@ -852,58 +875,39 @@ class DemoServer:
         if peer.closed:
             return False
         request.emitted = emitted = request.emitted + 1
-        request.due_ns = due_ns
+        request.last_due_ns = due_ns
         if 1 < emitted < request.limit:
-            if request.chunk:
-                peer.send(request.chunk if request.usage < 2 else _http_chunk(request.event(request.dialect.token)))
+            if request.streamed:
+                peer.send(request.chunk if request.usage < 2 else request.piece())
             return True
-        return self._emit_first_or_last(request)
-
-    def _emit_first_or_last(self, request: Generation) -> bool:
-        first, last = request.emitted == 1, request.emitted == request.limit
-        data = request.chunk
-        if request.usage == 2:
-            data = _http_chunk(request.event(request.dialect.token))
-        if request.streamed and first:
-            request.emitted = 0  # as the usage in the role event has it
-            data = request.head() + data
-            request.emitted = 1
-        if last:
-            data = data + request.end() if request.streamed else request.whole()
+        data = request.piece()
         now_ns = time.perf_counter_ns()  # the last step before sending: nothing may come between
-        if first:
-            request.first_ns, request.first_due_ns = now_ns, request.due_ns
+        if emitted == 1:
+            request.first_ns, request.first_due_ns = now_ns, due_ns
         request.last_ns = now_ns
-        if request.streamed:
-            request.peer.send(data)
-        if last and not request.peer.closed:
-            self._finish(request, data)
-        return not last
+        if data:
+            peer.send(data)
+        if emitted < request.limit:
+            return True
+        if not peer.closed:
+            self._book(request)
+            peer.done()
+            peer.advance(now_ns)
+        return False
 
-    def _finish(self, request: Generation, reply: bytes) -> None:
-        """Book a request before its client can ask for the truth, then give the connection back."""
+    def _book(self, request: Generation) -> None:
         del self._in_flight[request.number]
         self._generation_tokens += request.emitted
         self._ends.append(request.last_ns)
-        last_due_ns = request.due_ns
-        self._truth.extend(getattr(request, name) for name in TRUTH_FIELDS[:-1])
-        self._truth.append(last_due_ns)
-        observe = self._histograms
-        observe["time_to_first_token"].observe_ns(request.first_ns - request.arrived_ns)
-        observe["e2e_request_latency"].observe_ns(request.last_ns - request.arrived_ns)
-        observe["request_queue_time"].observe_ns(request.started_ns - request.arrived_ns)
-        observe["request_prefill_time"].observe_ns(request.first_ns - request.started_ns)
-        observe["request_decode_time"].observe_ns(request.last_ns - request.first_ns)
+        self._truth.extend(getattr(request, name) for name in TRUTH_FIELDS)
+        for name, (_, _, begin, end) in HISTOGRAMS.items():
+            if begin:
+                self._histograms[name].observe_ns(getattr(request, end) - getattr(request, begin))
         if request.emitted > 1:
             mean_ns = (request.last_ns - request.first_ns) / (request.emitted - 1)
-            observe["request_time_per_output_token"].observe_ns(mean_ns)
+            self._histograms["request_time_per_output_token"].observe_ns(mean_ns)
         if self._settings.prefix_caching:
             self._cache.add(request.prompt.answered(request.emitted))
-        if request.streamed:
-            request.peer.done()
-        else:
-            request.peer.current = None
-            request.peer.reply("200 OK", reply)
 
     def aborted(self, request: Generation) -> None:
         """Its client went away; the engine drops it when it next comes to it."""
@@ -988,18 +992,28 @@ PAGES: dict[tuple[str, str], Callable[[DemoServer, HttpRequest], tuple[str, str]
     ("GET", "/truth"): DemoServer.truth,
     ("POST", "/reset_prefix_cache"): DemoServer.reset_prefix_cache,
 }
-HISTOGRAMS = {  # name without vllm: and _seconds -> (help, bounds of the buckets, in seconds)
-    "time_to_first_token": ("From a request's arrival to its first token.", TTFT_BUCKETS_S),
-    "inter_token_latency": ("From one token of a request to the next.", GAP_BUCKETS_S),
-    "request_time_per_output_token": ("Mean time between the tokens of a request.", GAP_BUCKETS_S),
-    "e2e_request_latency": ("From a request's arrival to its last token.", LATENCY_BUCKETS_S),
-    "request_queue_time": ("From a request's arrival to its place in the batch.", LATENCY_BUCKETS_S),
-    "request_prefill_time": ("From its place in the batch to its first token.", LATENCY_BUCKETS_S),
-    "request_decode_time": ("From a request's first token to its last.", LATENCY_BUCKETS_S),
+HISTOGRAMS = {  # name without vllm: and _seconds -> (help, bounds in seconds, the stamps it lies between)
+    "time_to_first_token": ("From arrival to first token.", TTFT_BUCKETS_S, "arrived_ns", "first_ns"),
+    "inter_token_latency": ("From one token of a request to its next.", GAP_BUCKETS_S, "", ""),
+    "request_time_per_output_token": ("Mean time between the tokens of a request.", GAP_BUCKETS_S, "", ""),
+    "e2e_request_latency": ("From arrival to last token.", LATENCY_BUCKETS_S, "arrived_ns", "last_ns"),
+    "request_queue_time": ("From arrival to the batch.", LATENCY_BUCKETS_S, "arrived_ns", "started_ns"),
+    "request_prefill_time": ("From the batch to the first token.", LATENCY_BUCKETS_S, "started_ns", "first_ns"),
+    "request_decode_time": ("From first to last token.", LATENCY_BUCKETS_S, "first_ns", "last_ns"),
 }
 
 
 # === Command line ===
+
+
+ENGINE_HELP = {
+    "ttft_ms": "fixed timetable: time from a request's arrival to its first token (default: batching)",
+    "gap_ms": "fixed timetable: time from one token to the next (10)",
+    "prefill_tokens_per_s": "batching: prompt tokens processed per second; cached ones cost nothing (200000)",
+    "step_ms": "batching: duration of a step, which gives each running request one token (4)",
+    "step_ms_per_sequence": "batching: added to the step for each running request (0.02)",
+    "max_batch": "batching: requests that run at the same time; more wait in a queue (256)",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1042,10 +1056,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="serve until end of file on stdin, and ignore Ctrl-C: for a program that starts this one through a pipe",
     )
     add = parser.add_argument_group("engine: how long replies take").add_argument
-    for item in dataclasses.fields(Engine):
-        shown = "" if item.default is None else f" ({item.default:g})"
-        option = "--" + item.name.replace("_", "-")
-        add(option, type=_within(float, 0), metavar="N", help=str(item.metadata["help"]) + shown)
+    for name, text in ENGINE_HELP.items():
+        add("--" + name.replace("_", "-"), type=_within(float, 0), metavar="N", help=text)
     add("--engine", metavar="JSON", default="{}", help='the same as JSON: {"ttft_ms": 100, "gap_ms": 10}; options win')
     add = parser.add_argument_group("prefix cache").add_argument
     add(
@@ -1091,7 +1103,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise ValueError(f"--engine is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError('--engine must be a JSON object, like {"ttft_ms": 100, "gap_ms": 10}')
-    given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Engine)}
+    given = {name: getattr(options, name) for name in ENGINE_HELP}
     engine = Engine.of({**values, **{name: value for name, value in given.items() if value is not None}})
     if options.max_waiting is not None and engine.ttft_ms is not None:
         raise ValueError("--max-waiting needs the batching engine: the fixed timetable has no queue")
@@ -1120,23 +1132,24 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Serve until interrupted; 0. Exits with 2 and one line on stderr where an option or the address is wrong."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    allow_many_connections()
     try:
-        server = DemoServer(settings_of(options), options.host, options.port)
+        settings = settings_of(options)
+        allow_many_connections()
+        server = DemoServer(settings, options.host, options.port)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
         reason = error.strerror or error
         parser.error(f"cannot listen on {options.host}, port {options.port}: {reason}; --port 0 takes a free port")
-    signal.signal(signal.SIGINT, signal.SIG_IGN if options.until_stdin_closes else signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if options.until_stdin_closes:
-        server.stop_when_closed(sys.stdin.fileno())
-    print(server.url, flush=True)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)  # a collection in the middle of a step would make tokens late
     with contextlib.suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN if options.until_stdin_closes else signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if options.until_stdin_closes:
+            server.stop_when_closed(sys.stdin.fileno())
+        print(server.url, flush=True)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(100_000, 50, 100)  # a collection in the middle of a step would make tokens late
         server.serve()
     return 0
 
