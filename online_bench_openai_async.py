@@ -526,9 +526,10 @@ def synthetic_prompt(key: str, tokens: int) -> str:
 
 
 def under_system(system_prompt: Optional[str], messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages, the system's own before them where there is one."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, *messages]
+    """The messages after a system message, where one is wanted and they do not begin with one of their own."""
+    if not system_prompt or messages[0].get("role") in ("system", "developer"):
+        return list(messages)
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def chat(prompt: str, system_prompt: Optional[str]) -> list[dict[str, Any]]:
@@ -554,7 +555,7 @@ def parse_request(line: str, system_prompt: Optional[str]) -> Request:
     Request(messages=[{'role': 'user', 'content': 'hi'}], output_tokens=5)
     """
     try:
-        row = json.loads(line, parse_constant=_refuse)
+        row = json.loads(line, parse_constant=_refuse, parse_float=_finite)
         if "\\ud" in line.lower():
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -572,22 +573,32 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
+def _finite(text: str) -> float:
+    if math.isinf(float(text)):
+        raise ValueError(f"{text:.40} is too large a number")
+    return float(text)
+
+
 def _messages_of(row: Mapping[str, Any], system_prompt: Optional[str]) -> list[dict[str, Any]]:
-    messages = row.get("messages")
-    if messages is not None:
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise ValueError("'messages' is not a list of messages")
-        return under_system(system_prompt, messages)
-    prompt = row.get("text", row.get("prompt"))
-    if prompt is None:
-        raise ValueError("no prompt: neither 'text', 'prompt' nor 'messages'")
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError("the prompt is not a text, or an empty one")
-    return chat(prompt, system_prompt)
+    """A key whose value is null is absent; `messages` comes before `turns`, `text` and `prompt`."""
+    key = next((key for key in ("messages", "turns", "text", "prompt") if row.get(key) is not None), None)
+    if key is None:
+        raise ValueError("no prompt: neither 'messages', 'text' nor 'prompt'")
+    if key == "turns":
+        raise ValueError("'turns' cannot be sent yet: give each prompt a line of its own")
+    if key != "messages":
+        if not isinstance(row[key], str) or not row[key]:
+            raise ValueError("the prompt is not a text, or an empty one")
+        return chat(row[key], system_prompt)
+    messages = row[key]
+    if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
+        raise ValueError("'messages' is not a list of messages")
+    return under_system(system_prompt, messages)
 
 
 def _limit_of(row: Mapping[str, Any]) -> Optional[int]:
-    limit = row.get("max_tokens", row.get("output_tokens"))
+    names = ("max_tokens", "max_completion_tokens", "output_tokens")
+    limit = next((row[name] for name in names if row.get(name) is not None), None)
     if limit is None:
         return None
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
@@ -1700,6 +1711,11 @@ def _count(value: Optional[int]) -> str:
     return "" if value is None else str(int(value))
 
 
+def _good(record: Record, value: Optional[int]) -> str:
+    """A count of a success; of a failure, which enters no total, nothing."""
+    return _count(value if record.ok else None)
+
+
 def _cell(text: Optional[str]) -> str:
     """Server text as a cell: one line, and never a formula to a spreadsheet."""
     line = plain(text or "")
@@ -1715,11 +1731,13 @@ class Column(NamedTuple):
 
 CSV_COLUMNS: Mapping[str, Column] = {
     "index": Column("number of the request, from 0", lambda r: str(r.job.index)),
-    "prompt_tokens": Column("as the server's usage counted them", lambda r: _count(r.reply.prompt_tokens)),
-    "completion_tokens": Column(
-        "likewise; a stream without usage: its chunks", lambda r: _count(r.reply.completion_tokens)
+    "prompt_tokens": Column(
+        "as the server's usage counted them; successes only", lambda r: _good(r, r.reply.prompt_tokens)
     ),
-    "total_tokens": Column("their sum", lambda r: _count(r.total_tokens)),
+    "completion_tokens": Column(
+        "likewise; a stream without usage: its chunks", lambda r: _good(r, r.reply.completion_tokens)
+    ),
+    "total_tokens": Column("their sum", lambda r: _good(r, r.total_tokens)),
     "latency_ms": Column("sent -> last byte (streamed: last token); successes only", lambda r: _number(r.latency_ms)),
     "status": Column("success, http_error (call failed), decode_error (incomplete answer)", lambda r: r.status),
     "error": Column(f"the first {ERROR_TEXT_CHARS} characters of what went wrong", lambda r: _cell(r.error)),
@@ -1734,8 +1752,8 @@ CSV_COLUMNS: Mapping[str, Column] = {
     ),
     "finish_reason": Column("stop, length, ...", lambda r: _cell(r.reply.finish_reason)),
     "chunks": Column("content chunks received (streamed)", lambda r: _count(r.reply.chunks)),
-    "cached_tokens": Column("prompt tokens from the server's prefix cache", lambda r: _count(r.reply.cached_tokens)),
-    "reasoning_tokens": Column("completion tokens spent on reasoning", lambda r: _count(r.reply.reasoning_tokens)),
+    "cached_tokens": Column("prompt tokens from the server's prefix cache", lambda r: _good(r, r.reply.cached_tokens)),
+    "reasoning_tokens": Column("completion tokens spent on reasoning", lambda r: _good(r, r.reply.reasoning_tokens)),
     "new_connection": Column("1 when a connection was opened for it", lambda r: _count(r.reply.new_connection)),
     "http_status": Column("the HTTP status; blank when none came", lambda r: _count(r.reply.http_status)),
 }
@@ -3105,7 +3123,8 @@ def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str
             body["stream_options"] = {"include_usage": True}
             if config.continuous_usage:
                 body["stream_options"]["continuous_usage_stats"] = True
-    return {**body, **config.extra_body}
+    own = {} if request.output_tokens is None else {dialect.limit_field: request.output_tokens}
+    return {**body, **config.extra_body, **own}
 
 
 def _with_other_limit(dialect: Dialect) -> Dialect:

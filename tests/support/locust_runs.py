@@ -31,9 +31,12 @@ class LocustServer:
         self.process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
         self.url = f"http://127.0.0.1:{int(next(iter(self.process.stdout or ())))}"
 
-    def truth(self) -> Any:
-        with urllib.request.urlopen(self.url + "/truth", timeout=WAIT_S) as reply:
+    def ask(self, what: str) -> Any:
+        with urllib.request.urlopen(f"{self.url}/{what}", timeout=WAIT_S) as reply:
             return json.load(reply)
+
+    def truth(self) -> Any:
+        return self.ask("truth")
 
     def wait_for(self, requests: int) -> None:
         wait_until(lambda: sum(self.truth()["texts"].values()) >= requests, WAIT_S, pause_s=0.05)

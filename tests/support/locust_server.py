@@ -3,7 +3,8 @@
     python tests/support/locust_server.py [--delay-ms 200] [--together 500] [--fault http_500]
 
 Prints its port, serves loopback until its stdin closes. A prompt may ask for a fault: `[fault:reset] ...`.
-GET /truth: what was seen, by the server's own clock. Token counts follow from the text alone.
+GET /truth: what was seen, by the server's own clock. GET /pause: from now on no answers, until GET /resume.
+Token counts follow from the text alone.
 """
 
 import argparse
@@ -100,9 +101,12 @@ class Truth:
         self.total_ms = 0.0
         self.first_s = None
         self.held = []
+        self.paused = False
 
     def release(self, delay_s):
         """Answer what is held, after the delay."""
+        if self.paused:
+            return
         held, self.held = self.held, []
         for connection, *request in held:
             asyncio.get_running_loop().call_later(delay_s, connection.answer, *request)
@@ -140,6 +144,11 @@ class Connection(asyncio.Protocol):
     def request(self, header, body, arrived):
         if header.startswith("GET /truth"):
             self.transport.write(whole(200, self.truth.as_json()))
+            return
+        if header.startswith(("GET /pause", "GET /resume")):
+            self.truth.paused = header.startswith("GET /pause")
+            self.truth.release(0)
+            self.transport.write(whole(200, b"{}"))
             return
         truth, document = self.truth, json.loads(body)
         text = document["messages"][-1]["content"]

@@ -27,6 +27,7 @@ class Call:
 
     def __init__(self, sock: Any, head: bytes, body: bytes, number: int) -> None:
         self.sock = sock
+        self.head = head
         self.body = body
         self.number = number  # of this request on its connection, from 0
         self.authorization = header_of(head, b"authorization")
