@@ -125,6 +125,8 @@ UNREAD_PIECES = 512  # pieces of a body kept before its events are read
 LAZY_STREAMS = 48  # from here on streams are read in ticks
 LAZY_TICK_S = 0.002
 LEAST_TICK_S = 0.0005
+BEAT_S = 0.002  # how often the event loop shows that it is in time
+LATE_READ_NS = 4_000_000  # without such a sign for longer: what is read now may have queued up
 LATE_LOOP_S = 0.02  # a timer this late says that the event loop was held up
 TICKS_PER_GAP = 5  # the tick stays this far below the gap between tokens
 RATE_WINDOW_S = 0.1
@@ -135,13 +137,18 @@ STREAMS_PER_PROCESS = 256
 WHOLE_PER_PROCESS = 512
 
 CLIENT_BUSY_SHARE = 0.90  # of one core, waiting for the core included
-CLIENT_DELAY_SHARE = 0.10  # of a request's service time
+CLIENT_DELAY_SHARE = 0.05  # of a request's service time
 CLIENT_DELAY_FLOOR_MS = 0.5
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
 WAITING_SHARE = 0.03  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
 LAG_SHARE = 0.02  # of the median latency
+LATE_SHARE = 0.05  # of the first tokens or the gaps, left out
+HELD_UP_SHARE = 0.01  # of the time, where the event loop holds the clock
+LONG_PAUSE_MS = 250.0
 MERGED_LIMIT = 0.05
+LITTLE_TOLERANCE = 0.02
+CORPUS_TOLERANCE = 0.005
 MOST_TOKENS = 1 << 40  # a count beyond it is no count
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 PROMPT_LENGTH_TOLERANCE = 0.10
@@ -155,6 +162,8 @@ class Request:
 
     messages: Sequence[Mapping[str, Any]]
     output_tokens: Optional[int] = None
+    input_tokens: Optional[int] = None  # of the prompt, as the corpus itself counted them
+    prefix_tokens: Optional[int] = None  # of them shared with other prompts
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,9 @@ class Reply:
     kernel_reads: int = 0  # reads with the kernel's stamp
     content_reads: int = 0
     merged_reads: int = 0  # content reads of more than one chunk
+    first_merged: bool = False  # the first token came in one read with later chunks
+    late_gaps: int = 0  # gaps left out: their chunks queued up while this client was held up
+    syn_resent: int = 0  # how often its connection's first packet had to be repeated
     chunks: Optional[int] = None
     gaps_ms: Sequence[float] = ()
     finish_reason: Optional[str] = None
@@ -222,6 +234,11 @@ class Record:
     @property
     def ok(self) -> bool:
         return self.reply.failure is None
+
+    @property
+    def aborted(self) -> bool:
+        """Cut off by the run's own stop: neither completed nor failed."""
+        return self.error_kind == "aborted"
 
     @property
     def status(self) -> str:
@@ -267,9 +284,19 @@ class Record:
 
     @property
     def tpot_ms(self) -> Optional[float]:
+        """None, too, where all tokens came at once: nothing was seen of the time between them."""
         tokens = self.reply.completion_tokens or 0
         span = _span_ms(self.reply.first_ns, self.reply.last_ns) if self.ok and tokens > 1 else None
-        return None if span is None else span / (tokens - 1)
+        return span / (tokens - 1) if span else None
+
+    @property
+    def tail_ms(self) -> Optional[float]:
+        """From the last token of a stream to the end of the reply; the request keeps its permit as long."""
+        return _span_ms(self.reply.last_ns, self.reply.end_ns) if self.ok else None
+
+    @property
+    def connect_ms(self) -> Optional[float]:
+        return _span_ms(0, self.reply.connect_ns)
 
     @property
     def response_ms(self) -> Optional[float]:
@@ -287,6 +314,11 @@ class Record:
         """What this client itself added before it could write, connecting excluded; in no latency."""
         span = _span_ms(self.start_ns, self.reply.ready_ns)
         return None if span is None else max(0.0, span - (self.reply.connect_ns or 0) / 1e6)
+
+    @property
+    def e2e_ms(self) -> Optional[float]:
+        """What whoever asks this client has to wait: from the permit, or the due time if that is later."""
+        return _span_ms(self.start_ns, self.done_ns) if self.ok else None
 
     @property
     def total_tokens(self) -> Optional[int]:
@@ -325,8 +357,12 @@ class Health:
     waiting_s: float  # runnable, but without a core (Linux)
     lag_p99_ms: float
     lag_max_ms: float
+    held_up_s: float  # sum of the event loop's longer pauses
     gc_pause_ms: float
     peak_in_flight: int
+    in_flight_s: float  # requests sent and unanswered, summed up over the time, from the counter
+    unread_s: float  # of it between a reply's arrival and its end here
+    flight_window_s: float  # from the first send to the last answer
     connections: int
     transport: str
     kernel_clock: bool
@@ -346,6 +382,7 @@ class Summary:
 
     ok: int
     errors: int
+    aborted: int
     elapsed_s: float
     prompt_tokens: int
     completion_tokens: int
@@ -359,13 +396,22 @@ class Summary:
     kernel_reads: int
     content_reads: int
     merged_reads: int
+    first_merged: int  # successes whose first token came in one read with later chunks
+    late_read: int  # requests of which chunks queued up while this client was held up
+    late_first: int  # of them, those of which even the first token's arrival is not known
+    late_gaps: int
+    syn_resent: int  # repeated first packets of connections
+    one_piece: int  # successes of several tokens that all came at once
+    streams: int  # successes that were streamed
+    corpus_tokens: int  # prompt tokens by the corpus's own count, and by the server's, of the same requests
+    corpus_counted: int
+    prefix_tokens: int  # of corpus_tokens shared with other prompts of the corpus
+    cache_told: int  # successes whose usage says how many tokens were cached
     gap_ends: int  # what the gaps lie between: content chunks, or tokens where every chunk tells its count
     chunked_tokens: int
     new_connections: int
     reconnects: int
-    busy_s: float  # sum of all requests' time in flight
-    queue_ms_mean: Optional[float]
-    service_ms_mean: Optional[float]
+    busy_s: float  # sum of all requests' time from sending to their end
 
     @property
     def requests_per_s(self) -> float:
@@ -378,10 +424,6 @@ class Summary:
     @property
     def total_per_s(self) -> float:
         return _rate(self.prompt_tokens + self.completion_tokens, self.elapsed_s)
-
-    @property
-    def mean_concurrency(self) -> float:
-        return _rate(self.busy_s, self.elapsed_s)
 
 
 def _rate(amount: float, seconds: float) -> float:
@@ -552,7 +594,7 @@ def parse_request(line: str, system_prompt: Optional[str]) -> Request:
     """One corpus line -> Request. Raises ValueError with the reason, in words.
 
     >>> parse_request('{"text": "hi", "max_tokens": 5}', None)
-    Request(messages=[{'role': 'user', 'content': 'hi'}], output_tokens=5)
+    Request(messages=[{'role': 'user', 'content': 'hi'}], output_tokens=5, input_tokens=None, prefix_tokens=None)
     """
     try:
         row = json.loads(line, parse_constant=_refuse, parse_float=_finite)
@@ -566,7 +608,12 @@ def parse_request(line: str, system_prompt: Optional[str]) -> Request:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but {type(row).__name__}")
-    return Request(_messages_of(row, system_prompt), _limit_of(row))
+    counts = {name: _whole_number(row.get(name)) for name in ("input_tokens", "prefix_tokens")}
+    return Request(_messages_of(row, system_prompt), _limit_of(row), **counts)
+
+
+def _whole_number(value: Any) -> Optional[int]:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None
 
 
 def _refuse(constant: str) -> Any:
@@ -655,17 +702,18 @@ class Reader(Protocol):
 
     complete: bool  # nothing that could still come would matter
 
-    def feed(self, stamp_ns: int, data: bytes) -> None: ...
+    def feed(self, stamp_ns: int, data: bytes, late: bool = False) -> None:
+        """`late`: the bytes may have queued up; the stamp is that of the last of them."""
+
+    def chunks_so_far(self, unread: int) -> int:
+        """Content chunks, as far as is known with so many pieces not yet fed."""
 
     def finish(self) -> None:
         """The body has ended: write what it said into the reply, a failure where it is not a complete answer."""
 
 
+SEVERAL_CHOICES = "several answers in one reply, whose times would mix: ask for one (n = 1)"
 ABORTED_REASONS = ("abort", "error", "cancelled")  # finish_reasons that mean: not finished
-
-
-def _whole_number(value: Any) -> Optional[int]:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None
 
 
 def usage_of(usage: Any) -> dict[str, Any]:
@@ -737,8 +785,11 @@ class WholeReader:
         self._pieces: list[bytes] = []
         self.complete = False
 
-    def feed(self, stamp_ns: int, data: bytes) -> None:
+    def feed(self, stamp_ns: int, data: bytes, late: bool = False) -> None:
         self._pieces.append(data)
+
+    def chunks_so_far(self, unread: int) -> int:
+        return 0
 
     def finish(self) -> None:
         self._reply.failure = self._read(b"".join(self._pieces))
@@ -762,12 +813,17 @@ def read_completion(body: Any, reply: Reply) -> Optional[Failure]:
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         return _failed("no_choices", f"no choices in {glimpse(body)[:120]}")
+    if len(choices) > 1:
+        return _failed("several_choices", SEVERAL_CHOICES)
     set_fields(reply, usage_of(body.get("usage")))
     finish, said = choices[0].get("finish_reason"), choices[0].get("message")
-    reply.finish_reason = finish if isinstance(finish, str) else None
+    reply.finish_reason = finish if finish and isinstance(finish, str) else None
     if not isinstance(said, dict):
         return _failed("no_choices", "a choice without a message")
-    return _verdict(reply.finish_reason, _text_of(said)[0], reply.completion_tokens)
+    has_text = _text_of(said)[0]
+    if has_text and not reply.completion_tokens:
+        reply.completion_tokens, reply.has_usage = None, False
+    return _verdict(reply.finish_reason, has_text, reply.completion_tokens)
 
 
 def set_fields(reply: Reply, values: Mapping[str, Any]) -> None:
@@ -786,6 +842,7 @@ def _verdict(finish: Optional[str], has_text: bool, tokens: Optional[int]) -> Op
 _DELTA = b'"delta":'
 _FAST_DELTA = _DELTA + b'{"content":"'
 _FAST_END = b'"finish_reason":null'
+_FIRST_CHOICE = b'"index":0'
 _QUOTE = ord('"')
 _TEXT = re.compile(rb'[^"\\\x00-\x1f]+')  # of a JSON string, free of escapes
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -805,6 +862,7 @@ def is_plain_content(event: bytes) -> bool:
         and event[at + len(_FAST_DELTA)] != _QUOTE
         and _FAST_END in event
         and event.rfind(_DELTA) == at  # the only choice
+        and (_FIRST_CHOICE in event or b'"index":' not in event)
         and b'"usage":{' not in event
         and b'"error"' not in event
         and b"\n" not in event
@@ -855,9 +913,16 @@ class StreamReader:
         self._content_reads = 0
         self._merged_reads = 0
         self._alone = False  # whether the last read's chunk is its only one so far
+        self._late = False  # the last read
+        self._gaps_before = 0  # how many gaps there were before the last read
+        self._packed: set[int] = set()  # stamps of late reads of several chunks
+        self._late_gaps = 0
+        self._first_merged = False
+        self._choice_index: Any = None
 
-    def feed(self, stamp_ns: int, data: bytes) -> None:
+    def feed(self, stamp_ns: int, data: bytes, late: bool = False) -> None:
         self._stamp_ns = stamp_ns
+        self._late = late
         text = _TEXT.match(data, self._text_at)
         if (
             text
@@ -870,8 +935,18 @@ class StreamReader:
         else:
             self._feed_any(stamp_ns, data)
 
+    def chunks_so_far(self, unread: int) -> int:
+        return self._chunks + unread
+
+    def _of_one_choice(self, index: Any) -> None:
+        if self._choice_index is None:
+            self._choice_index = index
+        elif index != self._choice_index:
+            self._fail("several_choices", SEVERAL_CHOICES)
+
     def _learn(self, event: bytes) -> None:
         """The next event will most likely differ from this plain one in its text alone."""
+        self._of_one_choice(0)
         at = event.find(_FAST_DELTA) + len(_FAST_DELTA)
         text = _TEXT.match(event, at)
         if text:
@@ -948,6 +1023,7 @@ class StreamReader:
 
     def _choice(self, stamp_ns: int, choice: Mapping[str, Any], counted: Optional[int]) -> None:
         """`counted`: completion tokens up to here, where every chunk tells them."""
+        self._of_one_choice(choice.get("index") or 0)
         delta = choice.get("delta")
         if isinstance(delta, dict):
             says, visible = _text_of(delta)
@@ -956,7 +1032,7 @@ class StreamReader:
                 self._content(stamp_ns, visible, max(1, tokens))
                 self._counted = counted
         finish = choice.get("finish_reason")
-        if isinstance(finish, str):
+        if finish and isinstance(finish, str):
             self._finish = finish
 
     def _content(self, stamp_ns: int, visible: bool, tokens: int = 1) -> None:
@@ -965,13 +1041,16 @@ class StreamReader:
         if stamp_ns != self._last_ns:
             self._content_reads += 1
             self._alone = True
+            self._gaps_before = len(self._gaps_ms)
         elif self._alone:
-            self._merged_reads += 1
             self._alone = False
+            self._several(stamp_ns)
         if visible and self._visible_ns is None:
             self._visible_ns = stamp_ns
         if self._last_ns is None:
             self._first_ns = stamp_ns
+        elif stamp_ns in self._packed:
+            self._late_gaps += 1
         else:
             gap_ms = (stamp_ns - self._last_ns) / 1e6
             if tokens == 1:
@@ -979,6 +1058,16 @@ class StreamReader:
             else:
                 self._gaps_ms.extend([gap_ms / tokens] * min(tokens, MOST_TOKENS_PER_CHUNK))
         self._last_ns = stamp_ns
+
+    def _several(self, stamp_ns: int) -> None:
+        """The last read holds several chunks. Of a late one the gaps are this client's doing, and left out."""
+        if self._late:
+            self._packed.add(stamp_ns)
+            self._late_gaps += len(self._gaps_ms) > self._gaps_before
+            del self._gaps_ms[self._gaps_before :]
+        else:
+            self._merged_reads += 1
+            self._first_merged = self._first_merged or stamp_ns == self._first_ns
 
     def _fail(self, kind: str, message: str) -> None:
         self._failure = self._failure or _failed(kind, message)
@@ -988,12 +1077,15 @@ class StreamReader:
         if tail.strip(b"\n"):
             self._last_words(tail)
         reply = self._reply
-        reply.first_ns, reply.visible_ns, reply.last_ns = self._first_ns, self._visible_ns, self._last_ns
+        reply.first_ns, reply.visible_ns = (
+            None if stamp_ns in self._packed else stamp_ns for stamp_ns in (self._first_ns, self._visible_ns)
+        )
+        reply.last_ns, reply.late_gaps, reply.first_merged = self._last_ns, self._late_gaps, self._first_merged
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
         set_fields(reply, self._counts)
-        if reply.completion_tokens is None and self._chunks:
-            reply.completion_tokens = self._chunks
+        if self._chunks and not reply.completion_tokens:  # none, or a count of 0 beside text
+            reply.completion_tokens, reply.has_usage = self._chunks, False
         reply.failure = self._failure or self._ending()
 
     def _last_words(self, tail: bytes) -> None:
@@ -1082,34 +1174,50 @@ class Metric(NamedTuple):
     stems: tuple[str, ...]
     read: Callable[[Record], Sequence[float]]
     code: str = "d"  # array type of the kept sample
-    console: bool = True
+    above: tuple[str, float] = ("", 0.0)  # has its line only where its mean is above this share of that metric's
 
 
 METRICS = (
     Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
-    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms)),
+    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), above=("ttft", 1.0001)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
     Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), "f"),
+    Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), "f", ("latency", 0.01)),
     Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
+    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), above=("latency", 1.01)),
+    Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), "f", ("latency", 0.01)),
+    Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None), "f",
+           ("latency", 0.01)),
     Metric("user_rate", "Tokens/s per user", ("tokens_per_s_per_user",), lambda r: _one(r.tokens_per_s), "f"),
     Metric(
         "output", "Output tokens", ("output_tokens",), lambda r: _one(r.reply.completion_tokens if r.ok else None), "f"
     ),
     Metric("prompt", "Prompt tokens", ("prompt_tokens",), lambda r: _one(r.reply.prompt_tokens if r.ok else None), "f"),
-    Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms), "f", console=False),
-)
+)  # fmt: skip
 
 # Sums over all records, whatever their fate: field of the record -> the tally's counter.
-COUNTED = ("reads", "kernel_reads", "content_reads", "merged_reads", "reconnects")
+COUNTED = ("reads", "kernel_reads", "content_reads", "merged_reads", "reconnects", "syn_resent", "late_gaps")
+# What is counted besides, by the summary's field names.
+COUNTED_BESIDES = (
+    "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
+    "streams", "first_merged", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
+    "prefix_tokens",
+)  # fmt: skip
 
 
 class Tally:
-    """The running sums and samples of a run, fed one record at a time; keeps numbers, never replies."""
+    """The running sums and samples of a run, fed one record at a time; keeps numbers, never replies.
 
-    def __init__(self) -> None:
+    `corpus`: the requests that the run cycles through, to compare their own token counts with the server's.
+    """
+
+    def __init__(self, corpus: Sequence[Request] = ()) -> None:
+        self._corpus = corpus
         self.ok = 0
         self.errors = 0
+        self.aborted = 0
+        self.arriving_tokens = 0  # of replies under way, for the progress line
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.busy_s = 0.0
@@ -1128,10 +1236,14 @@ class Tally:
         for name in COUNTED:
             self.counts[name] += getattr(record.reply, name)
         self.counts["new_connections"] += bool(record.reply.new_connection)
+        self.counts["late_read"] += record.reply.late_gaps > 0
+        self.busy_s += (record.busy_ms or 0) / 1e3
+        if record.aborted:
+            self.aborted += 1
+            return
         if record.sent_s is not None and record.done_s is not None:
             self.first_sent_s = min(self.first_sent_s, record.sent_s)
             self.last_done_s = max(self.last_done_s, record.done_s)
-            self.busy_s += (record.busy_ms or 0) / 1e3
         if record.ok:
             self._add_success(record)
         else:
@@ -1143,13 +1255,26 @@ class Tally:
         self.prompt_tokens += reply.prompt_tokens or 0
         self.completion_tokens += reply.completion_tokens or 0
         self.finish_reasons[reply.finish_reason or "none"] += 1
-        self.counts["cached_tokens"] += reply.cached_tokens or 0
+        counts = self.counts
+        counts["cached_tokens"] += reply.cached_tokens or 0
+        counts["cache_told"] += reply.cached_tokens is not None
         if not reply.has_usage:
-            self.counts["without_usage"] += 1
-            self.counts["chunk_counted"] += reply.completion_tokens is not None
-        elif reply.chunks:
-            self.counts["gap_ends"] += len(reply.gaps_ms) + 1
-            self.counts["chunked_tokens"] += reply.completion_tokens or 0
+            counts["without_usage"] += 1
+            counts["chunk_counted"] += reply.completion_tokens is not None
+        elif reply.chunks and not reply.late_gaps:
+            counts["gap_ends"] += len(reply.gaps_ms) + 1
+            counts["chunked_tokens"] += reply.completion_tokens or 0
+        if reply.chunks:
+            counts["streams"] += 1
+            counts["first_merged"] += reply.first_merged
+            counts["late_first"] += reply.first_ns is None
+            counts["one_piece"] += reply.first_ns == reply.last_ns and (reply.completion_tokens or 0) > 1
+        if self._corpus and reply.prompt_tokens:
+            asked = self._corpus[record.job.index % len(self._corpus)]
+            if asked.input_tokens:
+                counts["corpus_tokens"] += asked.input_tokens
+                counts["corpus_counted"] += reply.prompt_tokens
+                counts["prefix_tokens"] += asked.prefix_tokens or 0
 
     def _add_failure(self, record: Record) -> None:
         self.errors += 1
@@ -1173,11 +1298,10 @@ class Tally:
 
     def summary(self) -> Summary:
         distributions = {key: describe(sample) for key, sample in self.samples.items()}
-        counted = {name: self.counts[name] for name in (*COUNTED, "new_connections", "cached_tokens")}
-        usage = ("without_usage", "chunk_counted", "gap_ends", "chunked_tokens")
         return Summary(
             ok=self.ok,
             errors=self.errors,
+            aborted=self.aborted,
             elapsed_s=self.elapsed_s,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
@@ -1185,21 +1309,27 @@ class Tally:
             error_groups=self.error_groups(),
             finish_reasons=dict(self.finish_reasons),
             busy_s=self.busy_s,
-            queue_ms_mean=distributions["queue"].mean,
-            service_ms_mean=_rate(self.busy_s * 1e3, self.ok + self.errors) or None,
-            **counted,
-            **{name: self.counts[name] for name in usage},
+            **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
 
 
 def gaps_are_of_tokens(summary: Summary) -> bool:
-    """Whether a gap may be called inter-token latency: the gaps lie between as many ends as tokens (within 1 %)."""
+    """Whether a gap may be called inter-token latency.
+
+    The gaps lie between as many ends as there are tokens (within 1 %), and few of them came together.
+    """
     tokens = summary.chunked_tokens
-    return tokens > 0 and abs(summary.gap_ends - tokens) <= max(tokens * 0.01, 2 * summary.ok)
+    alone = summary.merged_reads <= MERGED_LIMIT * summary.content_reads
+    return tokens > 0 and alone and abs(summary.gap_ends - tokens) <= max(tokens * 0.01, 2 * summary.ok)
 
 
 def percent(part: float, whole: float) -> float:
     return 100 * part / whole if whole else 0.0
+
+
+def in_flight_mean(health: Sequence[Health]) -> float:
+    """Requests sent and unanswered, on average over the time, as counted while they were."""
+    return _rate(sum(h.in_flight_s for h in health), max((h.flight_window_s for h in health), default=0.0))
 
 
 # --- warnings that qualify the figures: each rule looks at the summary and returns one, or None ---
@@ -1212,63 +1342,82 @@ class ReportWarning(NamedTuple):
     cure: str = ""
 
 
-def client_bound(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    """Why the figures may be this client's and not the server's; None when they are the server's."""
-    reasons = [reason for rule in CLIENT_RULES for reason in [rule(summary, health)] if reason]
-    return "; ".join(reasons) or None
-
-
-def _busy_core(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    shares = [(h.cpu_s + h.waiting_s) / h.wall_s for h in health if h.wall_s > TELLING_RUN_S]
-    if max(shares, default=0) < CLIENT_BUSY_SHARE:
+def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
+    gaps = summary.distributions["gap"].n + summary.late_gaps
+    share = max(_rate(summary.late_first, summary.streams), _rate(summary.late_gaps, gaps))
+    if share < LATE_SHARE:
         return None
-    return f"it needed {max(shares):.0%} of a core"
-
-
-def _slow_to_send(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    queue, service = summary.queue_ms_mean, summary.service_ms_mean
-    if queue is None or service is None or queue < max(CLIENT_DELAY_SHARE * service, CLIENT_DELAY_FLOOR_MS):
-        return None
-    return f"it took {queue:.1f} ms to send a request that the server answered in {service:.1f} ms"
+    pause = max((h.lag_max_ms for h in health), default=0.0)
+    return (
+        f"it was held up (for {pause:.0f} ms at most) and read late what had come meanwhile, of {summary.late_read}"
+        f" requests: {summary.late_first} TTFTs and {summary.late_gaps} gaps are left out"
+    )
 
 
 def _late_stamps(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     """Without the kernel's clock a late event loop is a late stamp."""
     median = summary.distributions["latency"].percentiles.get(50.0)
-    lag = max((h.lag_p99_ms for h in health if not h.kernel_clock), default=0.0)
-    if median is None or lag < max(LAG_FLOOR_MS, LAG_SHARE * median):
+    stamped = [h for h in health if not h.kernel_clock or summary.kernel_reads < 0.95 * summary.reads]
+    lag = max((h.lag_p99_ms for h in stamped), default=0.0)
+    held_up = max((_rate(h.held_up_s, h.wall_s) for h in stamped), default=0.0)
+    if median is None or (lag < max(LAG_FLOOR_MS, LAG_SHARE * median) and held_up < HELD_UP_SHARE):
         return None
-    return f"its event loop ran {lag:.1f} ms late (p99), and no kernel clock corrects that"
+    longest = max(h.lag_max_ms for h in stamped)
+    return f"its event loop ran {lag:.1f} ms late (p99; {longest:.0f} ms at most), and no kernel clock corrects that"
 
 
-def _starved(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    waiting = max((h.waiting_s / h.wall_s for h in health if h.wall_s > TELLING_RUN_S), default=0.0)
-    return f"it waited for a core {waiting:.0%} of the time" if waiting > WAITING_SHARE else None
+def _slow_to_send(summary: Summary, health: Sequence[Health]) -> Optional[str]:
+    queue, service = summary.distributions["queue"].mean, summary.distributions["latency"].mean
+    if queue is None or service is None or queue < max(CLIENT_DELAY_SHARE * service, CLIENT_DELAY_FLOOR_MS):
+        return None
+    return (
+        f"it sent requests {queue:.1f} ms after it could have ({percent(queue, service):.0f} % of their latency of"
+        f" {service:.1f} ms), so the server had less to do than was asked"
+    )
 
 
-CLIENT_RULES = (_busy_core, _starved, _slow_to_send, _late_stamps)
+# The two halves of the verdict: are the figures true? was the load what was asked?
+CLIENT_RULES = {"figures": (_late_reads, _late_stamps), "load": (_slow_to_send,)}
 
 
-def _client_cure(summary: Summary, health: Sequence[Health]) -> str:
+def client_doubts(summary: Summary, health: Sequence[Health], half: str) -> list[str]:
+    """What this client did to one half of the verdict; judged by effect, so an idle core proves nothing."""
+    return [reason for rule in CLIENT_RULES[half] for reason in [rule(summary, health)] if reason]
+
+
+def client_bound(summary: Summary, health: Sequence[Health]) -> Optional[str]:
+    """Why the figures may be this client's and not the server's; None when they are the server's."""
+    return "; ".join(reason for half in CLIENT_RULES for reason in client_doubts(summary, health, half)) or None
+
+
+def _client_cure(health: Sequence[Health]) -> str:
+    """By what kept the client: no core, too much work for one, or a stop from outside."""
+    told = [h for h in health if h.wall_s > TELLING_RUN_S]
     cores = os.cpu_count() or 1
-    cures = ["a core of its own for this client"] if _starved(summary, health) else []
-    if any("uvloop" not in h.transport and h.transport.startswith("stopwatch") for h in health):
-        cures.append("pip install httptools uvloop")
-    if len(health) < cores and not cures:
-        cures.append(f"--processes {min(cores, 2 * len(health))}")
+    cures = []
+    waiting = max((h.waiting_s / h.wall_s for h in told), default=0.0)
+    if waiting > WAITING_SHARE:
+        cures.append(f"a core of its own for this client (it waited for one {waiting:.0%} of the time)")
+    if max(((h.cpu_s + h.waiting_s) / h.wall_s for h in told), default=0.0) > CLIENT_BUSY_SHARE:
+        if any("uvloop" not in h.transport and h.transport.startswith("stopwatch") for h in health):
+            cures.append("pip install httptools uvloop")
+        if len(health) < cores and waiting <= WAITING_SHARE:
+            cures.append(f"--processes {min(cores, 2 * len(health))}")
+    if not cures and max((h.lag_max_ms for h in health), default=0.0) > LONG_PAUSE_MS:
+        cures.append("let nothing stop this client while it measures (Ctrl-Z, a debugger, a suspended machine)")
     return ", or ".join(cures) or "a machine with more free cores, or a lower --concurrency"
 
 
 def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     reason = client_bound(summary, health)
-    return ReportWarning(f"client-bound: {reason}", _client_cure(summary, health)) if reason else None
+    return ReportWarning(f"client-bound: {reason}", _client_cure(health)) if reason else None
 
 
 def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if not summary.without_usage:
         return None
     how = "counted by their content chunks" if summary.chunk_counted else "counted as 0 tokens"
-    text = f"{summary.without_usage} replies carried no usage: {how}, their prompts as 0"
+    text = f"{summary.without_usage} replies carried no usage, or one of 0 tokens: {how}, prompts without a count as 0"
     return ReportWarning(text, "a server that sends `usage`; Req/s and the latencies are right without it")
 
 
@@ -1295,19 +1444,63 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     hit = percent(summary.cached_tokens, summary.prompt_tokens)
-    if hit < 1:
-        return None
-    cure = "send every prompt of the corpus once only" if config.requests_file else "leave out --seed"
+    shared = percent(summary.prefix_tokens, summary.corpus_tokens)
     text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
-    return ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+    if hit < 1 and not summary.cache_told and shared >= 1:
+        text = f"these prompts share {shared:.0f} % of their tokens; the server does not say how much it had cached"
+        cure = "vLLM tells with --enable-prompt-tokens-details; or a corpus without a shared prefix"
+        return ReportWarning(text, f"{cure}, if the cache is not what is to be measured")
+    cure = "send every prompt of the corpus once only" if config.requests_file else "leave out --seed"
+    return None if hit < 1 else ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+
+
+def _warn_corpus(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    off = _rate(summary.corpus_counted, summary.corpus_tokens)
+    if not off or abs(off - 1) <= CORPUS_TOLERANCE:
+        return None
+    text = (
+        f"the server counted {summary.corpus_counted} prompt tokens where the corpus says {summary.corpus_tokens}"
+        f" ({100 * (off - 1):+.1f} %): a chat template or a system prompt was added, or the tokenizer is another"
+    )
+    return ReportWarning(text, "a corpus made for this endpoint, with the model's own tokenizer (generate_requests.py)")
+
+
+def merged_figures(summary: Summary) -> list[str]:
+    """The figures that chunks which came together have bent."""
+    first = summary.first_merged > MERGED_LIMIT * summary.streams
+    gaps = summary.merged_reads > MERGED_LIMIT * summary.content_reads
+    return [*(["TTFT", "TPOT"] if first else []), *(["the chunk gaps"] if gaps else [])]
 
 
 def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if summary.merged_reads <= MERGED_LIMIT * summary.content_reads:
+    figures = merged_figures(summary)
+    if not figures:
         return None
-    merged = percent(summary.merged_reads, summary.content_reads)
-    text = f"{merged:.1f} % of the reads held several chunks: their gaps are those of packets, not of tokens"
-    return ReportWarning(text, "read TPOT; it does not depend on how tokens are packed")
+    merged, first = percent(summary.merged_reads, summary.content_reads), percent(summary.first_merged, summary.streams)
+    text = (
+        f"{merged:.1f} % of the reads held several chunks, and {first:.1f} % of the first tokens came with later"
+        f" ones: {', '.join(figures)} are those of packets, not of tokens"
+    )
+    cure = "where a proxy holds them back: `option http-no-delay` (HAProxy), `proxy_buffering off` (nginx)"
+    return ReportWarning(text, f"{cure}; else the server sends them so" + ("" if "TPOT" in figures else "; read TPOT"))
+
+
+def _warn_one_piece(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    if not summary.one_piece:
+        return None
+    text = f"{summary.one_piece} replies of several tokens came all at once: they have no TPOT"
+    return ReportWarning(text, "read the latency; a server or proxy that streams token by token gives the rest")
+
+
+def _warn_backlog(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    if not summary.syn_resent:
+        return None
+    text = (
+        f"the first packet of connections had to be repeated {summary.syn_resent} times, 1, 3, 7 s later: the server's"
+        " listen queue was full, or the network lost it (connect_ms; in no latency)"
+    )
+    cure = "a longer listen queue there (its backlog, net.core.somaxconn), or kept connections"
+    return ReportWarning(text, cure)
 
 
 def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -1322,8 +1515,11 @@ WARNINGS = (
     _warn_usage,
     _warn_prompt_length,
     _warn_short_replies,
+    _warn_corpus,
     _warn_cache,
     _warn_merged,
+    _warn_one_piece,
+    _warn_backlog,
     _warn_reconnects,
 )
 
@@ -1464,12 +1660,13 @@ def wrapped(text: str, indent: int) -> list[str]:
 
 def progress_line(tally: Tally, total: int, elapsed_s: float, columns: float = math.inf) -> str:
     """How far the run is, in the longest form that fits; errors and remaining time stand in each of them."""
-    done = tally.ok + tally.errors
+    done = tally.ok + tally.errors + tally.aborted
     share = f"{done}/{total} ({percent(done, total):.1f}%)"
     eta = f"ETA: {elapsed_s / done * (total - done):5.1f}s" if done else "ETA: -"
     requests = f"RPS(avg): {_rate(tally.ok, elapsed_s):.2f}"
-    generated = f"Gen tok/s: {_rate(tally.completion_tokens, elapsed_s):.2f}"
-    tokens = f"Total tok/s: {_rate(tally.prompt_tokens + tally.completion_tokens, elapsed_s):.2f}"
+    out = tally.completion_tokens + tally.arriving_tokens
+    generated = f"Gen tok/s: {_rate(out, elapsed_s):.2f}"
+    tokens = f"Total tok/s: {_rate(tally.prompt_tokens + out, elapsed_s):.2f}"
     end = f"Errors: {tally.errors} | {eta}"
     forms = (
         f"Progress: {share} | {requests} | {generated} | {tokens} | {end}",
@@ -1521,12 +1718,18 @@ def warning_lines(warning: ReportWarning) -> list[str]:
 
 
 def verdict_line(summary: Summary, health: Sequence[Health]) -> str:
-    """Whether the figures are the server's, in one sentence."""
+    """In one sentence: are the figures true, and was the load what was asked?"""
     if not health or not summary.ok:
         return ""
-    if client_bound(summary, health):
-        return "Verdict: client-bound. These figures may be this client's and not the server's."
+    late, slow = (client_doubts(summary, health, half) for half in ("figures", "load"))
+    if late or slow:
+        figures = "some of these figures are this client's" if late else "the figures are the server's"
+        return f"Verdict: client-bound: {figures}, the load was {'less than' if slow else 'what was'} asked."
     cpu = max(percent(h.cpu_s, h.wall_s) for h in health)
+    merged = merged_figures(summary)
+    if merged:
+        figures = ", ".join(merged)
+        return f"Verdict: this client was not the bottleneck (CPU {cpu:.0f} %); {figures}: of packets, not of tokens."
     if not summary.kernel_reads:
         return f"Verdict: this client kept up (CPU {cpu:.0f} %); arrivals were stamped when read, not by the kernel."
     kernel = percent(summary.kernel_reads, summary.reads)
@@ -1547,12 +1750,9 @@ def _metric_label(metric: Metric, summary: Summary) -> str:
 
 
 def _shown(metric: Metric, summary: Summary) -> bool:
-    if not metric.console or not summary.distributions[metric.key].n:
-        return False
-    if metric.key == "visible":  # worth a line only where a reply reasons before it speaks
-        visible, first = summary.distributions["visible"], summary.distributions["ttft"]
-        return (visible.mean or 0) > (first.mean or 0) + 0.001
-    return True
+    other, factor = metric.above
+    mean, than = summary.distributions[metric.key].mean, summary.distributions[other].mean if other else None
+    return mean is not None and (than is None or mean > factor * than)
 
 
 def _figure(value: Optional[float]) -> str:
@@ -1579,8 +1779,9 @@ def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
     """A few lines on how the run went: concurrency reached, how replies ended, the clock, the client, errors."""
     lines = []
     if health:
-        peak = sum(h.peak_in_flight for h in health)
-        lines.append(f"In flight: mean {summary.mean_concurrency:.1f}, peak {peak}")
+        lines.append(in_flight_line(summary, health))
+    if summary.aborted:
+        lines.append(f"Aborted: {summary.aborted} requests were cut off by the stop: neither completed nor failed")
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
@@ -1593,6 +1794,20 @@ def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
     return lines
 
 
+def in_flight_line(summary: Summary, health: Sequence[Health]) -> str:
+    """As counted, checked by Little's law: throughput x time in the server is the mean, or something is amiss."""
+    counted = sum(h.in_flight_s for h in health)
+    line = f"In flight: mean {in_flight_mean(health):.1f}, peak {sum(h.peak_in_flight for h in health)}"
+    if not counted or abs(summary.busy_s / counted - 1) <= LITTLE_TOLERANCE:
+        return line
+    why = "processes that died had the rest"
+    if summary.busy_s < counted:
+        unread = sum(h.unread_s for h in health) > (counted - summary.busy_s) / 2
+        why = "arrived replies waited to be read here" if unread else "replies were over before their connections ended"
+    law = in_flight_mean(health) * summary.busy_s / counted
+    return f"{line}; throughput x time in the server gives {law:.1f}: {why}"
+
+
 def clock_line(summary: Summary, health: Sequence[Health]) -> str:
     if not summary.reads:
         return ""
@@ -1601,17 +1816,20 @@ def clock_line(summary: Summary, health: Sequence[Health]) -> str:
     names = "/".join(sorted({h.transport for h in health})) or "-"
     kernel = percent(summary.kernel_reads, summary.reads)
     merged = percent(summary.merged_reads, summary.content_reads)
-    return f"Clock: kernel {kernel:.3g} %, merged {merged:.2g} %; transport {names}{opened}"
+    late = f", read late {summary.late_read} requests" if summary.late_read else ""
+    return f"Clock: kernel {kernel:.3g} %, merged {merged:.3g} %{late}; transport {names}{opened}"
 
 
 def client_line(health: Sequence[Health]) -> str:
     if not health:
         return ""
-    cpu = max(percent(h.cpu_s, h.wall_s) for h in health)
-    lag = max(h.lag_p99_ms for h in health)
-    pause = max(h.gc_pause_ms for h in health)
+    cpu, waiting = (max(percent(getattr(h, n), h.wall_s) for h in health) for n in ("cpu_s", "waiting_s"))
+    lag, longest, pause = (max(getattr(h, n) for h in health) for n in ("lag_p99_ms", "lag_max_ms", "gc_pause_ms"))
     count = f"{len(health)} process{'es' if len(health) > 1 else ''}"
-    return f"Client: {count}, CPU {cpu:.0f} %, loop lag p99 {lag:.1f} ms, gc pause max {pause:.1f} ms"
+    return (
+        f"Client: {count}, CPU {cpu:.0f} %, waiting for a core {waiting:.0f} %,"
+        f" loop lag p99 {lag:.1f} ms, max {longest:.0f} ms, gc pause max {pause:.1f} ms"
+    )
 
 
 # Labels of the founding document's configuration block, spaces included: scripts may read it.
@@ -1658,6 +1876,7 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "max_concurrency": config.concurrency,
         "completed": summary.ok,
         "failed": summary.errors,
+        "aborted": summary.aborted,
         "duration": summary.elapsed_s,
         "total_input_tokens": summary.prompt_tokens,
         "total_output_tokens": summary.completion_tokens,
@@ -1668,7 +1887,7 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "output_throughput": summary.generated_per_s,
         "total_token_throughput": summary.total_per_s,
         "total_throughput": summary.total_per_s,
-        "concurrency": summary.mean_concurrency,
+        "concurrency": in_flight_mean(health),
         "max_concurrent_requests": sum(h.peak_in_flight for h in health),
     }
     ours = {
@@ -1679,6 +1898,10 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "gaps_are_of_tokens": gaps_are_of_tokens(summary),
         "kernel_stamped_share": _rate(summary.kernel_reads, summary.reads),
         "merged_read_share": _rate(summary.merged_reads, summary.content_reads),
+        "merged_first_share": _rate(summary.first_merged, summary.streams),
+        "late_read_requests": summary.late_read,
+        "repeated_connection_packets": summary.syn_resent,
+        "concurrency_by_littles_law": _rate(summary.busy_s, max((h.flight_window_s for h in health), default=0.0)),
         "new_connections": summary.new_connections,
         "reconnects": summary.reconnects,
         "client_bound": client_bound(summary, health),
@@ -1748,7 +1971,14 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "tpot_ms": Column("(last - first token) / (completion_tokens - 1) (streamed)", lambda r: _number(r.tpot_ms)),
     "response_ms": Column("due -> completion; blank in a closed loop", lambda r: _number(r.response_ms)),
     "queue_ms": Column(
-        "permit free -> ready to write, without connecting; in no latency", lambda r: _number(r.queue_ms)
+        "permit free (or due) -> ready to write, without connecting; in no latency", lambda r: _number(r.queue_ms)
+    ),
+    "connect_ms": Column("opening its connection; blank on a kept one; in no latency", lambda r: _number(r.connect_ms)),
+    "e2e_ms": Column("permit free (or due) -> completion, queue and connecting included", lambda r: _number(r.e2e_ms)),
+    "tail_ms": Column("last token -> last byte of the reply (streamed)", lambda r: _number(r.tail_ms)),
+    "late_read": Column(
+        "1: chunks queued up here; their gaps are left out, a first token among them is blank",
+        lambda r: str(int(r.reply.late_gaps > 0)) if r.reply.chunks is not None else "",
     ),
     "finish_reason": Column("stop, length, ...", lambda r: _cell(r.reply.finish_reason)),
     "chunks": Column("content chunks received (streamed)", lambda r: _count(r.reply.chunks)),
@@ -1963,9 +2193,13 @@ class SummarySink:
 class LiveLine:
     """Progress on stderr: a terminal gets one line rewritten, a pipe a line now and then."""
 
-    def __init__(self, tally: Tally, total: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, tally: Tally, total: int, clock: Callable[[], float], arriving: Callable[[], int] = lambda: 0
+    ) -> None:
+        """`arriving`: how many tokens of replies under way have come."""
         self._tally = tally
         self._total = total
+        self._arriving = arriving
         self._clock = clock
         self._start_s = clock()
         self._tty = bool(sys.stderr and sys.stderr.isatty())
@@ -1982,6 +2216,7 @@ class LiveLine:
 
     def show(self, elapsed_s: Optional[float] = None) -> None:
         elapsed_s = elapsed_s or self._clock() - self._start_s
+        self._tally.arriving_tokens = self._arriving()
         if self._tty:
             width = _columns() - 1
             _say("\r" + progress_line(self._tally, self._total, elapsed_s, width)[:width].ljust(width), end="")
@@ -1992,6 +2227,7 @@ class LiveLine:
         """The last state, over the report's own time, so that a log shows how it ended; an empty line after it."""
         if self._task:
             self._task.cancel()
+        self._arriving = lambda: 0
         self.show(self._tally.elapsed_s)
         _say("\n" if self._tty else "")
 
@@ -2038,6 +2274,7 @@ _ANCILLARY_BYTES = 128 if sys.platform == "win32" else socket.CMSG_SPACE(_TIMESP
 _READABLE, _WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _MESSAGE_END = b"\r\n\r\n"
 OFFSET_LIMIT_NS = 20_000
+TCP_INFO_BYTES = 104  # of Linux's struct tcp_info, as far as it is used
 CLOCK_STEP_NS = 50_000  # a stamp further off than this is no stamp: the wall clock was set meanwhile
 
 
@@ -2091,8 +2328,11 @@ class Permits:
     def __init__(self, total: int) -> None:
         self.total = total
         self.is_open = False
-        self.in_flight = 0
+        self.under_way: set[Call] = set()  # sent and unanswered
         self.peak_in_flight = 0
+        self.in_flight_ns = 0  # their number, summed up over the time
+        self.unread_ns = 0  # of it after their last bytes had arrived
+        self.first_ns = self.changed_ns = 0  # when the first was sent, and when their number last changed
         self._closed = False
         self._free: deque[int] = deque()
         self._waiting: deque[Grant] = deque()
@@ -2136,13 +2376,28 @@ class Permits:
         else:
             self._free.append(free_ns)
 
-    def sent(self) -> None:
-        """A request has been handed to the socket; `answered` follows when its reply has ended."""
-        self.in_flight += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+    def sent(self, call: Call) -> None:
+        """Its last byte was handed to the socket; `answered` follows when its reply has ended."""
+        self._count_until(time.perf_counter_ns())
+        self.under_way.add(call)
+        self.peak_in_flight = max(self.peak_in_flight, len(self.under_way))
 
-    def answered(self) -> None:
-        self.in_flight -= 1
+    def answered(self, call: Call, over_ns: Optional[int] = None) -> None:
+        """`over_ns`: when the last byte arrived, where it ended the reply by itself."""
+        if call in self.under_way:  # not one that failed before it was sent
+            now_ns = time.perf_counter_ns()
+            self._count_until(now_ns)
+            self.unread_ns += now_ns - (over_ns or now_ns)
+            self.under_way.remove(call)
+
+    def _count_until(self, now_ns: int) -> None:
+        self.first_ns = self.first_ns or now_ns
+        self.in_flight_ns += len(self.under_way) * (now_ns - self.changed_ns)
+        self.changed_ns = now_ns
+
+    def arriving_tokens(self) -> int:
+        """Content chunks, so far, of the replies under way."""
+        return sum(call.chunks_so_far for call in self.under_way)
 
     async def ready(self, count: int) -> None:
         """Until `count` requests wait with their bytes ready."""
@@ -2184,6 +2439,7 @@ class Call:
         self.size = 0
         self.newest_ns: Optional[int] = None  # the newest arrival
         self.arrived: list[tuple[int, bytes]] = []  # pieces of the body that the reader has not seen yet
+        self.late: set[int] = set()  # stamps of what was read after this client had been held up
         self._reader = reader(self.reply)
         self._inflate: Any = None
 
@@ -2224,9 +2480,13 @@ class Call:
 
     def _feed(self) -> None:
         pieces, self.arrived = self.arrived, []
-        feed = self._reader.feed
+        feed, late = self._reader.feed, self.late
         for stamp_ns, data in pieces:
-            feed(stamp_ns, data)
+            feed(stamp_ns, data, stamp_ns in late)
+
+    @property
+    def chunks_so_far(self) -> int:
+        return self._reader.chunks_so_far(len(self.arrived))
 
     def end(self, failure: Optional[Failure]) -> Reply:
         """The call is over: decide what it came to."""
@@ -2322,6 +2582,14 @@ def ask_for_stamps(sock: socket.socket) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+
+
+def resent_packets(sock: socket.socket) -> int:
+    """Of a new connection: how often its packets had to be sent again (Linux; else 0)."""
+    if sys.platform != "linux":
+        return 0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+    return int.from_bytes(info[TCP_INFO_BYTES - 4 :], sys.byteorder)  # tcpi_total_retrans
 
 
 class Tls:
@@ -2482,8 +2750,8 @@ class Connection:
         payload = self.tls.seal(call.payload) if self.tls else call.payload
         self._unsent = memoryview(payload)
         call.watchdog.start(call, self.give_up)
-        call.permits.sent()
-        call.reply.ready_ns = time.perf_counter_ns()
+        if call.reply.ready_ns is None:  # of a request sent anew the first time counts: what came then was the server's
+            call.reply.ready_ns = time.perf_counter_ns()
         self._push()
 
     def _push(self) -> None:
@@ -2493,6 +2761,8 @@ class Connection:
                 if call:
                     call.reply.sent_ns = time.perf_counter_ns()
                 self._unsent = self._unsent[self.sock.send(self._unsent) :]
+            if call:
+                call.permits.sent(call)
         except (BlockingIOError, InterruptedError):
             self._stopwatch.watch(self, _READABLE | _WRITABLE)
         except ConnectionError:  # it has stopped listening: perhaps it has said why
@@ -2537,6 +2807,8 @@ class Connection:
         self.unstamped += not by_kernel
         if self.call:
             self.call.newest_ns = stamp_ns
+            if self._stopwatch.late:
+                self.call.late.add(stamp_ns)
 
     def parse(self) -> None:
         """Take what has gathered through HTTP; the call may end by it."""
@@ -2662,13 +2934,14 @@ class Connection:
         if call is None or done is None:
             return
         call.watchdog.stop()
-        call.permits.answered()
+        over_ns = call.newest_ns if self._complete else None  # else the end of the connection has ended it
+        call.permits.answered(call, over_ns)
         stale = error is not None and error.failure.kind in ("closed", "reset") and not call.reply.reads
         if stale and call.reply.new_connection is False:
             self._stopwatch.steps.queue(done, False)
             return
         call.is_whole = error is None
-        call.permits.release(call.newest_ns if call.is_whole and call.newest_ns else time.perf_counter_ns())
+        call.permits.release(over_ns if call.is_whole and over_ns else time.perf_counter_ns())
         self._stopwatch.steps.queue(done, error or True)
 
     def give_up(self, kind: str, message: str) -> None:
@@ -2775,6 +3048,9 @@ class Stopwatch:
         self._tick_s = 0.0
         self._window = (time.perf_counter(), 0)
         self._tick_handle: Optional[asyncio.TimerHandle] = None
+        self.late = False  # whether what is being read may have queued up, because the event loop was held up
+        self._alive_ns = time.perf_counter_ns()  # when the event loop last was in time, as far as is known
+        self._beat_handle = self.loop.call_later(BEAT_S, self._beat)
         self.loop.add_reader(self._poller.fileno(), self._read_ready)
 
     @staticmethod
@@ -2839,6 +3115,7 @@ class Stopwatch:
             call.permits.release(time.perf_counter_ns())
             raise
         call.reply.connect_ns = (call.reply.connect_ns or 0) + time.perf_counter_ns() - begun_ns
+        call.reply.syn_resent += resent_packets(connection.sock)
         connection.carry(call, done)
 
     async def _connect_ahead(self, total: int) -> None:
@@ -2919,6 +3196,7 @@ class Stopwatch:
     def receive(self, connection: Connection) -> tuple[bytes, int, bool]:
         """(bytes, stamp in ns of perf_counter, whether the kernel gave it); raises as recvmsg does."""
         count, ancillary, _, _ = connection.receive(self._buffers, _ANCILLARY_BYTES)
+        self.late = self.late or time.perf_counter_ns() - self._alive_ns > LATE_READ_NS
         call = connection.call
         floor_ns = (call.newest_ns or call.reply.sent_ns or 0) if call else 0
         return (bytes(self._buffer[:count]), *self._clock.stamp(ancillary, floor_ns))
@@ -2927,6 +3205,7 @@ class Stopwatch:
 
     def _read_ready(self) -> None:
         """Read every socket that has something, and only then parse what may have ended."""
+        looked_ns = time.perf_counter_ns()
         self._clock.read_both()
         ready = self._poller.ready()
         self._reads += len(ready)
@@ -2953,9 +3232,17 @@ class Stopwatch:
                 or not len(_MESSAGE_END) <= size < LARGE_READ_BYTES
             ):
                 unparsed.append(connection)
+        self._alive_ns, self.late = looked_ns, False
         for connection in unparsed:
             connection.parse()
         self._adapt()
+
+    def _beat(self) -> None:
+        """Every few milliseconds: shows that the event loop is in time, also while nothing arrives."""
+        self._beat_handle = self.loop.call_later(BEAT_S, self._beat)
+        if time.perf_counter_ns() - self._alive_ns > LATE_READ_NS:
+            self._read_ready()  # before the loop counts as being in time again
+        self._alive_ns = time.perf_counter_ns()
 
     def _adapt(self) -> None:
         """Choose between reading at once and reading in ticks, by how often a stream speaks."""
@@ -2987,6 +3274,7 @@ class Stopwatch:
 
     def close(self) -> None:
         self._set_tick(0.0)
+        self._beat_handle.cancel()
         self.loop.remove_reader(self._poller.fileno())
         for connection in list(self._all):
             self.discard(connection)
@@ -3107,6 +3395,7 @@ class Dialect:
 
     limit_field: str = "max_tokens"
     include_usage: bool = True
+    continuous_usage: bool = False
 
 
 def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str, Any]:
@@ -3121,7 +3410,7 @@ def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str
         body["stream"] = True
         if dialect.include_usage:
             body["stream_options"] = {"include_usage": True}
-            if config.continuous_usage:
+            if dialect.continuous_usage:
                 body["stream_options"]["continuous_usage_stats"] = True
     own = {} if request.output_tokens is None else {dialect.limit_field: request.output_tokens}
     return {**body, **config.extra_body, **own}
@@ -3131,16 +3420,18 @@ def _with_other_limit(dialect: Dialect) -> Dialect:
     return dataclasses.replace(dialect, limit_field="max_completion_tokens")
 
 
-def _without_usage(dialect: Dialect) -> Dialect:
-    return dataclasses.replace(dialect, include_usage=False)
+def _with_less_usage(dialect: Dialect) -> Dialect:
+    """First without the counts in every chunk, which fewer servers know, then without any."""
+    return dataclasses.replace(dialect, continuous_usage=False, include_usage=dialect.continuous_usage)
 
 
 # What a refusal before the load may teach: the word in the message, and the dialect to try then.
 CONCESSIONS: tuple[tuple[str, Callable[[Dialect], Dialect]], ...] = (
     ("max_tokens", _with_other_limit),
     ("max_completion_tokens", _with_other_limit),
-    ("stream_options", _without_usage),
-    ("include_usage", _without_usage),
+    ("stream_options", _with_less_usage),
+    ("include_usage", _with_less_usage),
+    ("continuous_usage", _with_less_usage),
 )
 
 
@@ -3379,12 +3670,11 @@ class SdkTransport:
             call.dropped = True
             raise
         watchdog = self._watch(call)
-        call.permits.sent()
         try:
             await self._read(call, await self._sdk.create(body))
         finally:
             watchdog.stop()
-            call.permits.answered()
+            call.permits.answered(call)
             call.permits.release(call.newest_ns or time.perf_counter_ns())
 
     def _http_client(self, httpx: ModuleType) -> Any:
@@ -3394,7 +3684,7 @@ class SdkTransport:
         class Client(httpx.AsyncClient):  # type: ignore[name-defined, misc]
             async def send(self, request: Any, **options: Any) -> Any:
                 call = _CALL.get()
-                request.extensions = {**request.extensions, "timeout": limits}
+                request.extensions = {**request.extensions, "timeout": limits, "trace": partial(follow, call)}
                 call.reply.ready_ns = call.reply.sent_ns = time.perf_counter_ns()
                 response = await super().send(request, **{**options, "stream": True})
                 call.newest_ns = time.perf_counter_ns()
@@ -3421,6 +3711,20 @@ class SdkTransport:
 
     async def aclose(self) -> None:
         await self._sdk.client.close()
+
+
+async def follow(call: Call, event: str, info: Mapping[str, Any]) -> None:
+    """What the SDK's HTTP library tells of a request on its way: connecting, ready to write, written."""
+    reply, now_ns = call.reply, time.perf_counter_ns()
+    if event == "connection.connect_tcp.started":
+        reply.new_connection, reply.ready_ns = True, now_ns
+    elif event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+        reply.connect_ns = now_ns - (reply.ready_ns or now_ns)
+    elif event == "http11.send_request_headers.started":
+        reply.ready_ns = now_ns
+    elif event == "http11.send_request_body.complete":
+        reply.sent_ns = now_ns
+        call.permits.sent(call)
 
 
 async def start_of(response: Any) -> bytes:
@@ -3487,7 +3791,8 @@ class Sender:
 
     def __init__(self, config: Config, concurrency: int) -> None:
         self.transport = open_transport(config, concurrency)
-        self.dialect = Dialect("max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field)
+        limit_field = "max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field
+        self.dialect = Dialect(limit_field, continuous_usage=config.continuous_usage)
         self._config = config
         self._redactor = Redactor.of(config, os.environ)
 
@@ -3535,7 +3840,7 @@ class Breaker:
         self._most = most_errors
 
     def add(self, record: Record) -> None:
-        if record.ok:
+        if record.ok or record.aborted:
             return
         if self._most is not None and self._tally.errors >= self._most:
             self._stop.end(f"stopped after {self._tally.errors} errors (--stop-after-errors)")
@@ -3654,7 +3959,7 @@ class ClientHealth:
         else:
             self._pause_ms = max(self._pause_ms, (time.perf_counter() - self._gc_start) * 1e3)
 
-    def stop(self, peak_in_flight: int, transport: Transport, connections: int) -> Health:
+    def stop(self, permits: Permits, transport: Transport, connections: int) -> Health:
         wall, cpu, waiting = self._start
         health = Health(
             wall_s=time.perf_counter() - wall,
@@ -3662,8 +3967,12 @@ class ClientHealth:
             waiting_s=waiting_for_core_s() - waiting,
             lag_p99_ms=describe(self._lags_ms).percentiles.get(99.0, 0.0),
             lag_max_ms=max(self._lags_ms, default=0.0),
+            held_up_s=sum(lag for lag in self._lags_ms if lag > LATE_LOOP_S * 1e3) / 1e3,
             gc_pause_ms=self._pause_ms,
-            peak_in_flight=peak_in_flight,
+            peak_in_flight=permits.peak_in_flight,
+            in_flight_s=permits.in_flight_ns / 1e9,
+            unread_s=permits.unread_ns / 1e9,
+            flight_window_s=(permits.changed_ns - permits.first_ns) / 1e9,
             connections=connections,
             transport=transport.name,
             kernel_clock=transport.kernel_clock,
@@ -3694,7 +4003,8 @@ class Part:
     schedule: ClosedLoop
     sinks: Sequence[Sink]
     stop: Stop
-    begin: Callable[[int], None]  # told the start of the timed part, in ns of perf_counter
+    # Told the start of the timed part, in ns of perf_counter, and how to ask for the tokens of replies under way.
+    begin: Callable[[int, Callable[[], int]], None]
 
     @property
     def concurrency(self) -> int:
@@ -3742,7 +4052,7 @@ async def measure(part: Part, released: Optional[Callable[[], Awaitable[int]]] =
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
             return None
-        part.begin(origin_ns)
+        part.begin(origin_ns, pool.permits.arriving_tokens)
         client = ClientHealth()
         opened_before = sender.transport.connections
         client.start()
@@ -3750,7 +4060,7 @@ async def measure(part: Part, released: Optional[Callable[[], Awaitable[int]]] =
             await pool.drain(origin_ns)
         finally:
             opened = sender.transport.connections - opened_before
-            health = client.stop(pool.permits.peak_in_flight, sender.transport, opened)
+            health = client.stop(pool.permits, sender.transport, opened)
         return health
     finally:
         await sender.transport.aclose()
@@ -3857,7 +4167,12 @@ async def shard_main(shard: int, shards: int) -> None:
     workload = workload_of(config, load_requests(config.requests_file, config.system_prompt))
     stop = Stop()
     schedule = ClosedLoop(config.total_requests).part(shard, shards)
-    part = Part(config, workload, schedule, [ParentSink()], stop, lambda origin_ns: None)
+    telling: list[asyncio.Future[None]] = []
+
+    def begin(origin_ns: int, arriving: Callable[[], int]) -> None:
+        telling.append(asyncio.ensure_future(tell_progress(arriving)))
+
+    part = Part(config, workload, schedule, [ParentSink()], stop, begin)
     go: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     listener = asyncio.ensure_future(follow_orders(orders, stop, go))
 
@@ -3871,9 +4186,16 @@ async def shard_main(shard: int, shards: int) -> None:
     except (UserError, RunError) as error:
         send_to_parent({"fatal": str(error)})
     finally:
-        listener.cancel()
+        for task in (listener, *telling):
+            task.cancel()
         pipe.close()
         await asyncio.sleep(0)  # it closes a turn later
+
+
+async def tell_progress(arriving: Callable[[], int]) -> None:
+    while True:
+        await asyncio.sleep(PROGRESS_TTY_S)
+        send_to_parent({"arriving": arriving()})
 
 
 async def _stdin_lines() -> tuple[asyncio.StreamReader, asyncio.BaseTransport]:
@@ -3911,6 +4233,7 @@ class Shard:
         self._seen: set[int] = set()
         self.health: Optional[Health] = None
         self.done = False
+        self.arriving_tokens = 0
         self.fatal = ""
 
     async def start(self) -> None:
@@ -3950,6 +4273,8 @@ class Shard:
                 self._seen.add(record.job.index)
                 for sink in self._part.sinks:
                     sink.add(record)
+            elif "arriving" in message:
+                self.arriving_tokens = message["arriving"]
             elif "ready" in message:
                 self.ready.set_result(None)
             elif "fatal" in message:
@@ -3999,7 +4324,7 @@ async def measure_sharded(part: Part) -> list[Health]:
             raise RunError(fatal)
         origin_ns = time.perf_counter_ns()
         if not part.stop.draining.is_set():
-            part.begin(origin_ns)
+            part.begin(origin_ns, lambda: sum(shard.arriving_tokens for shard in shards))
         for shard in shards:
             shard.order(f"go {origin_ns}")
         await asyncio.gather(*listeners)
@@ -4383,23 +4708,23 @@ class DemoServer:
 class Point:
     """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
 
-    def __init__(self, config: Config, workload: Workload) -> None:
+    def __init__(self, config: Config, corpus: Sequence[Request]) -> None:
         self.config = config
-        self.tally = Tally()
+        self.tally = Tally(corpus)
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
-        self._workload = workload
+        self._workload = workload_of(config, corpus)
 
     async def measure(self, stop: Stop, csv_sink: Optional[CsvSink]) -> None:
         """Raises RunError when the warm-up fails."""
         live: list[LiveLine] = []
 
-        def begin(origin_ns: int) -> None:
+        def begin(origin_ns: int, arriving: Callable[[], int]) -> None:
             self.origin_ns = origin_ns
             if csv_sink:
                 csv_sink.begin()
             if not self.config.no_progress:
-                live.append(LiveLine(self.tally, self.config.total_requests, time.perf_counter))
+                live.append(LiveLine(self.tally, self.config.total_requests, time.perf_counter, arriving))
                 live[0].start()
 
         breaker = Breaker(self.tally, stop, self.config.stop_after_errors)  # last: it judges by the tally
@@ -4455,7 +4780,8 @@ class Invocation:
 
     def _finish(self, point: Point, stop: Stop, demo: Optional[DemoServer]) -> int:
         summary, config = point.tally.summary(), point.config
-        if not summary.ok + summary.errors:
+        finished = summary.ok + summary.errors
+        if not finished + summary.aborted:
             _say("Interrupted before the first measured request had ended: nothing to report.")
             return 130
         notices = [ReportWarning(text) for text in self._notices(summary, config, stop)]
@@ -4467,8 +4793,7 @@ class Invocation:
         self._write_summary(summary, point, stop)
         if stop.interrupted:
             return 130
-        error_rate = summary.errors / (summary.ok + summary.errors)
-        failed = summary.ok == 0 or bool(stop.reason) or error_rate > config.max_error_rate
+        failed = summary.ok == 0 or bool(stop.reason) or summary.errors > config.max_error_rate * finished
         return 1 if failed else 0
 
     def _truth(self, summary: Summary, demo: DemoServer, since_ns: int) -> str:
@@ -4479,8 +4804,8 @@ class Invocation:
 
     def _notices(self, summary: Summary, config: Config, stop: Stop) -> Iterator[str]:
         if stop.interrupted or stop.reason:
-            why = stop.reason or "interrupted"
-            yield f"{why}: {summary.ok + summary.errors} of {config.total_requests} requests were made"
+            why, made = stop.reason or "interrupted", summary.ok + summary.errors + summary.aborted
+            yield f"{why}: {made} of {config.total_requests} requests were made"
         if self._csv and self._csv.lost:
             yield f"{self._csv.lost} rows could not be written to {config.results_csv}: {self._csv.reason}"
         if self._csv and self._csv.gone():
@@ -4517,6 +4842,8 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise UserError("--append and --overwrite exclude each other")
     if options.demo_engine and not options.demo:
         raise UserError("--demo-engine needs --demo")
+    if options.extra_body.get("n") not in (None, 1):
+        raise UserError(f"--extra-body: n = {options.extra_body['n']!r:.40} makes {SEVERAL_CHOICES}")
     resolve_server(options, os.environ)
     if options.demo:
         options.model = options.model or "demo"
@@ -4537,7 +4864,7 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
         import_sdk()  # when it is missing, before any socket is opened
         for line in notes_before(config, len(corpus)):
             note(line)
-        return invocation.run(Point(config, workload_of(config, corpus)), demo)
+        return invocation.run(Point(config, corpus), demo)
     finally:
         invocation.close()
         if demo:

@@ -28,10 +28,15 @@ class Arrivals:
     def __init__(self, reply: bench.Reply) -> None:
         self.reply = reply
         self.fed: list[tuple[int, bytes]] = []
+        self.late: list[bool] = []
         self.made.append(self)
 
-    def feed(self, stamp_ns: int, data: bytes) -> None:
+    def feed(self, stamp_ns: int, data: bytes, late: bool = False) -> None:
+        self.late.append(late)
         self.fed.append((stamp_ns, data))
+
+    def chunks_so_far(self, unread: int) -> int:
+        return len(self.fed) + unread
 
     def finish(self) -> None:
         """It only keeps."""

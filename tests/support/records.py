@@ -62,5 +62,9 @@ def make_config(**changes: Any) -> bench.Config:
 
 def health(**changes: Any) -> bench.Health:
     """A client that was no bottleneck: 30 % of a core, 1 ms of event-loop lag at p99."""
-    calm = bench.Health(10.0, 3.0, 0.1, 1.0, 2.0, 0.5, 64, 0, "stopwatch (uvloop)", True)
+    calm = bench.Health(
+        wall_s=10.0, cpu_s=3.0, waiting_s=0.1, lag_p99_ms=1.0, lag_max_ms=2.0, held_up_s=0.0, gc_pause_ms=0.5,
+        peak_in_flight=64, in_flight_s=640.0, unread_s=0.0, flight_window_s=10.0, connections=0,
+        transport="stopwatch (uvloop)", kernel_clock=True,
+    )  # fmt: skip
     return dataclasses.replace(calm, **changes)
