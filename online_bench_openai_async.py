@@ -1779,13 +1779,14 @@ def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
     """A few lines on how the run went: concurrency reached, how replies ended, the clock, the client, errors."""
     lines = []
     if health:
-        lines.append(in_flight_line(summary, health))
+        lines += wrapped(in_flight_line(summary, health), len("In flight: "))
     if summary.aborted:
         lines.append(f"Aborted: {summary.aborted} requests were cut off by the stop: neither completed nor failed")
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
-    lines += [line for line in (clock_line(summary, health), client_line(health)) if line]
+    for line in (clock_line(summary, health), client_line(health)):
+        lines += wrapped(line, len("Client: "))
     for group in summary.error_groups[:ERROR_GROUPS_SHOWN]:
         message = plain(group.first_message)
         lines += wrapped(f"Errors: {group.count} x {group.status}/{group.kind}: {message}", len("Errors: "))
@@ -1827,7 +1828,7 @@ def client_line(health: Sequence[Health]) -> str:
     lag, longest, pause = (max(getattr(h, n) for h in health) for n in ("lag_p99_ms", "lag_max_ms", "gc_pause_ms"))
     count = f"{len(health)} process{'es' if len(health) > 1 else ''}"
     return (
-        f"Client: {count}, CPU {cpu:.0f} %, waiting for a core {waiting:.0f} %,"
+        f"Client: {count}, CPU {cpu:.0f} %, waiting {waiting:.0f} %,"
         f" loop lag p99 {lag:.1f} ms, max {longest:.0f} ms, gc pause max {pause:.1f} ms"
     )
 
@@ -1977,7 +1978,7 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "e2e_ms": Column("permit free (or due) -> completion, queue and connecting included", lambda r: _number(r.e2e_ms)),
     "tail_ms": Column("last token -> last byte of the reply (streamed)", lambda r: _number(r.tail_ms)),
     "late_read": Column(
-        "1: chunks queued up here; their gaps are left out, a first token among them is blank",
+        "1 when chunks queued up in this client: their gaps, or ttft_ms, are left out",
         lambda r: str(int(r.reply.late_gaps > 0)) if r.reply.chunks is not None else "",
     ),
     "finish_reason": Column("stop, length, ...", lambda r: _cell(r.reply.finish_reason)),

@@ -92,27 +92,133 @@ def test_replies_without_usage_are_counted_and_said() -> None:
     assert any("no usage" in warning.text for warning in bench.warnings_of(summary, make_config(), []))
 
 
+NO_CLOCK: dict[str, Any] = {"kernel_clock": False, "transport": "sdk (httpx)"}
+
+
 @pytest.mark.parametrize(
-    ("changes", "bound"),
+    ("client", "reply", "figures", "load"),
     [
-        ({}, False),
-        ({"cpu_s": 9.5}, True),
-        ({"cpu_s": 5.0, "waiting_s": 4.5}, True),
-        ({"waiting_s": 1.0}, True),
-        ({"waiting_s": 0.2}, False),
-        ({"lag_p99_ms": 12.0, "kernel_clock": False}, True),
-        ({"lag_p99_ms": 12.0}, False),
-        ({"wall_s": 0.1, "cpu_s": 0.1}, False),  # too short to tell
+        ({}, {}, False, False),
+        # Evidence alone proves nothing: with the kernel's clock a busy or waiting client has true figures.
+        ({"cpu_s": 9.5}, {}, False, False),
+        ({"waiting_s": 5.0}, {}, False, False),
+        ({"lag_p99_ms": 12.0, "lag_max_ms": 2000.0}, {}, False, False),
+        ({"lag_p99_ms": 12.0, **NO_CLOCK}, {"kernel_reads": 0}, True, False),
+        ({"lag_max_ms": 2000.0, "held_up_s": 2.0, **NO_CLOCK}, {"kernel_reads": 0}, True, False),
+        ({"lag_p99_ms": 12.0}, {"kernel_reads": 0}, True, False),  # the kernel gave no stamps
+        ({}, {"late_gaps": 2, "first_s": None}, True, False),
+        ({}, {"late_gaps": 1}, True, False),
+        ({}, {"merged_reads": 5, "first_merged": True}, False, False),  # not this client's doing
+        ({}, {"free_s": 0.8}, False, True),  # 200 ms before each send of 500 ms
+        ({}, {"free_s": 0.8, "connect_ns": 199_000_000}, False, False),  # the server was slow to accept
+        ({}, {"free_s": 0.8, "sent_s": 1.19, "ready_s": 0.801}, False, False),  # and slow to read
+        ({}, {"free_s": 0.5, "due_s": 0.999}, False, False),  # it was due no earlier
     ],
 )
-def test_the_verdict_on_the_client(changes: dict[str, Any], bound: bool) -> None:
-    summary = summary_of(*(make_record(n) for n in range(10)))
-    assert (bench.client_bound(summary, [health(**changes)]) is not None) is bound
+def test_the_verdict_judges_by_effect_in_two_halves(
+    client: dict[str, Any], reply: dict[str, Any], figures: bool, load: bool
+) -> None:
+    summary, fared = summary_of(*(make_record(n, **reply) for n in range(10))), [health(**client)]
+    assert bool(bench.client_doubts(summary, fared, "figures")) is figures
+    assert bool(bench.client_doubts(summary, fared, "load")) is load
+    assert (bench.client_bound(summary, fared) is not None) is (figures or load)
+    assert bench.verdict_line(summary, fared).startswith("Verdict: client-bound") is (figures or load)
 
 
-def test_slow_hands_bind_the_client_whatever_its_cpu() -> None:
-    slow = summary_of(*(make_record(n, free_s=0.8) for n in range(10)))  # 200 ms before each send of 500 ms
-    assert "to send" in (bench.client_bound(slow, [health()]) or "")
+def test_failures_do_not_bind_the_client() -> None:
+    bad = [make_record(n, free_s=0.0, status="http_error", error_kind="timeout") for n in range(10)]
+    assert bench.client_bound(summary_of(*bad, *(make_record(n) for n in range(10, 20))), [health()]) is None
+
+
+@pytest.mark.parametrize(
+    ("client", "cure"),
+    [
+        ({"waiting_s": 5.0}, "a core of its own for this client"),
+        ({"cpu_s": 9.9, "transport": "stopwatch (asyncio)"}, "pip install httptools uvloop"),
+        ({"cpu_s": 9.9}, "--processes 2"),
+        ({"lag_max_ms": 2000.0}, "let nothing stop this client"),
+        ({}, "a machine with more free cores"),
+    ],
+)
+def test_the_cure_fits_the_cause(client: dict[str, Any], cure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    slow = summary_of(*(make_record(n, free_s=0.8) for n in range(10)))
+    first = bench.warnings_of(slow, make_config(prompt_tokens=10, output_tokens=5), [health(**client)])[0]
+    assert first.text.startswith("client-bound: it sent requests 200.0 ms after")
+    assert first.cure.startswith(cure)
+
+
+def warned(summary: bench.Summary, **options: Any) -> str:
+    config = make_config(**{"prompt_tokens": 10, "output_tokens": 5, **options})
+    return "\n".join(f"{w.text} / {w.cure}" for w in bench.warnings_of(summary, config, [health()]))
+
+
+def test_merged_reads_name_every_figure_that_they_bend() -> None:
+    gaps = summary_of(*(make_record(n, merged_reads=2) for n in range(20)))
+    assert bench.merged_figures(gaps) == ["the chunk gaps"]
+    assert "read TPOT" in warned(gaps)
+    assert not bench.gaps_are_of_tokens(gaps)
+    first = summary_of(*(make_record(n, merged_reads=5, first_merged=True) for n in range(20)))
+    assert bench.merged_figures(first) == ["TTFT", "TPOT", "the chunk gaps"]
+    said = warned(first)
+    assert "100.0 % of the first tokens came with later ones: TTFT, TPOT, the chunk gaps are" in said
+    assert "http-no-delay" in said
+    assert "proxy_buffering off" in said
+    assert "read TPOT" not in said
+    assert "TTFT, TPOT, the chunk gaps" in bench.verdict_line(first, [health()])
+
+
+def test_a_reply_that_came_all_at_once_has_no_tpot_and_that_is_said() -> None:
+    record = make_record(last_s=1.1, completion_tokens=50, chunks=1, gaps_ms=())
+    assert record.tpot_ms is None
+    assert "1 replies of several tokens came all at once: they have no TPOT" in warned(summary_of(record))
+
+
+def test_a_full_listen_queue_is_named_and_no_process_is_advised() -> None:
+    summary = summary_of(*(make_record(n, syn_resent=1, connect_ns=10**9, free_s=0.0) for n in range(5)))
+    said = warned(summary)
+    assert "repeated 5 times" in said
+    assert "listen queue" in said
+    assert "--processes" not in said
+    assert bench.client_bound(summary, [health()]) is None
+
+
+@pytest.mark.parametrize(("counted", "warns"), [(1000, False), (1030, True), (980, True)])
+def test_the_corpus_own_count_is_compared_with_the_servers(counted: int, warns: bool) -> None:
+    corpus = [bench.Request([], None, 990), bench.Request([], None, 1010)]
+    tally = bench.Tally(corpus)
+    for index in range(6):
+        tally.add(make_record(index, prompt_tokens=counted))
+    said = warned(tally.summary(), requests_file="c.jsonl")
+    assert ("the corpus says 6000" in said) is warns
+    assert (f"server counted {6 * counted}" in said) is warns
+
+
+@pytest.mark.parametrize(("cached", "said"), [(None, "these prompts share 90 %"), (0, ""), (5, "50.0 % of the prompt")])
+def test_a_cache_that_the_server_does_not_tell_is_inferred_from_the_corpus(cached: Any, said: str) -> None:
+    tally = bench.Tally([bench.Request([], None, 10, 9)])
+    tally.add(make_record(cached_tokens=cached))
+    assert warned(tally.summary(), requests_file="c.jsonl").startswith(said)
+
+
+def test_what_the_stop_cut_off_is_neither_completed_nor_failed() -> None:
+    cut = make_record(1, status="http_error", error_kind="aborted", end_s=9.0, last_s=None)
+    summary = summary_of(make_record(0), cut)
+    assert (summary.ok, summary.errors, summary.aborted) == (1, 0, 1)
+    assert summary.error_groups == []
+    assert summary.elapsed_s == pytest.approx(0.5)  # nor does it lengthen the run
+
+
+def test_littles_law_checks_the_count_and_says_why_it_fails() -> None:
+    summary = summary_of(*(make_record(n) for n in range(10)))  # 10 x 0.6 s
+    sound = {"in_flight_s": 6.0, "flight_window_s": 2.0, "peak_in_flight": 4}
+    assert bench.in_flight_line(summary, [health(**sound)]) == "In flight: mean 3.0, peak 4"
+    unread = bench.in_flight_line(summary, [health(**{**sound, "in_flight_s": 7.0, "unread_s": 0.9})])
+    assert unread == (
+        "In flight: mean 3.5, peak 4; throughput x time in the server gives 3.0: arrived replies waited to be read here"
+    )
+    assert "connections ended" in bench.in_flight_line(summary, [health(**{**sound, "in_flight_s": 7.0})])
+    assert "died" in bench.in_flight_line(summary, [health(**{**sound, "in_flight_s": 3.0})])
 
 
 def test_short_replies_and_long_prompts_are_pointed_out_with_their_cure() -> None:
@@ -128,8 +234,12 @@ def test_short_replies_and_long_prompts_are_pointed_out_with_their_cure() -> Non
 
 def test_every_warning_says_what_to_do() -> None:
     """All rules at once: a bad run, and each line of it with a cure."""
-    bad = make_record(has_usage=False, cached_tokens=5, merged_reads=3, reconnects=1, free_s=0.5)
+    bad = make_record(has_usage=False, cached_tokens=5, merged_reads=3, reconnects=1, free_s=0.5, syn_resent=1)
+    at_once = make_record(1, last_s=1.1)
+    tally = bench.Tally([bench.Request([], None, 5)])
+    for record in (bad, at_once):
+        tally.add(record)
     config = make_config(output_tokens=50, prompt_tokens=20)
-    found = bench.warnings_of(summary_of(bad), config, [health()])
+    found = bench.warnings_of(tally.summary(), config, [health()])
     assert len(found) == len(bench.WARNINGS)
     assert all(warning.cure for warning in found)

@@ -163,6 +163,78 @@ def test_several_tokens_in_one_read_are_counted_as_merged() -> None:
     assert list(answer.gaps_ms) == [0.0, 0.0]
 
 
+def read_late(*reads: tuple[bool, bytes]) -> bench.Record:
+    """(whether it was read late, bytes), 10 ms apart, the request sent at 0."""
+    reply = bench.Reply(free_ns=0, sent_ns=0)
+    reader = bench.StreamReader(reply)
+    for number, (late, data) in enumerate(reads, 1):
+        reader.feed(number * 10_000_000, data, late)
+    reader.finish()
+    return bench.Record(bench.Job(0), reply, 0)
+
+
+def test_a_first_token_that_queued_up_with_later_ones_is_blank_and_so_are_the_gaps() -> None:
+    record = read_late((False, ROLE), (True, TOKENS[0] + TOKENS[1]), (False, TOKENS[2]), (False, FINISH + USAGE))
+    assert record.ok
+    assert (record.ttft_ms, record.visible_ms, record.tpot_ms) == (None, None, None)
+    assert list(record.reply.gaps_ms) == [10.0]  # from the queue's last chunk, whose stamp is true
+    assert record.latency_ms == 40 - 10
+    assert (record.reply.late_gaps, record.reply.merged_reads, record.reply.first_merged) == (1, 0, False)
+
+
+def test_chunks_that_queued_up_later_leave_the_first_token_alone() -> None:
+    queued = b"".join(event({"content": text}, usage=usage(10, 4 + n)) for n, text in enumerate("xyz"))
+    start = event({"content": "a"}, usage=usage(10, 1))
+    record = read_late((False, start), (True, queued), (False, TOKENS[0] + FINISH))
+    assert record.ttft_ms == 10
+    assert list(record.reply.gaps_ms) == [10.0]  # one before the queue, spread over tokens, is gone, and two within
+    assert record.reply.late_gaps == 3
+
+
+def test_a_late_read_of_one_chunk_bears_its_true_stamp() -> None:
+    record = read_late((True, TOKENS[0]), (True, TOKENS[1]), (False, TOKENS[2] + FINISH + USAGE))
+    assert (record.ttft_ms, record.reply.late_gaps) == (10, 0)
+    assert list(record.reply.gaps_ms) == [10.0, 10.0]
+
+
+def test_a_first_token_that_the_server_or_a_proxy_sent_with_later_ones_is_told() -> None:
+    assert read_late((False, ROLE + TOKENS[0] + TOKENS[1]), (False, FINISH)).reply.first_merged
+    assert not read_late((False, TOKENS[0]), (False, TOKENS[1] + TOKENS[2]), (False, FINISH)).reply.first_merged
+
+
+def of_choice(index: int, data: bytes) -> bytes:
+    return data.replace(b'"index":0', b'"index":%d' % index)
+
+
+@pytest.mark.parametrize("start", [(ROLE,), ()])
+@pytest.mark.parametrize("second", [TOKENS[1], FINISH])
+def test_several_choices_in_one_stream_are_no_answer_whose_times_mean_anything(
+    start: tuple[bytes, ...], second: bytes
+) -> None:
+    failure = stream(*start, TOKENS[0], of_choice(1, second), TOKENS[2], FINISH, USAGE, DONE).failure
+    assert failure is not None
+    assert failure.kind == "several_choices"
+
+
+def test_the_only_choice_may_have_another_number() -> None:
+    answer = stream(*(of_choice(1, data) for data in WHOLE_STREAM))
+    assert (answer.failure, answer.chunks) == (None, 3)
+
+
+def test_a_count_of_no_tokens_beside_text_is_not_believed() -> None:
+    answer = stream(*TOKENS, FINISH, b"data: " + json.dumps({"choices": [], "usage": usage(10, 0)}).encode() + b"\n\n")
+    assert (answer.failure, answer.completion_tokens, answer.has_usage) == (None, 3, False)
+    assert answer.prompt_tokens == 10
+    answer = whole(completion(usage=usage(10, 0)))
+    assert (answer.failure, answer.completion_tokens, answer.has_usage) == (None, None, False)
+
+
+def test_an_empty_finish_reason_is_none() -> None:
+    failure = stream(event({"content": "a"}, ""), DONE).failure
+    assert failure is not None
+    assert failure.kind == "truncated"
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -232,6 +304,7 @@ def test_a_whole_reply_without_usage_counts_nothing() -> None:
         ({"detail": "nope"}, "error_body"),
         (completion(choices=[{"message": {"content": ""}, "finish_reason": "stop"}], usage=usage(10, 0)), "empty"),
         (completion(choices=[{"message": {"content": "a"}, "finish_reason": "abort"}]), "aborted_by_server"),
+        (completion(choices=[{"message": {"content": "a"}, "finish_reason": "stop"}] * 2), "several_choices"),
         (b"[" * 100_000, "bad_json"),
     ],
 )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
+import time
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
-from tests.support.program import Outcome
+from tests.support.program import Outcome, Running
 from tests.support.virtual_time import in_virtual_time
 
 
@@ -206,3 +210,57 @@ def test_no_warm_up_is_none(cli: Callable[..., Outcome], demo: Callable[..., Dem
     base = ["--api-base", server.url, "--model", "demo", "--prompt-tokens", "16", "--output-tokens", "20"]
     cli(*base, "--concurrency", "4", "--total-requests", "10", "--warmup", "0", "--no-progress")
     assert len(server.truth()["requests"]) == 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux stamps arrivals in the kernel")
+def test_a_paused_client_says_so_and_its_figures_stay_true(demo: Callable[..., Demo], tmp_path: Path) -> None:
+    """Stopped for half a second: whatever queued up meanwhile is out of the gaps, and first tokens in it are blank."""
+    server = demo(ttft_ms=100, gap_ms=20)
+    sizes = ["--concurrency", "8", "--total-requests", "64", "--prompt-tokens", "16", "--output-tokens", "20"]
+    program = Running(tmp_path, *server.target, *sizes, "--stream", "--warmup", "8")
+    program.wait_for_rows(8)
+    program.send("SIGSTOP")
+    time.sleep(0.5)
+    program.send("SIGCONT")
+    done = program.outcome()
+    summary = json.loads(program.jsonl.read_text())
+    late = [row for row in done.rows if row["late_read"] == "1"]
+    assert len(late) >= 8
+    assert summary["late_read_requests"] == len(late)
+    assert f"read late {len(late)} requests" in done.out
+    truth = bench.describe((row["first_ns"] - row["arrived_ns"]) / 1e6 for row in server.truth()["requests"][8:])
+    assert max(float(row["ttft_ms"]) for row in done.rows if row["ttft_ms"]) < (truth.max or 0) + 50
+    assert summary["max_itl_ms"] < 400
+    assert summary["client"][0]["lag_max_ms"] > 400
+
+
+def test_the_mean_in_flight_is_counted_and_never_above_the_peak(
+    cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path
+) -> None:
+    server = demo(ttft_ms=50, gap_ms=2)
+    path = tmp_path / "s.jsonl"
+    sizes = ["--concurrency", "6", "--total-requests", "60", "--prompt-tokens", "16", "--output-tokens", "5"]
+    cli(*server.target, *sizes, "--stream", "--no-progress", "--summary-jsonl", path)
+    told = json.loads(path.read_text())
+    assert told["max_concurrent_requests"] == 6
+    assert 3 < told["concurrency"] <= 6
+    assert told["concurrency"] == pytest.approx(told["concurrency_by_littles_law"], rel=0.5)
+
+
+def test_the_progress_of_a_stream_shows_tokens_as_they_arrive(
+    cli: Callable[..., Outcome], demo: Callable[..., Demo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "PROGRESS_PIPE_S", 0.1)
+    server = demo(ttft_ms=20, gap_ms=5)
+    sizes = ["--concurrency", "2", "--total-requests", "2", "--prompt-tokens", "16", "--output-tokens", "150"]
+    done = cli(*server.target, *sizes, "--stream", "--warmup", "1")
+    rates = [float(line.split("Gen tok/s: ")[1].split()[0]) for line in done.err.splitlines() if " 0/2 " in line]
+    assert max(rates) > 0
+    assert "Generated tokens/s: 0.00" not in done.out
+
+
+def test_several_answers_to_one_request_are_refused_with_the_reason(cli: Callable[..., Outcome]) -> None:
+    done = cli("--model", "m", "--extra-body", '{"n": 2}')
+    assert done.code == 2
+    assert "n = 2" in done.err
+    assert "times would mix" in done.err

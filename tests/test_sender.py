@@ -37,6 +37,19 @@ def test_a_refusal_teaches_the_dialect() -> None:
     assert not silent.include_usage
 
 
+def test_counts_in_every_chunk_are_given_up_before_all_counts_are() -> None:
+    config = make_config(stream=True, continuous_usage=True)
+    every = bench.Dialect(continuous_usage=True)
+    for word in ("stream_options.continuous_usage_stats", "continuous_usage_stats", "stream_options"):
+        fewer = bench.concede(every, config, refusal(f"{word}: not permitted"))
+        assert fewer == bench.Dialect(include_usage=True)
+        body = bench.request_body(config, fewer, bench.Request([]))
+        assert body["stream_options"] == {"include_usage": True}
+    none = bench.concede(bench.Dialect(include_usage=True), config, refusal("stream_options: not permitted"))
+    assert none is not None
+    assert "stream_options" not in bench.request_body(config, none, bench.Request([]))
+
+
 def test_a_refusal_that_teaches_nothing_is_final() -> None:
     config = make_config()
     assert bench.concede(bench.Dialect(), config, refusal("no such model")) is None

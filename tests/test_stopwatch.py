@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
+import threading
 import time
 from typing import Any, Callable, ClassVar, Optional
 
 import pytest
 
 import online_bench_openai_async as bench
-from tests.support.server import ScriptedServer, behind_tls, says, server_context
+from tests.support.server import ScriptedServer, behind_tls, full_queue, read_request, says, server_context
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -65,17 +67,19 @@ def exchange_with(
     limits: bench.Timeouts = LIMITS,
     meanwhile: Optional[Callable[[], Any]] = None,
     origin: Optional[bench.Origin] = None,
+    payload: bytes = b"{}",
+    permits: Optional[bench.Permits] = None,
 ) -> tuple[list[Arrivals], list[Optional[bench.Failure]]]:
     """`count` requests one after the other over one stopwatch; what arrived, and how each failed."""
 
     async def main() -> list[Optional[bench.Failure]]:
         stopwatch = bench.Stopwatch(origin or bench.Origin("127.0.0.1", port, False), limits, streamed=True)
-        permits = bench.Permits(1)
-        permits.open(time.perf_counter_ns())
+        shared = permits or bench.Permits(1)
+        shared.open(time.perf_counter_ns())
         failures: list[Optional[bench.Failure]] = []
         for _ in range(count):
-            call = bench.Call(Arrivals, permits)
-            call.payload = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+            call = bench.Call(Arrivals, shared)
+            call.payload = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(payload), payload)
             if meanwhile:
                 asyncio.get_running_loop().call_later(0.01, meanwhile)
             try:
@@ -95,13 +99,102 @@ def test_a_blocked_event_loop_does_not_move_the_stamps(script: Callable[..., Scr
     """The loop sleeps through all five chunks; the kernel does not."""
     chunks = [b"5\r\n%d.abc\r\n" % n for n in range(5)]
     server = script(says(CHUNKED, *chunks, b"0\r\n\r\n", gap_s=0.02))
-    (exchange,), errors = exchange_with(server.port, meanwhile=lambda: time.sleep(0.3))
+    permits = bench.Permits(1)
+
+    def block() -> None:
+        if permits.under_way:
+            time.sleep(0.3)
+        else:
+            asyncio.get_running_loop().call_later(0.002, block)
+
+    (exchange,), errors = exchange_with(server.port, meanwhile=block, permits=permits)
     assert errors == [None]
     stamps = [stamp for stamp, data in exchange.fed]
     # read after 300 ms, in one piece or a few: never stamped with the time of that read
     assert exchange.reply.sent_ns is not None
     assert (stamps[-1] - exchange.reply.sent_ns) / 1e6 < 250
     assert exchange.reply.kernel_reads == exchange.reply.reads
+    assert exchange.late[-1]
+
+
+def test_a_quiet_server_is_no_late_client(
+    script: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "LATE_READ_NS", 200_000_000)
+    server = script(says(CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n", gap_s=0.3))
+    (exchange,), _ = exchange_with(server.port)
+    assert exchange.late == [False]
+
+
+def record_of(exchange: Arrivals) -> bench.Record:
+    return bench.Record(bench.Job(0), exchange.reply, 0)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n\r\nhi", b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi"])
+def test_waiting_for_the_servers_close_is_not_the_clients_queue(
+    script: Callable[..., ScriptedServer], head: bytes
+) -> None:
+    permits = bench.Permits(1)
+    first, second = exchange_with(script(says(head, gap_s=0.2, keep=False)).port, count=2, permits=permits)[0]
+    assert second.reply.free_ns is not None
+    assert first.reply.end_ns is not None
+    assert (second.reply.free_ns - first.reply.end_ns) / 1e6 > 150  # until then nothing could be sent
+    assert (record_of(first).busy_ms or 0) < 150 < (permits.changed_ns - permits.first_ns) / 1e6
+    assert permits.unread_ns < 150e6  # nor did this client leave anything unread
+
+
+def slow_to_read(call_s: float) -> Callable[[Any], Any]:
+    def door(sock: socket.socket) -> socket.socket:
+        time.sleep(call_s)
+        return sock
+
+    return door
+
+
+def test_a_server_that_is_slow_to_read_is_not_the_clients_queue(script: Callable[..., ScriptedServer]) -> None:
+    permits = bench.Permits(1)
+    server = script(says(HEAD + b"Content-Length: 2\r\n\r\nhi"), door=slow_to_read(0.3))
+    (exchange,), errors = exchange_with(server.port, payload=b"x" * 8_000_000, permits=permits)
+    reply = exchange.reply
+    assert errors == [None]
+    assert reply.ready_ns is not None
+    assert reply.sent_ns is not None
+    assert permits.first_ns >= reply.sent_ns  # what is still being sent is not in flight
+    assert (reply.sent_ns - reply.ready_ns) / 1e6 > 200
+    assert (record_of(exchange).queue_ms or 0) < 200
+
+
+def test_requests_that_are_still_connecting_are_not_in_flight() -> None:
+    permits = bench.Permits(1)
+    with full_queue() as port:
+        _, (error,) = exchange_with(port, limits=bench.Timeouts(0.2, None, None, 9), permits=permits)
+    assert error is not None
+    assert error.kind == "connect_timeout"
+    assert permits.peak_in_flight == 0
+
+
+@linux_only
+def test_a_full_listen_queue_shows_in_repeated_packets() -> None:
+    """Room is made after the first packet was dropped; the second comes a second after the first."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as waiting:
+
+        def accept() -> None:
+            time.sleep(0.3)
+            while True:
+                sock = waiting.enter_context(listener.accept()[0])
+                request = read_request(sock)
+                if request:
+                    sock.sendall(HEAD + b"Content-Length: 2\r\n\r\nhi")
+                    return
+
+        filler = socket.create_connection(listener.getsockname())
+        threading.Thread(target=accept, daemon=True).start()
+        threading.Timer(0.2, filler.close).start()
+        (exchange,), (error,) = exchange_with(listener.getsockname()[1])
+    assert error is None
+    assert exchange.reply.syn_resent >= 1
+    assert (record_of(exchange).connect_ms or 0) > 900
+    assert (record_of(exchange).queue_ms or 0) < 900
 
 
 @linux_only

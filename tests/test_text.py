@@ -21,6 +21,12 @@ def test_the_progress_line() -> None:
     )
 
 
+def test_the_progress_line_counts_tokens_as_they_arrive() -> None:
+    tally = bench.Tally()
+    tally.arriving_tokens = 50
+    assert "Gen tok/s: 25.00 | Total tok/s: 25.00" in bench.progress_line(tally, 10, 2.0)
+
+
 def test_the_progress_line_before_the_first_reply() -> None:
     assert bench.progress_line(bench.Tally(), 10, 0.0) == (
         "Progress: 0/10 (0.0%) | RPS(avg): 0.00 | Gen tok/s: 0.00 | Total tok/s: 0.00 | Errors: 0 | ETA: -"
@@ -103,6 +109,22 @@ def test_a_gap_is_called_itl_only_where_one_chunk_is_one_token() -> None:
     assert any(line.startswith("Chunk gap (ms)") for line in bench.distribution_table(merged))
 
 
+def test_tail_connecting_and_queue_have_a_line_only_where_they_matter() -> None:
+    def labels(**changes: float) -> set[str]:
+        lines = bench.distribution_table(summary_of(*(make_record(n, **changes) for n in range(100))))
+        return {line.split("  ")[0] for line in lines} & {"Tail (ms)", "Connect (ms)", "Client queue (ms)", "E2E (ms)"}
+
+    assert labels(end_s=1.501) == set()
+    assert labels(end_s=1.6) == {"Tail (ms)"}
+    assert labels(end_s=1.501, free_s=0.9, connect_ns=100_000_000) == {"E2E (ms)", "Connect (ms)"}
+    assert labels(end_s=1.501, free_s=0.9) == {"E2E (ms)", "Client queue (ms)"}
+
+
+def test_shares_are_plain_numbers() -> None:
+    summary = summary_of(*(make_record(n, merged_reads=5, late_gaps=n % 2) for n in range(100)))
+    assert bench.clock_line(summary, [health()]).startswith("Clock: kernel 100 %, merged 100 %, read late 50 requests;")
+
+
 def test_the_first_visible_token_has_a_line_only_after_reasoning() -> None:
     plain = "\n".join(bench.distribution_table(summary_of(make_record())))
     assert "visible" not in plain
@@ -115,9 +137,11 @@ def test_the_verdict_says_whose_the_figures_are() -> None:
     calm = bench.detail_lines(summary, make_config(), [health()])
     assert calm[0] == "WARNING: the server counted 10.0 prompt tokens on average, --prompt-tokens asked for 1024"
     assert "Verdict: this client was not the bottleneck (CPU 30 %, kernel clock 100 %)." in calm
-    starved = bench.detail_lines(summary, make_config(), [health(cpu_s=9.9)])
-    assert starved[:2] == ["WARNING: client-bound: it needed 100% of a core", f"{'':9}Cure: {cure_of(starved)}"]
-    assert any(line.startswith("Verdict: client-bound") for line in starved)
+    slow = summary_of(*(make_record(n, free_s=0.8) for n in range(100)))
+    starved = bench.detail_lines(slow, make_config(), [health(cpu_s=9.9)])
+    assert starved[0].startswith("WARNING: client-bound: it sent requests 200.0 ms after it could have (40 %")
+    assert starved[2] == f"{'':9}Cure: {cure_of(starved)}"
+    assert "Verdict: client-bound: the figures are the server's, the load was less than asked." in starved
     assert not any("not the bottleneck" in line for line in starved)
 
 
@@ -135,11 +159,12 @@ def test_without_the_kernels_clock_the_verdict_says_so() -> None:
 
 def test_the_report_is_ordered_warnings_verdict_table_circumstances() -> None:
     bad = make_record(100, status="http_error", error_kind="http_503", error="busy")
-    summary = summary_of(*(make_record(n) for n in range(100)), bad)
+    cut = make_record(101, status="http_error", error_kind="aborted", error="stopped")
+    summary = summary_of(*(make_record(n) for n in range(100)), bad, cut)
     notice = bench.ReportWarning("interrupted: 101 of 200 requests were made")
     lines = bench.detail_lines(summary, make_config(), [health()], [notice], "Measurement error: p50 +0.01 ms")
-    starts = ["WARNING: interrupted", "WARNING: the server", "Measurement error", "Verdict", "Latency (ms)",
-              "In flight", "Finish reasons", "Clock", "Client", "Errors: 1 x http_error/http_503: busy"]  # fmt: skip
+    starts = ["WARNING: interrupted", "WARNING: the server", "Measurement error", "Verdict", "Latency (ms)", "In flight",
+              "Aborted: 1", "Finish reasons", "Clock", "Client", "Errors: 1 x http_error/http_503: busy"]  # fmt: skip
     places = [next(at for at, line in enumerate(lines) if line.startswith(start)) for start in starts]
     assert places == sorted(places)
     assert places[-1] == len(lines) - 1

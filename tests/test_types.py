@@ -13,6 +13,9 @@ def test_durations_follow_from_the_stamps() -> None:
     assert record.ttft_ms == pytest.approx(100)
     assert record.tpot_ms == pytest.approx(100)  # 400 ms over the 4 tokens after the first
     assert record.queue_ms == pytest.approx(1)
+    assert record.e2e_ms == pytest.approx(501)  # from its permit to its last token
+    assert record.tail_ms == pytest.approx(100)
+    assert record.connect_ms is None
     assert record.tokens_per_s == pytest.approx(10)
     assert record.total_tokens == 15
 
@@ -35,6 +38,15 @@ def test_a_failure_has_no_latency() -> None:
 @pytest.mark.parametrize("tokens", [None, 0, 1])
 def test_one_token_has_no_time_per_further_token(tokens: int) -> None:
     assert make_record(completion_tokens=tokens).tpot_ms is None
+
+
+def test_the_clients_queue_is_neither_connecting_nor_waiting_for_the_due_time_nor_for_the_server() -> None:
+    slow_accept = make_record(free_s=0.2, connect_ns=799_000_000)
+    assert slow_accept.queue_ms == pytest.approx(1)
+    assert slow_accept.connect_ms == pytest.approx(799)
+    assert slow_accept.e2e_ms == pytest.approx(1300)
+    assert make_record(free_s=0.2, due_s=0.998).queue_ms == pytest.approx(2)
+    assert make_record(ready_s=0.9995, sent_s=1.05).queue_ms == pytest.approx(0.5)  # the server was slow to read
 
 
 def test_response_time_counts_from_the_due_time() -> None:
