@@ -792,7 +792,7 @@ def add_options(parser: Any, **_: Any) -> None:
             metavar="<text>",
             help=f"{text} (environment: {name.upper()}" + (f"; default: {default})" if default else ")"),
         )
-        action.include_in_web_ui = name != "openai_api_key"
+        action.include_in_web_ui = name not in ("openai_api_key", "extra_body")  # secrets may stand in both
 
 
 def settings_from(options: Any, host: Optional[str]) -> Settings:
