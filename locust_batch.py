@@ -101,6 +101,7 @@ ERROR_BODY_BYTES = 64 * 1024
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 MAX_REPLY_BYTES = 256 * 2**20
 MOST_TOKENS = 2**40  # a count beyond it is no count
+PLAIN_KEYS = ("vllm", "EMPTY")  # placeholders that hide nothing
 LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 RECV_BYTES = 65536
 PAIR_LIMIT_S = 20e-6
@@ -168,7 +169,8 @@ class Settings:
         pairs = [*parse_qsl(query), *(part.partition("=")[::2] for part in query.split("&"))]  # decoded, and as sent
         named = [value for pair in [*self.extra_body.items(), *pairs] for value in secret_values(*pair)]
         words = {self.api_key, self.login, self.login.partition(":")[2], self.authorization.partition(" ")[2], *named}
-        return sorted((word for word in words if len(word) >= LEAST_SECRET_CHARS), key=len, reverse=True)
+        hidden = (word for word in words if len(word) >= LEAST_SECRET_CHARS and word not in PLAIN_KEYS)
+        return sorted(hidden, key=len, reverse=True)
 
 
 @dataclass(frozen=True)
