@@ -3239,8 +3239,8 @@ class Sdk:
 def client_class(openai: Any) -> Any:
     """AsyncOpenAI that works out its URL and its headers once: they are the same for every request of a run.
 
-    Both methods are the SDK's inner ones. They are overridden because that saves 40 us (URL) and 70 us (headers)
-    of a request's 420; in a version without them nothing is kept, and nothing breaks.
+    Both methods are the SDK's inner ones. They are overridden because that saves 107 us (URL) and 71 us (headers)
+    of the 462 us that a request takes otherwise; in a version without them nothing is kept, and nothing breaks.
     """
 
     class Client(openai.AsyncOpenAI):  # type: ignore[misc]
