@@ -235,12 +235,12 @@ def test_overwrite_keeps_the_old_rows_until_the_warm_up_has_succeeded(
     cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path
 ) -> None:
     path = tmp_path / "r.csv"
-    path.write_text("old,rows\n1,2\n")
+    path.write_text("index,old\n1,2\n")
     results = ["--results-csv", str(path), "--overwrite"]
     dead = ["--api-base", "http://127.0.0.1:9/v1", "--model", "m"]
     assert cli(*dead, *SMALL, *results).code == 1
     assert cli(*dead, *SMALL, *results, "--summary-jsonl", "/nowhere/s.jsonl").code == 2
-    assert path.read_text() == "old,rows\n1,2\n"
+    assert path.read_text() == "index,old\n1,2\n"
     assert cli(*demo(ttft_ms=1, gap_ms=0).target, *SMALL, *results).code == 0
     assert len(rows_of(path)) == 12
 

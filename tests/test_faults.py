@@ -20,6 +20,7 @@ from tests.support.checked_runs import (
     CONCURRENCY,
     CONNECT_S,
     GOOD_PROMPT,
+    PATIENT,
     TOTAL_S,
     TRANSPORTS,
     chosen,
@@ -46,7 +47,6 @@ from tests.support.tables import fate
 pytest.importorskip("openai")
 
 REQUESTS = 20  # per fault: every second one is good
-PATIENT = {"timeout": 20, "first_byte_timeout": None, "idle_timeout": None}  # where no fault needs them to end
 
 
 def readings(fault: Fault, transport: str, streamed: bool) -> set[str]:
@@ -91,7 +91,7 @@ def run_of(group: str, streamed: bool, transport: str) -> GroupRun:
 def group_run(group: str, streamed: bool, transport: str) -> GroupRun:
     """All faults of a group in one run: 20 requests for each, good and bad by turns, 5 in flight."""
     names = faults_of(group, streamed, transport)
-    patience = PATIENT if group in ("status", "size") else {}
+    patience = {} if group == "silence" else PATIENT
     with chosen(transport) as value, FaultServer(ACTS) as server:
         outcome = run(server.api_base, turns(names), stream=streamed, transport=value, **patience)
         left = server.left_open()
@@ -160,11 +160,17 @@ def test_nothing_is_left_behind_and_time_is_bounded(group: str, streamed: bool, 
 
 @pytest.mark.parametrize(
     ("group", "streamed", "transport"),
-    [("connection", False, "stopwatch"), ("stream", True, "stopwatch"), ("stream", True, "sdk")],
+    [
+        ("silence", True, "stopwatch"),
+        ("connection", False, "stopwatch"),
+        ("stream", True, "stopwatch"),
+        ("stream", True, "sdk"),
+    ],
 )
 def test_two_processes_fare_alike(group: str, streamed: bool, transport: str, tmp_path: Path) -> None:
-    names = faults_of(group, streamed, transport)[::4]
+    names = faults_of(group, streamed, transport)[:: 2 if group == "silence" else 4]
     options = {"processes": 2, "concurrency": 2 * CONCURRENCY, "transport": transport, "stream": streamed}
+    options.update({} if group == "silence" else PATIENT)
     with FaultServer(ACTS) as server:
         got = run_as_process(server.api_base, turns(names), folder=tmp_path, **options)
         assert server.left_open() == 0
@@ -209,17 +215,19 @@ EVERY_WAY = pytest.mark.parametrize(
 @pytest.mark.parametrize("name", DOORS)
 def test_nobody_gets_in(name: str, transport: str, streamed: bool) -> None:
     door, wanted = DOORS[name]
-    if transport == "sdk-httpx":
+    if transport == "sdk":
         wanted += "|http_error/other"  # anyio asks a socket that is already gone for its peer: an AttributeError
     with FaultServer(ACTS, door) as server:
-        assert all_fail(server.api_base, transport, streamed) <= set(wanted.split("|"))
+        limits = {} if name == "never_reads" else PATIENT
+        assert all_fail(server.api_base, transport, streamed, **limits) <= set(wanted.split("|"))
         assert server.left_open() == 0
 
 
 @EVERY_WAY
 def test_refused(transport: str, streamed: bool) -> None:
     with closed_port() as port:
-        assert all_fail(f"http://127.0.0.1:{port}/v1", transport, streamed) == {"http_error/connect_refused"}
+        fates = all_fail(f"http://127.0.0.1:{port}/v1", transport, streamed, **PATIENT)
+        assert fates == {"http_error/connect_refused"}
 
 
 @EVERY_WAY
@@ -237,7 +245,7 @@ def test_a_name_that_nobody_knows(transport: str, streamed: bool, monkeypatch: p
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", unknown_later)
     monkeypatch.setitem(sys.modules, "uvloop", None)
-    assert all_fail("http://nowhere.invalid/v1", transport, streamed) == {"http_error/dns_error"}
+    assert all_fail("http://nowhere.invalid/v1", transport, streamed, **PATIENT) == {"http_error/dns_error"}
 
 
 async def unknown_later(*_: Any, **__: Any) -> Any:
@@ -265,7 +273,7 @@ def test_the_box_cannot_connect(
 
     monkeypatch.setattr(asyncio.selector_events.BaseSelectorEventLoop, "sock_connect", impossible)
     monkeypatch.setitem(sys.modules, "uvloop", None)
-    assert all_fail("http://127.0.0.1:9/v1", transport, streamed) == {wanted}
+    assert all_fail("http://127.0.0.1:9/v1", transport, streamed, **PATIENT) == {wanted}
 
 
 # --- TLS ---
@@ -289,7 +297,7 @@ def test_tls_where_plain_is_spoken(transport: str, streamed: bool) -> None:
 @EVERY_WAY
 def test_plain_where_tls_is_spoken(transport: str, streamed: bool, certificates: dict[str, ssl.SSLContext]) -> None:
     with FaultServer(ACTS, behind_tls(certificates["localhost"])) as server:
-        fates = all_fail(f"http://localhost:{server.port}/v1", transport, streamed)
+        fates = all_fail(f"http://localhost:{server.port}/v1", transport, streamed, **PATIENT)
         assert fates <= {"http_error/bad_http", "http_error/closed", "http_error/reset"}
         assert server.left_open() == 0
 
@@ -299,7 +307,8 @@ def test_a_certificate_that_nobody_signed(
     transport: str, streamed: bool, certificates: dict[str, ssl.SSLContext]
 ) -> None:
     with FaultServer(ACTS, behind_tls(certificates["localhost"])) as server:
-        assert all_fail(f"https://localhost:{server.port}/v1", transport, streamed) == {"http_error/tls_error"}
+        fates = all_fail(f"https://localhost:{server.port}/v1", transport, streamed, **PATIENT)
+        assert fates == {"http_error/tls_error"}
 
 
 @EVERY_WAY
@@ -307,7 +316,8 @@ def test_a_certificate_of_another_name(transport: str, streamed: bool, certifica
     context = certificates["elsewhere.invalid"]
     with FaultServer(ACTS, behind_tls(context)) as server:
         base = f"https://localhost:{server.port}/v1"
-        fates = all_fail(base, transport, streamed, ca_file=context.ca_file)  # type: ignore[attr-defined]
+        trusted: Any = context
+        fates = all_fail(base, transport, streamed, ca_file=trusted.ca_file, **PATIENT)
         assert fates == {"http_error/tls_error"}
 
 
@@ -342,6 +352,6 @@ def test_a_body_of_200_megabytes(tmp_path: Path) -> None:
 def test_a_refusal_before_the_request_is_read(transport: str, streamed: bool) -> None:
     """As gateways refuse a large body: they answer, and close with it unread."""
     with FaultServer(ACTS, refuse_early) as server, chosen(transport) as value:
-        got = run(server.api_base, ["x" * 900_000] * 4, transport=value, stream=streamed)
+        got = run(server.api_base, ["x" * 900_000] * 4, transport=value, stream=streamed, **PATIENT)
     allowed = {"http_error/http_413"} if transport == "stopwatch" else {"http_error/http_413", "http_error/reset"}
     assert {fate(row) for row in got.rows} <= allowed

@@ -190,10 +190,9 @@ def test_the_fast_scan_tells_only_what_json_would(choices: list[Any], more: dict
     event = b"data: " + json.dumps(body, separators=(",", ":")).encode()
     if not bench.is_plain_content(event):
         return
-    said = bench.Reply()
-    reader = bench.StreamReader(said)
-    reader._payload(1, event[len(b"data: ") :], b"")
-    reader.finish()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "is_plain_content", lambda event: False)
+        said = bench.read_reply(True, [(1, event + b"\n\n")])
     assert (said.chunks, said.finish_reason, said.has_usage) == (1, None, False)
     assert said.visible_ns == 1
 

@@ -125,17 +125,17 @@ def block_of(script: Path) -> dict[str, list[str]]:
     match = re.search(r"^# /// script\n(.*?)^# ///$", text, re.MULTILINE | re.DOTALL)
     assert match, f"{script.name} has no PEP 723 block"
     lines = "".join(line[2:] for line in match[1].splitlines(keepends=True))
+    listed = re.search(r"^dependencies = (\[.*?\])$", lines, re.MULTILINE | re.DOTALL)
     return {
-        "dependencies": re.findall(r'^    "(.+)",$', lines, re.MULTILINE),
+        "dependencies": ast.literal_eval(listed[1]) if listed else [],
         "requires": re.findall(r'^requires-python = "(.+)"$', lines, re.MULTILINE),
     }
 
 
 def test_requirements_are_those_of_the_scripts() -> None:
     wanted: list[str] = []
-    for name in ("online_bench_openai_async.py", "generate_requests.py"):
-        if (ROOT / name).exists():
-            wanted += block_of(ROOT / name)["dependencies"]
+    for script in SCRIPTS:
+        wanted += block_of(script)["dependencies"]
     listed = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     assert sorted(listed) == sorted(set(wanted))
 

@@ -34,7 +34,10 @@ OWN_READINGS = {
 }
 RESETS = ("resets_without_reply", "resets_within_body")  # after reading: not to be told from one that has not read
 WHOLE = [
-    name for group in ("connection", "status", "body", "size") for name, fault in GROUPS[group].items() if fault.whole
+    name
+    for group in ("silence", "connection", "status", "body")
+    for name, fault in GROUPS[group].items()
+    if fault.whole
 ]
 
 

@@ -127,6 +127,7 @@ def test_rows_that_another_run_is_writing_are_not_replaced(tmp_path: Path) -> No
     joined = bench.CsvSink(str(path), append=True, overwrite=False)  # while the other warms up
     with pytest.raises(bench.UserError, match="another run has begun to write"):
         replacing.begin()
+    replacing.close()
     joined.close()
     assert [row["index"] for row in rows_of(path)] == ["1"]
 

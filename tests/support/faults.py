@@ -302,6 +302,9 @@ BODY_FAULTS = {
     ),
     "gzip_unasked": Fault(body(GZIPPED, "Content-Encoding: gzip"), SUCCESS),
     "gzip_broken": Fault(body(GZIPPED[:20] + b"????" + GZIPPED[24:], "Content-Encoding: gzip"), "http_error/bad_http"),
+    "gzip_bomb": Fault(body(BOMB, "Content-Encoding: gzip"), "http_error/too_large"),
+    "body_below_the_limit": Fault(flood(LIMIT // 2), SUCCESS),
+    "body_beyond_the_limit": Fault(flood(2 * LIMIT), "http_error/too_large"),
     "chunked_with_trimmings": Fault(
         sends(
             head("200 OK", "Transfer-Encoding: chunked"),
@@ -317,13 +320,6 @@ BODY_FAULTS = {
         sends(f"HTTP/1.1 200 OK\r\ncOnTeNt-LeNgTh:{len(ANSWER)}\r\nX-A: 1\r\nX-A: 2\r\nX-E:\r\n\r\n".encode() + ANSWER),
         SUCCESS,
     ),
-}
-
-# Much to read: no limit on silence is to strike where the machine is busy.
-SIZE_FAULTS = {
-    "gzip_bomb": Fault(body(BOMB, "Content-Encoding: gzip"), "http_error/too_large"),
-    "body_below_the_limit": Fault(flood(LIMIT // 2), SUCCESS),
-    "body_beyond_the_limit": Fault(flood(2 * LIMIT), "http_error/too_large"),
 }
 
 STREAM_FAULTS = {
@@ -402,17 +398,35 @@ STREAM_FAULTS = {
 SDK_READINGS = {"reset_within": CUT}
 SPOILING = ("junk_after_the_end",)
 
-GROUPS: dict[str, dict[str, Fault]] = {
-    "connection": CONNECTION_FAULTS,
-    "status": status_faults(),
-    "body": BODY_FAULTS,
-    "size": SIZE_FAULTS,
-    "stream": {
+FAULTS: dict[str, Fault] = {
+    **CONNECTION_FAULTS,
+    **status_faults(),
+    **BODY_FAULTS,
+    **{
         f"stream_{name}": Fault(act, "", kind, SDK_READINGS.get(name, ""), name in SPOILING)
         for name, (act, kind) in STREAM_FAULTS.items()
     },
 }
-FAULTS: dict[str, Fault] = {name: fault for group in GROUPS.values() for name, fault in group.items()}
+# What only a limit on silence, or on the whole, ends: the one group that is run with short ones.
+SILENCES = (
+    *("never_answers", "stalls_within_head", "length_too_long_stall", "stream_stall_after_first"),
+    *("stream_stall_after_head", "stream_stall_after_done", "stream_drips_for_ever"),
+)
+
+
+def group_of(name: str) -> str:
+    if name in SILENCES:
+        return "silence"
+    if name in CONNECTION_FAULTS:
+        return "connection"
+    if name in BODY_FAULTS:
+        return "body"
+    return "stream" if name.startswith("stream_") else "status"
+
+
+GROUPS: dict[str, dict[str, Fault]] = {}
+for _name, _fault in FAULTS.items():
+    GROUPS.setdefault(group_of(_name), {})[_name] = _fault
 ACTS: dict[str, Act] = {name: fault.act for name, fault in FAULTS.items()}
 
 
