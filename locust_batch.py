@@ -475,11 +475,8 @@ def glimpse(value: Any) -> str:
     return "".join(itertools.islice(json.JSONEncoder().iterencode(value), ERROR_TEXT_CHARS))[:ERROR_TEXT_CHARS]
 
 
-Problem = tuple[str, str]  # (error_kind, message)
-
-
-def decoded(body: bytes) -> tuple[Any, Optional[Problem]]:
-    """(the JSON value of a body, why there is none)."""
+def decoded(body: bytes) -> tuple[Any, Optional[tuple[str, str]]]:
+    """(the JSON value of a body, why there is none: error_kind and message)."""
     if not body.strip():
         return None, ("empty_body", "an empty body")
     try:
@@ -490,8 +487,8 @@ def decoded(body: bytes) -> tuple[Any, Optional[Problem]]:
         return None, ("bad_json", f"the body is not JSON ({error}): {body[:80].decode('utf-8', 'replace')}")
 
 
-def answer_problem(answer: Any) -> Optional[Problem]:
-    """Why a JSON value is not a complete answer; None when it is one."""
+def answer_problem(answer: Any) -> Optional[tuple[str, str]]:
+    """Why a JSON value is not a complete answer, as error_kind and message; None when it is one."""
     message = error_text(answer)
     if message:
         return "error_body", message
@@ -568,7 +565,7 @@ def failed_call(error: BaseException, http_status: Optional[int], secrets: Itera
     return Outcome(HTTP_ERROR, kind, plain(message, secrets=secrets), http_status=http_status)
 
 
-def failure_of(error: BaseException) -> Problem:
+def failure_of(error: BaseException) -> tuple[str, str]:
     if isinstance(error, ConnectionFailed):
         return error.args[0], error.args[1]
     if isinstance(error, gevent.GreenletExit):
