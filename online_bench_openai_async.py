@@ -698,12 +698,13 @@ def plain(text: str, limit: int = ERROR_TEXT_CHARS) -> str:
 
 
 class Reader(Protocol):
-    """Takes a reply's body piece by piece, each with the time of its arrival, and fills in the `Reply`."""
+    """Takes a reply's body in pieces, each with the time of its arrival, and fills in the `Reply`."""
 
     complete: bool  # nothing that could still come would matter
 
-    def feed(self, stamp_ns: int, data: bytes, late: bool = False) -> None:
-        """`late`: the bytes may have queued up; the stamp is that of the last of them."""
+    late: set[int]  # stamps of reads whose bytes may have queued up; each stamp is that of the last byte
+
+    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None: ...
 
     def chunks_so_far(self, unread: int) -> int:
         """Content chunks, as far as is known with so many pieces not yet fed."""
@@ -784,9 +785,10 @@ class WholeReader:
         self._reply = reply
         self._pieces: list[bytes] = []
         self.complete = False
+        self.late: set[int] = set()
 
-    def feed(self, stamp_ns: int, data: bytes, late: bool = False) -> None:
-        self._pieces.append(data)
+    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
+        self._pieces += pieces
 
     def chunks_so_far(self, unread: int) -> int:
         return 0
@@ -845,6 +847,9 @@ _FAST_END = b'"finish_reason":null'
 _FIRST_CHOICE = b'"index":0'
 _QUOTE = ord('"')
 _TEXT = re.compile(rb'[^"\\\x00-\x1f]+')  # of a JSON string, free of escapes
+# Texts of JSON strings, none empty, each closed by a byte that none can hold.
+_PLAIN_TEXTS = re.compile(rb'(?:(?!\x01)[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*)*\x01)*')
+PLAIN_RUN = 64  # pieces compared at once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STREAM_HEAD_BYTES = 4096
 _NO_TAIL = bytearray()  # never filled: only a tail that is there grows
@@ -913,27 +918,59 @@ class StreamReader:
         self._content_reads = 0
         self._merged_reads = 0
         self._alone = False  # whether the last read's chunk is its only one so far
-        self._late = False  # the last read
+        self.late: set[int] = set()
         self._gaps_before = 0  # how many gaps there were before the last read
         self._packed: set[int] = set()  # stamps of late reads of several chunks
         self._late_gaps = 0
         self._first_merged = False
         self._choice_index: Any = None
 
-    def feed(self, stamp_ns: int, data: bytes, late: bool = False) -> None:
-        self._stamp_ns = stamp_ns
-        self._late = late
-        text = _TEXT.match(data, self._text_at)
-        if (
-            text
-            and data[text.end() :] == self._behind
-            and data.startswith(self._before)
-            and not self._tail
-            and not self._after_cr
-        ):  # one event that differs from the last plain one in its text alone
-            self._content(stamp_ns, True)
-        else:
-            self._feed_any(stamp_ns, data)
+    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
+        at = 0
+        while at < len(pieces):
+            plain = self._plain_run(pieces[at : at + PLAIN_RUN]) if self._ready_for_run(pieces[at]) else 0
+            if plain:
+                self._content_run(stamps_ns[at : at + plain])
+            else:
+                self._stamp_ns = stamps_ns[at]
+                self._feed_any(stamps_ns[at], pieces[at])
+            at += plain or 1
+
+    def _ready_for_run(self, piece: bytes) -> bool:
+        return piece.startswith(self._before) and not self._tail and not self._after_cr
+
+    def _plain_run(self, pieces: Sequence[bytes]) -> int:
+        """How many pieces at the start are one event each that differs from the last plain one in its text alone.
+
+        Told for all of them by one join, one split and one match: a twentieth of the cost of reading them one by
+        one. A NUL marks where pieces meet; no plain text holds one, so a piece that holds more or less than one
+        event does not match.
+        """
+        before, behind = self._before, self._behind
+        joined = b"\0".join([*pieces, b""])
+        texts = joined[len(before) :].split(behind + b"\0" + before)
+        texts[-1:] = texts[-1].partition(behind + b"\0")[:2]
+        ending = texts.pop()
+        if not ending:  # what looked like the last text has no plain end
+            texts.pop()
+        found = _PLAIN_TEXTS.match(b"\1".join([*texts, b""]))
+        return found[0].count(b"\1") if found else 0
+
+    def _content_run(self, stamps_ns: Sequence[int]) -> None:
+        """The same as `_content` for each of them, visible and one token."""
+        if len(set(stamps_ns)) < len(stamps_ns):
+            for stamp_ns in stamps_ns:
+                self._content(stamp_ns, True)
+            return
+        self._content(stamps_ns[0], True)
+        more = len(stamps_ns) - 1
+        if more:
+            self._gaps_ms.extend([(after - before) / 1e6 for before, after in zip(stamps_ns, stamps_ns[1:])])
+            self._gaps_before = len(self._gaps_ms) - 1
+            self._chunks += more
+            self._content_reads += more
+            self._alone = True
+            self._last_ns = stamps_ns[-1]
 
     def chunks_so_far(self, unread: int) -> int:
         return self._chunks + unread
@@ -1061,7 +1098,7 @@ class StreamReader:
 
     def _several(self, stamp_ns: int) -> None:
         """The last read holds several chunks. Of a late one the gaps are this client's doing, and left out."""
-        if self._late:
+        if stamp_ns in self.late:
             self._packed.add(stamp_ns)
             self._late_gaps += len(self._gaps_ms) > self._gaps_before
             del self._gaps_ms[self._gaps_before :]
@@ -1125,7 +1162,7 @@ def read_reply(streamed: bool, arrivals: Iterable[tuple[int, bytes]]) -> Reply:
     reply = Reply()
     reader = READERS[streamed](reply)
     for stamp_ns, data in arrivals:
-        reader.feed(stamp_ns, data)
+        reader.feed([stamp_ns], [data])
     reader.finish()
     return reply
 
@@ -2439,9 +2476,10 @@ class Call:
         self.is_whole = False
         self.size = 0
         self.newest_ns: Optional[int] = None  # the newest arrival
-        self.arrived: list[tuple[int, bytes]] = []  # pieces of the body that the reader has not seen yet
-        self.late: set[int] = set()  # stamps of what was read after this client had been held up
+        self._stamps: list[int] = []  # of the pieces of the body that the reader has not seen yet
+        self._pieces: list[bytes] = []
         self._reader = reader(self.reply)
+        self.late = self._reader.late  # filled in by whoever reads the socket
         self._inflate: Any = None
 
     @property
@@ -2465,11 +2503,24 @@ class Call:
         if self.size > MAX_REPLY_BYTES:
             raise CallError("too_large", f"the reply is larger than {MAX_REPLY_BYTES >> 20} MB")
         if 200 <= (self.reply.http_status or 0) < 300:
-            self.arrived.append((stamp_ns, data))
-            if len(self.arrived) >= UNREAD_PIECES:
+            self._stamps.append(stamp_ns)
+            self._pieces.append(data)
+            if len(self._pieces) >= UNREAD_PIECES:
                 self._feed()
         elif len(self.error_body) < ERROR_BODY_BYTES:
             self.error_body += data[:ERROR_BODY_BYTES]
+
+    def plain_bodies(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> bool:
+        """The same for many pieces at once; False where they need the careful way."""
+        size = self.size + sum(map(len, pieces))
+        if self._inflate is not None or size > MAX_REPLY_BYTES or not 200 <= (self.reply.http_status or 0) < 300:
+            return False
+        self.size = size
+        self._stamps += stamps_ns
+        self._pieces += pieces
+        if len(self._pieces) >= UNREAD_PIECES:
+            self._feed()
+        return True
 
     def _inflated(self, data: bytes) -> bytes:
         try:
@@ -2480,14 +2531,13 @@ class Call:
         return plain_data
 
     def _feed(self) -> None:
-        pieces, self.arrived = self.arrived, []
-        feed, late = self._reader.feed, self.late
-        for stamp_ns, data in pieces:
-            feed(stamp_ns, data, stamp_ns in late)
+        if self._pieces:
+            stamps, pieces, self._stamps, self._pieces = self._stamps, self._pieces, [], []
+            self._reader.feed(stamps, pieces)
 
     @property
     def chunks_so_far(self) -> int:
-        return self._reader.chunks_so_far(len(self.arrived))
+        return self._reader.chunks_so_far(len(self._pieces))
 
     def end(self, failure: Optional[Failure]) -> Reply:
         """The call is over: decide what it came to."""
@@ -2707,6 +2757,9 @@ def http_parsers() -> Callable[[Connection], Any]:
         return partial(H11Parser, importlib.import_module("h11"))
 
 
+_CHUNK_SIZES = {b"%x" % size: size for size in range(1, 4096)}  # as the usual servers write them
+
+
 class Connection:
     """One kept socket and the reply that is arriving on it.
 
@@ -2782,8 +2835,6 @@ class Connection:
             return
         try:
             data, stamp_ns, by_kernel = self._stopwatch.receive(self)
-        except (BlockingIOError, InterruptedError):
-            return
         except OSError as error:
             self.broken(error)
             return
@@ -2808,7 +2859,7 @@ class Connection:
         self.unstamped += not by_kernel
         if self.call:
             self.call.newest_ns = stamp_ns
-            if self._stopwatch.late:
+            if self._stopwatch.held_up():
                 self.call.late.add(stamp_ns)
 
     def parse(self) -> None:
@@ -2822,7 +2873,8 @@ class Connection:
         self.unstamped = 0
         error: Optional[CallError] = None
         try:
-            for self._stamp_ns, piece in zip(stamps, pieces):
+            taken = self._one_chunk_each(call, stamps, pieces) if self._at_chunk and call else 0
+            for self._stamp_ns, piece in zip(stamps[taken:], pieces[taken:]):
                 if self._complete:  # more than one reply: the next call would get the rest of it
                     self._keep = False
                     break
@@ -2840,6 +2892,17 @@ class Connection:
             self._finish(None)
         elif error is not None:
             self._finish(error)
+
+    def _one_chunk_each(self, call: Call, stamps: Sequence[int], pieces: Sequence[bytes]) -> int:
+        """Take the reads at the start that are one whole HTTP chunk each; how many there were."""
+        bodies = []
+        for piece in pieces:
+            line_end = piece.find(b"\r\n", 0, 10)
+            size = _CHUNK_SIZES.get(piece[: max(0, line_end)])
+            if not size or size != len(piece) - line_end - 4 or not piece.endswith(b"\r\n"):
+                break
+            bodies.append(piece[line_end + 2 : -2])
+        return len(bodies) if bodies and call.plain_bodies(stamps[: len(bodies)], bodies) else 0
 
     def _whole_chunks(self, call: Call, piece: bytes) -> bytes:
         """Take whole HTTP chunks off the start of a read, without a parser; what is left is for the parser.
@@ -2917,6 +2980,9 @@ class Connection:
             self._finish(CallError("cut", f"the connection was closed within the reply, after {call.size} bytes"))
 
     def broken(self, error: OSError) -> None:
+        """What the system said instead of reading or writing; that there is nothing to read is no trouble."""
+        if isinstance(error, (BlockingIOError, InterruptedError)):
+            return
         if self.call is not None and self.pieces:
             self.parse()
         if self.call is None:
@@ -3049,7 +3115,6 @@ class Stopwatch:
         self._tick_s = 0.0
         self._window = (time.perf_counter(), 0)
         self._tick_handle: Optional[asyncio.TimerHandle] = None
-        self.late = False  # whether what is being read may have queued up, because the event loop was held up
         self._alive_ns = time.perf_counter_ns()  # when the event loop last was in time, as far as is known
         self._beat_handle = self.loop.call_later(BEAT_S, self._beat)
         self.loop.add_reader(self._poller.fileno(), self._read_ready)
@@ -3197,7 +3262,6 @@ class Stopwatch:
     def receive(self, connection: Connection) -> tuple[bytes, int, bool]:
         """(bytes, stamp in ns of perf_counter, whether the kernel gave it); raises as recvmsg does."""
         count, ancillary, _, _ = connection.receive(self._buffers, _ANCILLARY_BYTES)
-        self.late = self.late or time.perf_counter_ns() - self._alive_ns > LATE_READ_NS
         call = connection.call
         floor_ns = (call.newest_ns or call.reply.sent_ns or 0) if call else 0
         return (bytes(self._buffer[:count]), *self._clock.stamp(ancillary, floor_ns))
@@ -3205,35 +3269,52 @@ class Stopwatch:
     # --- reading ---
 
     def _read_ready(self) -> None:
-        """Read every socket that has something, and only then parse what may have ended."""
+        """Read every socket that has something, and only then parse what may have ended.
+
+        Streams in step all speak at once: whatever is done between two reads keeps the later ones waiting, and a
+        read that waits for a whole gap holds two tokens under one stamp. So the plain case is written out here.
+        """
         looked_ns = time.perf_counter_ns()
         self._clock.read_both()
         ready = self._poller.ready()
         self._reads += len(ready)
-        unparsed = []
+        offset_ns, buffer, buffers, now = self._clock.offset_ns, self._buffer, self._buffers, time.perf_counter_ns
+        unparsed, late_ns = [], self._alive_ns + LATE_READ_NS
         for connection, mask in ready:
-            if mask != _READABLE or connection.tls is not None or connection.call is None:
+            call = connection.call
+            if mask != _READABLE or connection.tls is not None or call is None:
                 connection.ready(mask)
                 continue
             try:
-                data, stamp_ns, by_kernel = self.receive(connection)
-            except (BlockingIOError, InterruptedError):
-                continue
+                size, ancillary, _, _ = connection.receive(buffers, _ANCILLARY_BYTES)
             except OSError as error:
                 connection.broken(error)
                 continue
-            if not data:
+            if not size:
                 connection.ended()
                 continue
-            connection.keep(data, stamp_ns, by_kernel)
-            held, size = len(connection.pieces), len(data)
+            data = bytes(buffer[:size])
+            floor_ns = call.newest_ns or call.reply.sent_ns or 0
+            stamp_ns = 0
+            if ancillary and len(ancillary[0][2]) == _TIMESPEC_BYTES:
+                seconds, nanoseconds = _unpack_timespec(ancillary[0][2])
+                stamp_ns = seconds * 1_000_000_000 + nanoseconds - offset_ns
+            now_ns = now()
+            if not floor_ns <= stamp_ns <= now_ns:
+                stamp_ns, by_kernel = self._clock.stamp(ancillary, floor_ns)
+                connection.unstamped += not by_kernel
+            call.newest_ns = stamp_ns
+            if now_ns > late_ns:
+                call.late.add(stamp_ns)
+            connection.stamps.append(stamp_ns)
+            connection.pieces.append(data)
             if (
-                held >= connection.hold
+                len(connection.pieces) >= connection.hold
                 or data.endswith(_MESSAGE_END)
                 or not len(_MESSAGE_END) <= size < LARGE_READ_BYTES
             ):
                 unparsed.append(connection)
-        self._alive_ns, self.late = looked_ns, False
+        self._alive_ns = looked_ns
         for connection in unparsed:
             connection.parse()
         self._adapt()
@@ -3241,9 +3322,13 @@ class Stopwatch:
     def _beat(self) -> None:
         """Every few milliseconds: shows that the event loop is in time, also while nothing arrives."""
         self._beat_handle = self.loop.call_later(BEAT_S, self._beat)
-        if time.perf_counter_ns() - self._alive_ns > LATE_READ_NS:
+        if self.held_up():
             self._read_ready()  # before the loop counts as being in time again
         self._alive_ns = time.perf_counter_ns()
+
+    def held_up(self) -> bool:
+        """Whether what is read now may have queued up, because the event loop had no time for it."""
+        return time.perf_counter_ns() - self._alive_ns > LATE_READ_NS
 
     def _adapt(self) -> None:
         """Choose between reading at once and reading in ticks, by how often a stream speaks."""
@@ -3531,8 +3616,8 @@ class Sdk:
 def client_class(openai: Any) -> Any:
     """AsyncOpenAI that works out its URL and its headers once: they are the same for every request of a run.
 
-    Both methods are the SDK's inner ones. They are overridden because that saves 40 us (URL) and 70 us (headers)
-    of a request's 420; in a version without them nothing is kept, and nothing breaks.
+    Both methods are the SDK's inner ones. They are overridden because that saves 107 us (URL) and 71 us (headers)
+    of the 462 us that a request takes otherwise; in a version without them nothing is kept, and nothing breaks.
     """
 
     class Client(openai.AsyncOpenAI):  # type: ignore[misc]

@@ -258,7 +258,7 @@ def test_a_clock_that_is_set_during_the_run(step_s: float, slow: Demo, monkeypat
     assert {fate(row) for row in got.rows} == {"success/"}
     for row in got.rows:
         assert SLOW_MS * 0.9 < float(row["ttft_ms"]) <= float(row["latency_ms"]) < got.seconds * 1e3
-        assert float(row["tpot_ms"]) >= 0
+        assert row["tpot_ms"] == "" or float(row["tpot_ms"]) > 0  # both tokens may have come at once
 
 
 # --- signals ---

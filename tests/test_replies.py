@@ -167,8 +167,9 @@ def read_late(*reads: tuple[bool, bytes]) -> bench.Record:
     """(whether it was read late, bytes), 10 ms apart, the request sent at 0."""
     reply = bench.Reply(free_ns=0, sent_ns=0)
     reader = bench.StreamReader(reply)
-    for number, (late, data) in enumerate(reads, 1):
-        reader.feed(number * 10_000_000, data, late)
+    stamps = [number * 10_000_000 for number in range(1, len(reads) + 1)]
+    reader.late.update(stamp for stamp, (late, _) in zip(stamps, reads) if late)
+    reader.feed(stamps, [data for _, data in reads])
     reader.finish()
     return bench.Record(bench.Job(0), reply, 0)
 

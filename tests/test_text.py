@@ -163,8 +163,9 @@ def test_the_report_is_ordered_warnings_verdict_table_circumstances() -> None:
     summary = summary_of(*(make_record(n) for n in range(100)), bad, cut)
     notice = bench.ReportWarning("interrupted: 101 of 200 requests were made")
     lines = bench.detail_lines(summary, make_config(), [health()], [notice], "Measurement error: p50 +0.01 ms")
-    starts = ["WARNING: interrupted", "WARNING: the server", "Measurement error", "Verdict", "Latency (ms)", "In flight",
-              "Aborted: 1", "Finish reasons", "Clock", "Client", "Errors: 1 x http_error/http_503: busy"]  # fmt: skip
+    starts = ["WARNING: interrupted", "WARNING: the server", "Measurement error", "Verdict", "Latency (ms)",
+              "In flight", "Aborted: 1", "Finish reasons", "Clock", "Client",
+              "Errors: 1 x http_error/http_503: busy"]  # fmt: skip
     places = [next(at for at, line in enumerate(lines) if line.startswith(start)) for start in starts]
     assert places == sorted(places)
     assert places[-1] == len(lines) - 1
