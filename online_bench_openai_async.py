@@ -2637,10 +2637,11 @@ def ask_for_stamps(sock: socket.socket) -> None:
 
 def resent_packets(sock: socket.socket) -> int:
     """Of a new connection: how often its packets had to be sent again (Linux; else 0)."""
-    if sys.platform != "linux":
-        return 0
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
-    return int.from_bytes(info[TCP_INFO_BYTES - 4 :], sys.byteorder)  # tcpi_total_retrans
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+            return int.from_bytes(info[TCP_INFO_BYTES - 4 :], sys.byteorder)  # tcpi_total_retrans
+    return 0
 
 
 class Tls:
