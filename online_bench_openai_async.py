@@ -101,6 +101,9 @@ DEFAULTS: Mapping[str, Any] = {
 
 WARMUP_OUTPUT_TOKENS = 8
 WARMUP_PROMPT_TOKENS = 64  # of a corpus run, whose own prompts must stay unseen
+LENGTHS_TO_CALIBRATE = 2  # of warm-up prompts: tokens per word and the template's constant are two unknowns
+ONE_IN_SHORT = 4  # one warm-up prompt in so many is of the shorter length, no words at all
+LEAST_TOKENS_PER_WORD = 0.5  # a slope below it is no count of words
 DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
 IDENTICAL_FAILURES_TO_STOP = 100
@@ -126,6 +129,7 @@ LAZY_STREAMS = 48  # from here on streams are read in ticks
 LAZY_TICK_S = 0.002
 LEAST_TICK_S = 0.0005
 LATE_LOOP_S = 0.02  # a timer this late says that the event loop was held up
+END_GRACE_S = 0.5  # for the last chunk of a reply that has said everything
 TICKS_PER_GAP = 5  # the tick stays this far below the gap between tokens
 RATE_WINDOW_S = 0.1
 SPARE_DESCRIPTORS = 64
@@ -144,7 +148,7 @@ LAG_SHARE = 0.02  # of the median latency
 MERGED_LIMIT = 0.05
 MOST_TOKENS = 1 << 40  # a count beyond it is no count
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
-PROMPT_LENGTH_TOLERANCE = 0.10
+PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
 
 # === 2. Types ===
 
@@ -401,6 +405,7 @@ class Config:
     output_tokens: int
     requests_file: Optional[str]
     system_prompt: Optional[str]
+    prompt_calibration: Optional[Sequence[float]]  # the fields of Calibration: given, or found by the warm-up
     results_csv: Optional[str]
     append: bool
     overwrite: bool
@@ -484,6 +489,11 @@ def share(total: int, shard: int, shards: int) -> int:
     return total // shards + (shard < total % shards)
 
 
+def default_warmup(concurrency: int, total_requests: int) -> int:
+    """A warm-up request for each connection, but no more than will be measured; from two on they calibrate lengths."""
+    return min(max(concurrency, LENGTHS_TO_CALIBRATE), total_requests)
+
+
 # === 4. Workload (what) (parse pure, load not) ===
 
 # 256 common English words, one per byte, each one token (with its space) in the byte-pair vocabularies in wide use.
@@ -504,24 +514,71 @@ WORDS = (
     "without within along toward across behind above"
 ).split()
 SYLLABLES = tuple(consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou")
-HEAD_TOKENS = 8  # what the two invented words at the start cost, about
 WORDS_PER_SENTENCE = 12
 
 
-def synthetic_prompt(key: str, tokens: int) -> str:
-    """About `tokens` tokens of English words, unique from the first characters on; the same `key`, the same text.
+class Calibration(NamedTuple):
+    """What a server counts for a synthetic prompt: tokens per word, full stops included, and a constant besides.
 
-    The start is two invented words of four syllables drawn from the key (90**8 pairs), so no two prompts
-    share the first block of a prefix cache.
+    The constant holds the chat template, the system prompt and the invented words at the start.
+    """
+
+    tokens_per_word: float
+    constant_tokens: float
+
+    def words(self, tokens: int) -> int:
+        """How many words make a prompt of so many tokens.
+
+        >>> Calibration(1.25, 10).words(110)
+        80
+        """
+        return max(0, round((tokens - self.constant_tokens) / self.tokens_per_word))
+
+
+# Without the server's counts: words of one token, a full stop per sentence, the start, and no template.
+UNCALIBRATED = Calibration((WORDS_PER_SENTENCE + 1) / WORDS_PER_SENTENCE, 8)
+
+
+def calibration_of(config: Config) -> Calibration:
+    return Calibration(*config.prompt_calibration) if config.prompt_calibration else UNCALIBRATED
+
+
+def fitted(counted: Sequence[Sequence[int]]) -> Optional[Calibration]:
+    """The least-squares line through (words, tokens counted) of prompts of two lengths; None where there is none.
+
+    >>> fitted([(0, 10), (16, 30), (16, 30)])
+    Calibration(tokens_per_word=1.25, constant_tokens=10.0)
+    """
+    words_mean = sum(words for words, _ in counted) / max(1, len(counted))
+    tokens_mean = sum(tokens for _, tokens in counted) / max(1, len(counted))
+    spread = sum((words - words_mean) ** 2 for words, _ in counted)
+    slope = sum((words - words_mean) * (tokens - tokens_mean) for words, tokens in counted) / (spread or 1)
+    if slope < LEAST_TOKENS_PER_WORD:  # it counts something else, or always the same
+        return None
+    return Calibration(round(slope, 4), round(tokens_mean - slope * words_mean, 2))
+
+
+def calibrated(config: Config, counted: Sequence[Sequence[int]]) -> Config:
+    """The configuration with what the warm-up's counts tell, where it has synthetic prompts and was not told itself."""
+    if config.requests_file or config.prompt_calibration:
+        return config
+    return dataclasses.replace(config, prompt_calibration=fitted(counted))
+
+
+def synthetic_prompt(key: str, count: int, evenly: bool = False) -> str:
+    """So many English words in sentences, unique from the first characters on; the same `key`, the same text.
+
+    Before them stand two invented words of four syllables drawn from the key (90**8 pairs), so no two prompts
+    share the first block of a prefix cache. `evenly`: each word as often as any other, so that one prompt costs as
+    many tokens as the mean of many.
     """
     rng = random.Random(key)
     head = "".join(rng.choices(SYLLABLES, k=8))
-    count = max(0, tokens - HEAD_TOKENS)
-    words = [WORDS[byte] for byte in rng.randbytes(count - count // (WORDS_PER_SENTENCE + 1))]
-    sentences = (
-        " ".join(words[start : start + WORDS_PER_SENTENCE]) for start in range(0, len(words), WORDS_PER_SENTENCE)
-    )
-    body = ". ".join(sentences)
+    drawn = itertools.islice(itertools.cycle(rng.sample(range(256), 256)), count) if evenly else rng.randbytes(count)
+    words = [WORDS[byte] for byte in drawn]
+    # The first sentence is half as long: then the full stops, too, are proportional to the words, to the nearest one.
+    starts = range(-WORDS_PER_SENTENCE // 2, count, WORDS_PER_SENTENCE)
+    body = ". ".join(" ".join(words[max(0, start) : start + WORDS_PER_SENTENCE]) for start in starts)
     return f"{head[:8]} {head[8:]}" + (f" {body}" if body else "")
 
 
@@ -538,14 +595,38 @@ def chat(prompt: str, system_prompt: Optional[str]) -> list[dict[str, Any]]:
 
 def synthetic_request(config: Config, index: int) -> Request:
     """The measured request of a job without a corpus."""
-    return Request(chat(synthetic_prompt(f"{config.seed}/run/{index}", config.prompt_tokens), config.system_prompt))
+    words = calibration_of(config).words(config.prompt_tokens)
+    return Request(chat(synthetic_prompt(f"{config.seed}/run/{index}", words), config.system_prompt))
 
 
 def warmup_request(config: Config, index: int) -> Request:
     """A request that no measured one shares a prefix with, short in its answer."""
-    tokens = WARMUP_PROMPT_TOKENS if config.requests_file else config.prompt_tokens
-    prompt = synthetic_prompt(f"{config.seed}/warmup/{index}", tokens)
-    return Request(chat(prompt, config.system_prompt), WARMUP_OUTPUT_TOKENS)
+    prompt = synthetic_prompt(f"{config.seed}/warmup/{index}", warmup_words(config, index), evenly=True)
+    return Request(chat(prompt, config.system_prompt), warmup_limit(config))
+
+
+def warmup_words(config: Config, index: int) -> int:
+    """Those of a measured prompt; where lengths are to be calibrated, at least every word once, or none at all."""
+    if config.requests_file:
+        return UNCALIBRATED.words(WARMUP_PROMPT_TOKENS)
+    words = calibration_of(config).words(config.prompt_tokens)
+    if config.prompt_calibration:
+        return words
+    return 0 if index % ONE_IN_SHORT == 1 else max(words, len(WORDS))
+
+
+OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")  # fields of a body
+OUTPUT_MINIMA = ("min_tokens", "min_new_tokens", "min_completion_tokens")
+
+
+def warmup_limit(config: Config) -> int:
+    """Output tokens of a warm-up reply: few, but as many as the body demands, and no more than the run allows."""
+
+    def asked(names: Sequence[str]) -> list[int]:
+        values = (config.extra_body.get(name) for name in names)
+        return [value for value in values if isinstance(value, int) and value > 0]
+
+    return min(max(WARMUP_OUTPUT_TOKENS, *asked(OUTPUT_MINIMA), 0), *(asked(OUTPUT_LIMITS) or [config.output_tokens]))
 
 
 def parse_request(line: str, system_prompt: Optional[str]) -> Request:
@@ -597,7 +678,7 @@ def _messages_of(row: Mapping[str, Any], system_prompt: Optional[str]) -> list[d
 
 
 def _limit_of(row: Mapping[str, Any]) -> Optional[int]:
-    names = ("max_tokens", "max_completion_tokens", "output_tokens")
+    names = (*OUTPUT_LIMITS, "output_tokens")
     limit = next((row[name] for name in names if row.get(name) is not None), None)
     if limit is None:
         return None
@@ -980,6 +1061,8 @@ class StreamReader:
             for choice in choices if isinstance(choices, list) else ():
                 if isinstance(choice, dict):
                     self._choice(stamp_ns, choice, usage.get("completion_tokens"))
+            if usage and self._finish is not None:
+                self.complete = True  # some servers never send [DONE]
 
     def _choice(self, stamp_ns: int, choice: Mapping[str, Any], counted: Optional[int]) -> None:
         """`counted`: completion tokens up to here, where every chunk tells them."""
@@ -1308,16 +1391,20 @@ def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> O
 
 
 def _warn_prompt_length(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    counted = summary.distributions["prompt"].mean
+    counted, asked = summary.distributions["prompt"].mean, config.prompt_tokens
+    calibration = calibration_of(config)
     if config.requests_file or counted is None:
         return None
-    if abs(counted / config.prompt_tokens - 1) <= PROMPT_LENGTH_TOLERANCE:
+    if abs(counted - asked) <= max(PROMPT_LENGTH_TOLERANCE * asked, calibration.tokens_per_word):
         return None
-    better = max(1, round(config.prompt_tokens**2 / counted))
-    text = (
-        f"the server counted {counted:.1f} prompt tokens on average, --prompt-tokens asked for {config.prompt_tokens}"
-    )
-    return ReportWarning(text, f"--prompt-tokens {better}; for exact lengths a corpus by generate_requests.py")
+    cure = "a corpus by generate_requests.py, which counts with the model's own tokenizer"
+    if not config.prompt_calibration:
+        cure = "a warm-up of two requests or more, whose counts calibrate the prompts"
+    elif asked < calibration.constant_tokens:
+        least = math.ceil(calibration.constant_tokens)
+        cure = f"--prompt-tokens {least} or more: template, system prompt and a unique start take so many"
+    text = f"the server counted {counted:.1f} prompt tokens on average, --prompt-tokens asked for {asked}"
+    return ReportWarning(text, cure)
 
 
 def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -1661,13 +1748,16 @@ def config_block(config: Config) -> str:
     values = Redactor.config(config)
     lines = [f"{label}: {_config_cell(values.pop(label.strip()))}" for label in CONFIG_LABELS]
     for name, value in values.items():
-        default = config.concurrency if name == "warmup" else DEFAULTS.get(name)
+        usual = default_warmup(config.concurrency, config.total_requests)
+        default = usual if name == "warmup" else DEFAULTS.get(name)
         if value != default and value is not None and value is not False:
             lines.append(f"{name:>14}: {_config_cell(value)}")
     return "\n".join(("=== Benchmark Configuration ===", *map(shortened, lines)))
 
 
 def _config_cell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
     return plain(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value))
 
 
@@ -2741,6 +2831,13 @@ class Connection:
         if self.call is not None:
             self._finish(CallError(kind, message))
 
+    def end_if_complete(self) -> None:
+        """The end of the reply is overdue: it is not waited for where nothing of the answer can be missing."""
+        if self.pieces:
+            self.parse()
+        if self.call is not None and self.call.settled:
+            self._finish(CallError("no_end", "a complete reply without an end"))
+
     def abandon(self) -> None:
         """The caller has left."""
         if self.call is not None:
@@ -2839,6 +2936,7 @@ class Stopwatch:
         self._window = (time.perf_counter(), 0)
         self._tick_handle: Optional[asyncio.TimerHandle] = None
         self.loop.add_reader(self._poller.fileno(), self._read_ready)
+        self._sweep_handle = self.loop.call_later(END_GRACE_S / 2, self._sweep)
 
     @staticmethod
     def missing() -> str:
@@ -3064,7 +3162,17 @@ class Stopwatch:
         self._tick_handle = self.loop.call_later(self._tick_s, self._tick)
         self._read_ready()
 
+    def _sweep(self) -> None:
+        """End complete replies whose last chunk does not come: they would hold their permits until --timeout."""
+        self._sweep_handle = self.loop.call_later(END_GRACE_S / 2, self._sweep)
+        self._read_ready()  # a process that was stopped has it waiting in its sockets
+        quiet_ns = time.perf_counter_ns() - int(END_GRACE_S * 1e9)
+        for connection in list(self._all):
+            if connection.call and connection.call.newest_ns and connection.call.newest_ns < quiet_ns:
+                connection.end_if_complete()
+
     def close(self) -> None:
+        self._sweep_handle.cancel()
         self._set_tick(0.0)
         self.loop.remove_reader(self._poller.fileno())
         for connection in list(self._all):
@@ -3075,12 +3183,14 @@ class Stopwatch:
 class Watchdog:
     """Ends a call that takes too long: one timer, re-armed at the nearest of the limits."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Timeouts) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Timeouts, end_grace_s: float = math.inf) -> None:
+        """`end_grace_s`: how long a complete reply may owe its end; infinite where somebody else looks after that."""
         self._loop = loop
         self._limits = limits
+        self._end_grace_s = end_grace_s
         self._deadline_s = loop.time() + limits.total_s
         # A limit that starts to run only later (the idle one, with the first byte) is met by looking again.
-        self._look_again_s = min(limits.first_byte_s or math.inf, limits.idle_s or math.inf)
+        self._look_again_s = min(limits.first_byte_s or math.inf, limits.idle_s or math.inf, end_grace_s)
         self._armed_s = loop.time()
         self._excused_ns: Optional[int] = -1  # the newest arrival when lateness was last excused
         self._handle: Optional[asyncio.TimerHandle] = None
@@ -3102,6 +3212,9 @@ class Watchdog:
             quiet_s = (time.perf_counter_ns() - since_ns) / 1e9
             if now_s + limit_s - quiet_s < at_s:
                 at_s, kind, message = now_s + limit_s - quiet_s, name, f"{what} for {limit_s:g} s"
+        quiet_since_ns = time.perf_counter_ns() - self._end_grace_s * 1e9
+        if call.newest_ns is not None and call.newest_ns < quiet_since_ns and call.settled:
+            at_s = now_s
         late = now_s - self._armed_s > LATE_LOOP_S and self._excused_ns != call.newest_ns
         if at_s > now_s:
             self._arm(min(at_s, now_s + self._look_again_s), call)
@@ -3186,6 +3299,11 @@ class Dialect:
 
     limit_field: str = "max_tokens"
     include_usage: bool = True
+
+    @classmethod
+    def before(cls, config: Config) -> Dialect:
+        """What is tried first."""
+        return cls("max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field)
 
 
 def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str, Any]:
@@ -3446,7 +3564,7 @@ class SdkTransport:
             if asking:
                 asking.cancel()
 
-        watchdog = Watchdog(asyncio.get_running_loop(), self._timeouts)
+        watchdog = Watchdog(asyncio.get_running_loop(), self._timeouts, END_GRACE_S)
         watchdog.start(call, give_up)
         return watchdog
 
@@ -3566,7 +3684,7 @@ class Sender:
 
     def __init__(self, config: Config, concurrency: int) -> None:
         self.transport = open_transport(config, concurrency)
-        self.dialect = Dialect("max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field)
+        self.dialect = Dialect.before(config)
         self._config = config
         self._redactor = Redactor.of(config, os.environ)
 
@@ -3764,6 +3882,22 @@ def waiting_for_core_s() -> float:
         return 0.0
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a warm-up has taught: the dialect, and (words, prompt tokens counted) of each synthetic prompt."""
+
+    dialect: Dialect
+    counted: Sequence[Sequence[int]] = ()
+
+
+def agreed(config: Config, lessons: Sequence[Lesson]) -> Lesson:
+    """What all processes go by: every concession that one of them had to make, and all their counts."""
+    first = dataclasses.asdict(Dialect.before(config))
+    said = [item for lesson in lessons for item in dataclasses.asdict(lesson.dialect).items()]
+    conceded = {name: value for name, value in said if value != first[name]}
+    return Lesson(Dialect(**{**first, **conceded}), [pair for lesson in lessons for pair in lesson.counted])
+
+
 @dataclass
 class Part:
     """One process's part of a measured point: its jobs, its share of the concurrency, and where records go."""
@@ -3773,55 +3907,84 @@ class Part:
     schedule: ClosedLoop
     sinks: Sequence[Sink]
     stop: Stop
-    begin: Callable[[int], None]  # told the start of the timed part, in ns of perf_counter
+    begin: Callable[[int, Config], None]  # told the start of the timed part, in ns of perf_counter, and its options
 
     @property
     def concurrency(self) -> int:
         return share(self.config.concurrency, self.schedule.shard, self.schedule.shards)
 
+    @property
+    def warmup(self) -> int:
+        """Its share of the warm-up: at least one request, as each process has something to open and to learn."""
+        whole = self.config.warmup
+        return max(1, share(whole, self.schedule.shard, self.schedule.shards)) if whole else 0
 
-async def warm_up(part: Part, sender: Sender) -> None:
+    def after(self, lesson: Lesson) -> Part:
+        """The same with synthetic prompts of the length that the server counts."""
+        config = calibrated(self.config, lesson.counted)
+        changed = config.prompt_calibration != self.config.prompt_calibration
+        return dataclasses.replace(self, config=config, workload=workload_of(config, ())) if changed else self
+
+
+class Kept(list[Record]):
+    """A sink that keeps its records: for the few of a warm-up."""
+
+    add = list.append
+
+
+async def warm_up(part: Part, sender: Sender) -> Lesson:
     """Open every connection, learn what the server takes. Raises RunError when every call fails."""
-    count = share(part.config.warmup, part.schedule.shard, part.schedule.shards)
-    tally = await _warm_up_once(part, sender, count)
+    tally, kept = await _warm_up_once(part, sender)
     while tally.errors and not tally.ok:
         dialect = concede(sender.dialect, part.config, tally.error_groups())
         if dialect is None or part.stop.draining.is_set():
             break
         note(f"the server refused ({tally.first_error()}); trying {dialect}")
         sender.dialect = dialect
-        tally = await _warm_up_once(part, sender, count)
-    if part.stop.interrupted:
-        return
-    if tally.errors and not tally.ok:
-        raise RunError(f"the warm-up failed, nothing was measured: {tally.first_error()}")
-    if tally.errors:
-        note(f"{tally.errors} of {count} warm-up requests failed: {tally.first_error()}")
+        tally, kept = await _warm_up_once(part, sender)
+    if tally.errors and not part.stop.interrupted:
+        if not tally.ok:
+            raise RunError(f"the warm-up failed, nothing was measured: {tally.first_error()}")
+        note(f"{tally.errors} of {part.warmup} warm-up requests failed: {tally.first_error()}")
+    counts = ((warmup_words(part.config, record.job.index), record.reply.prompt_tokens) for record in kept if record.ok)
+    return Lesson(sender.dialect, [(words, tokens) for words, tokens in counts if tokens])
 
 
-async def _warm_up_once(part: Part, sender: Sender, count: int) -> Tally:
+async def _warm_up_once(part: Part, sender: Sender) -> tuple[Tally, Kept]:
     """All at once, as the measured run will be, so that it finds its connections open."""
-    tally = Tally()
+    tally, kept = Tally(), Kept()
     shard, shards = part.schedule.shard, part.schedule.shards
-    schedule = ClosedLoop(count * shards, shard, shards)
-    pool = Pool(Load(schedule, partial(warmup_request, part.config), sender, [tally], part.concurrency), part.stop)
+    schedule = ClosedLoop(part.warmup * shards, shard, shards)
+    load = Load(schedule, partial(warmup_request, part.config), sender, [tally, kept], part.concurrency)
+    pool = Pool(load, part.stop)
     await pool.prepare()
     await pool.drain(time.perf_counter_ns())
-    return tally
+    return tally, kept
 
 
-async def measure(part: Part, released: Optional[Callable[[], Awaitable[int]]] = None) -> Optional[Health]:
-    """Warm up, prepare, wait for the release if there is one, run; None when stopped before the timed part."""
+class Peers:
+    """Those who run at the same time: what all go by after the warm-up, and when all start. Here nobody else."""
+
+    async def agree(self, lesson: Lesson) -> Lesson:
+        return lesson
+
+    async def start_ns(self) -> int:
+        return time.perf_counter_ns()
+
+
+async def measure(part: Part, peers: Peers) -> Optional[Health]:
+    """Warm up, agree on what it taught, prepare, start together; None when stopped before the timed part."""
     sender = Sender(part.config, part.concurrency)
     try:
-        await warm_up(part, sender)
+        lesson = await peers.agree(await warm_up(part, sender))
+        sender.dialect, part = lesson.dialect, part.after(lesson)
         pool = Pool(Load(part.schedule, part.workload, sender, part.sinks, part.concurrency), part.stop)
         await pool.prepare()
-        origin_ns = await released() if released else time.perf_counter_ns()
+        origin_ns = await peers.start_ns()
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
             return None
-        part.begin(origin_ns)
+        part.begin(origin_ns, part.config)
         client = ClientHealth()
         opened_before = sender.transport.connections
         client.start()
@@ -3936,16 +4099,11 @@ async def shard_main(shard: int, shards: int) -> None:
     workload = workload_of(config, load_requests(config.requests_file, config.system_prompt))
     stop = Stop()
     schedule = ClosedLoop(config.total_requests).part(shard, shards)
-    part = Part(config, workload, schedule, [ParentSink()], stop, lambda origin_ns: None)
-    go: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    listener = asyncio.ensure_future(follow_orders(orders, stop, go))
-
-    async def released() -> int:
-        send_to_parent({"ready": shard})
-        return await go
-
+    part = Part(config, workload, schedule, [ParentSink()], stop, lambda *_: None)
+    siblings = Siblings()
+    listener = asyncio.ensure_future(follow_orders(orders, stop, siblings))
     try:
-        health = await measure(part, released)
+        health = await measure(part, siblings)
         send_to_parent({"health": dataclasses.asdict(health) if health else None})
     except (UserError, RunError) as error:
         send_to_parent({"fatal": str(error)})
@@ -3962,19 +4120,42 @@ async def _stdin_lines() -> tuple[asyncio.StreamReader, asyncio.BaseTransport]:
     return reader, pipe
 
 
-async def follow_orders(orders: asyncio.StreamReader, stop: Stop, go: asyncio.Future[int]) -> None:
-    """Orders of the parent: `go ORIGIN_NS`, `press`, `end`; its end of file ends everything."""
+class Siblings(Peers):
+    """The other processes of the same run, by way of the parent."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.agreed: asyncio.Future[Lesson] = loop.create_future()
+        self.go: asyncio.Future[int] = loop.create_future()
+
+    async def agree(self, lesson: Lesson) -> Lesson:
+        send_to_parent({"lesson": dataclasses.asdict(lesson)})
+        return await self.agreed
+
+    async def start_ns(self) -> int:
+        send_to_parent({"ready": True})
+        return await self.go
+
+
+def lesson_from(said: Mapping[str, Any]) -> Lesson:
+    return Lesson(Dialect(**said["dialect"]), said["counted"])
+
+
+async def follow_orders(orders: asyncio.StreamReader, stop: Stop, siblings: Siblings) -> None:
+    """Orders of the parent: `agreed LESSON`, `go ORIGIN_NS`, `press`, `end`; its end of file ends everything."""
     while True:
-        words = (await orders.readline()).split()
-        if not words:
+        order, _, value = (await orders.readline()).strip().partition(b" ")
+        if not order:
             os._exit(1)
-        if words[0] == b"go":
-            if not go.done():
-                go.set_result(int(words[1]))
-        elif words[0] == b"press":
+        if order == b"agreed":
+            siblings.agreed.set_result(lesson_from(json.loads(value)))
+        elif order == b"go":
+            if not siblings.go.done():
+                siblings.go.set_result(int(value))
+        elif order == b"press":
             stop.press()
-            if not go.done():
-                go.set_result(0)
+            if not siblings.go.done():
+                siblings.go.set_result(0)
         else:
             stop.end("")
 
@@ -3986,6 +4167,7 @@ class Shard:
         """`part`: what this process has to do, its records going to the parent's own sinks."""
         self._part = part
         self._process: Optional[asyncio.subprocess.Process] = None
+        self.lesson: asyncio.Future[Optional[Lesson]] = asyncio.get_running_loop().create_future()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._seen: set[int] = set()
         self.health: Optional[Health] = None
@@ -4029,6 +4211,8 @@ class Shard:
                 self._seen.add(record.job.index)
                 for sink in self._part.sinks:
                     sink.add(record)
+            elif "lesson" in message:
+                self.lesson.set_result(lesson_from(message["lesson"]))
             elif "ready" in message:
                 self.ready.set_result(None)
             elif "fatal" in message:
@@ -4036,8 +4220,9 @@ class Shard:
             else:
                 self.done = True
                 self.health = Health(**message["health"]) if message["health"] else None
-        if not self.ready.done():
-            self.ready.set_result(None)
+        for waiting in (self.lesson, self.ready):
+            if not waiting.done():
+                waiting.set_result(None)
         await self._process.wait()
 
     def close(self) -> None:
@@ -4072,13 +4257,17 @@ async def measure_sharded(part: Part) -> list[Health]:
         for shard in shards:
             await shard.start()
             listeners.append(asyncio.ensure_future(shard.listen()))
-        await asyncio.gather(*(shard.ready for shard in shards))
+        lessons = await asyncio.gather(*(shard.lesson for shard in shards))
         fatal = next((shard.fatal for shard in shards if shard.fatal), "")
         if fatal:
             raise RunError(fatal)
+        lesson = agreed(part.config, [one for one in lessons if one])
+        for shard in shards:
+            shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
+        await asyncio.gather(*(shard.ready for shard in shards))
         origin_ns = time.perf_counter_ns()
         if not part.stop.draining.is_set():
-            part.begin(origin_ns)
+            part.begin(origin_ns, part.after(lesson).config)
         for shard in shards:
             shard.order(f"go {origin_ns}")
         await asyncio.gather(*listeners)
@@ -4182,6 +4371,27 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _extra_body(text: str) -> dict[str, Any]:
+    value = _json_object(text)
+    if value.get("n", 1) not in (1, None):
+        raise argparse.ArgumentTypeError(
+            "takes no n but 1: first token, gaps and tokens of several choices in one reply cannot be told apart"
+        )
+    return value
+
+
+def _calibration(text: str) -> list[float]:
+    try:
+        per_word, constant = map(float, text.split(","))
+        if 0 < per_word < math.inf and abs(constant) < math.inf:
+            return [per_word, constant]
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"takes two numbers, tokens per word and tokens besides, as a report shows them, not {plain(text, 60)!r}"
+    )
+
+
 def _engine(text: str) -> str:
     if not all(isinstance(value, (int, float)) and value >= 0 for value in _json_object(text).values()):
         raise argparse.ArgumentTypeError('takes a JSON object of numbers like {"ttft_ms": 200}')
@@ -4252,7 +4462,12 @@ def build_parser() -> Parser:
         metavar="N",
         help="requests to make (default: 1024, or one per prompt given)",
     )
-    add("--warmup", type=_count_or_none, metavar="N", help="unmeasured requests before (default: the concurrency)")
+    add(
+        "--warmup",
+        type=_count_or_none,
+        metavar="N",
+        help="unmeasured requests before, all at once (default: as many as are in flight)",
+    )
     add("--stream", action="store_true", help="stream the replies: adds TTFT, TPOT and gaps between chunks")
     add("--continuous-usage", action="store_true", help="with --stream: token counts in every chunk (vLLM, SGLang)")
     add("--temperature", type=_temperature, metavar="T", help="sampling temperature (default: %(default)s)")
@@ -4261,18 +4476,24 @@ def build_parser() -> Parser:
         choices=TOKEN_FIELDS,
         help="name of the output limit (auto: whichever the warm-up accepts)",
     )
-    add("--extra-body", type=_json_object, metavar="JSON", help="object merged into every request body")
+    add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
     add = parser.add_argument_group("Prompts").add_argument
     add(
         "--prompt-tokens",
         type=_positive,
         metavar="N",
-        help="about so long are generated prompts (default: %(default)s)",
+        help="length of generated prompts, by the server's count (default: %(default)s)",
     )
     add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
     add("--requests-file", type=_path, metavar="FILE", help="JSONL, per line: text, prompt or messages; max_tokens")
     add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
     add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
+    add(
+        "--prompt-calibration",
+        type=_calibration,
+        metavar="A,B",
+        help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
+    )
     add = parser.add_argument_group("Output").add_argument
     add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
     add("--append", action="store_true", help="add to an existing --results-csv")
@@ -4311,9 +4532,9 @@ def build_config(options: argparse.Namespace, prompts: int) -> Config:
     derived: dict[str, Any] = {
         "total_requests": total,
         "output_tokens": options.output_tokens or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
-        "warmup": concurrency if options.warmup is None else options.warmup,
+        "warmup": default_warmup(concurrency, total) if options.warmup is None else options.warmup,
         "seed": secrets.randbelow(1 << 32) if options.seed is None else options.seed,
-        "processes": min(concurrency, options.processes or enough_processes(concurrency, options.stream)),
+        "processes": min(concurrency, total, options.processes or enough_processes(concurrency, options.stream)),
     }
     names = [item.name for item in dataclasses.fields(Config)]
     values: dict[str, Any] = {**{name: given.get(name) for name in names}, **derived}
@@ -4473,8 +4694,10 @@ class Point:
         """Raises RunError when the warm-up fails."""
         live: list[LiveLine] = []
 
-        def begin(origin_ns: int) -> None:
-            self.origin_ns = origin_ns
+        def begin(origin_ns: int, config: Config) -> None:
+            self.origin_ns, self.config = origin_ns, config
+            if not config.requests_file and not config.prompt_calibration:
+                note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
             if csv_sink:
                 csv_sink.begin()
             if not self.config.no_progress:
@@ -4488,7 +4711,7 @@ class Point:
             if self.config.processes > 1:
                 self.health = await measure_sharded(part)
             else:
-                health = await measure(part)
+                health = await measure(part, Peers())
                 self.health = [health] if health else []
         finally:
             for line in live:

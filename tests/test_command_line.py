@@ -295,6 +295,22 @@ def test_a_proxy_carries_requests_to_hosts_beyond_this_one_and_is_printed(
 
 
 @pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--extra-body", '{"n": 2}'], "no n but 1"),
+        (["--prompt-calibration", "1.1"], "takes two numbers"),
+        (["--prompt-calibration", "0,8"], "takes two numbers"),
+        (["--prompt-calibration", "1.1,nan"], "takes two numbers"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(cli: Callable[..., Outcome], words: list[str], complaint: str) -> None:
+    done = cli("--model", "m", *words)
+    assert done.code == 2
+    assert complaint in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("mode", "refused", "message", "learned"),
     [
         ([], "max_tokens", "Unsupported parameter: 'max_tokens'", "max_completion_tokens"),
@@ -328,6 +344,8 @@ def test_the_warm_up_learns_what_the_server_takes(
         "1",
         "--total-requests",
         "3",
+        "--warmup",
+        "1",
         "--prompt-tokens",
         "16",
     )
