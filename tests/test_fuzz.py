@@ -192,7 +192,7 @@ def test_the_fast_scan_tells_only_what_json_would(choices: list[Any], more: dict
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "is_plain_content", lambda event: False)
-        said = bench.read_stream([(1, event + b"\n\n")])
+        said = bench.read_reply(True, [(1, event + b"\n\n")])
     assert (said.chunks, said.finish_reason, said.has_usage) == (1, None, False)
     assert said.visible_ns == 1
 
