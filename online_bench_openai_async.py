@@ -651,11 +651,11 @@ def plain(text: str, limit: int = ERROR_TEXT_CHARS) -> str:
 
 
 class Reader(Protocol):
-    """Takes a reply's body piece by piece, each with the time of its arrival, and fills in the `Reply`."""
+    """Takes a reply's body in pieces, each with the time of its arrival, and fills in the `Reply`."""
 
     complete: bool  # nothing that could still come would matter
 
-    def feed(self, stamp_ns: int, data: bytes) -> None: ...
+    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None: ...
 
     def finish(self) -> None:
         """The body has ended: write what it said into the reply, a failure where it is not a complete answer."""
@@ -737,8 +737,8 @@ class WholeReader:
         self._pieces: list[bytes] = []
         self.complete = False
 
-    def feed(self, stamp_ns: int, data: bytes) -> None:
-        self._pieces.append(data)
+    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
+        self._pieces += pieces
 
     def finish(self) -> None:
         self._reply.failure = self._read(b"".join(self._pieces))
@@ -788,6 +788,9 @@ _FAST_DELTA = _DELTA + b'{"content":"'
 _FAST_END = b'"finish_reason":null'
 _QUOTE = ord('"')
 _TEXT = re.compile(rb'[^"\\\x00-\x1f]+')  # of a JSON string, free of escapes
+# Texts of JSON strings, none empty, each closed by a byte that none can hold.
+_PLAIN_TEXTS = re.compile(rb'(?:(?!\x01)[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*)*\x01)*')
+PLAIN_RUN = 64  # pieces compared at once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STREAM_HEAD_BYTES = 4096
 _NO_TAIL = bytearray()  # never filled: only a tail that is there grows
@@ -856,19 +859,51 @@ class StreamReader:
         self._merged_reads = 0
         self._alone = False  # whether the last read's chunk is its only one so far
 
-    def feed(self, stamp_ns: int, data: bytes) -> None:
-        self._stamp_ns = stamp_ns
-        text = _TEXT.match(data, self._text_at)
-        if (
-            text
-            and data[text.end() :] == self._behind
-            and data.startswith(self._before)
-            and not self._tail
-            and not self._after_cr
-        ):  # one event that differs from the last plain one in its text alone
-            self._content(stamp_ns, True)
-        else:
-            self._feed_any(stamp_ns, data)
+    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
+        at = 0
+        while at < len(pieces):
+            plain = self._plain_run(pieces[at : at + PLAIN_RUN]) if self._ready_for_run(pieces[at]) else 0
+            if plain:
+                self._content_run(stamps_ns[at : at + plain])
+            else:
+                self._stamp_ns = stamps_ns[at]
+                self._feed_any(stamps_ns[at], pieces[at])
+            at += plain or 1
+
+    def _ready_for_run(self, piece: bytes) -> bool:
+        return piece.startswith(self._before) and not self._tail and not self._after_cr
+
+    def _plain_run(self, pieces: Sequence[bytes]) -> int:
+        """How many pieces at the start are one event each that differs from the last plain one in its text alone.
+
+        Told for all of them by one join, one split and one match: a twentieth of the cost of reading them one by
+        one. A NUL marks where pieces meet; no plain text holds one, so a piece that holds more or less than one
+        event does not match.
+        """
+        before, behind = self._before, self._behind
+        joined = b"\0".join([*pieces, b""])
+        texts = joined[len(before) :].split(behind + b"\0" + before)
+        texts[-1:] = texts[-1].partition(behind + b"\0")[:2]
+        ending = texts.pop()
+        if not ending:  # what looked like the last text has no plain end
+            texts.pop()
+        found = _PLAIN_TEXTS.match(b"\1".join([*texts, b""]))
+        return found[0].count(b"\1") if found else 0
+
+    def _content_run(self, stamps_ns: Sequence[int]) -> None:
+        """The same as `_content` for each of them, visible and one token."""
+        if len(set(stamps_ns)) < len(stamps_ns):
+            for stamp_ns in stamps_ns:
+                self._content(stamp_ns, True)
+            return
+        self._content(stamps_ns[0], True)
+        more = len(stamps_ns) - 1
+        if more:
+            self._gaps_ms.extend([(after - before) / 1e6 for before, after in zip(stamps_ns, stamps_ns[1:])])
+            self._chunks += more
+            self._content_reads += more
+            self._alone = True
+            self._last_ns = stamps_ns[-1]
 
     def _learn(self, event: bytes) -> None:
         """The next event will most likely differ from this plain one in its text alone."""
@@ -1033,7 +1068,7 @@ def read_reply(streamed: bool, arrivals: Iterable[tuple[int, bytes]]) -> Reply:
     reply = Reply()
     reader = READERS[streamed](reply)
     for stamp_ns, data in arrivals:
-        reader.feed(stamp_ns, data)
+        reader.feed([stamp_ns], [data])
     reader.finish()
     return reply
 
@@ -2183,7 +2218,8 @@ class Call:
         self.is_whole = False
         self.size = 0
         self.newest_ns: Optional[int] = None  # the newest arrival
-        self.arrived: list[tuple[int, bytes]] = []  # pieces of the body that the reader has not seen yet
+        self._stamps: list[int] = []  # of the pieces of the body that the reader has not seen yet
+        self._pieces: list[bytes] = []
         self._reader = reader(self.reply)
         self._inflate: Any = None
 
@@ -2208,11 +2244,24 @@ class Call:
         if self.size > MAX_REPLY_BYTES:
             raise CallError("too_large", f"the reply is larger than {MAX_REPLY_BYTES >> 20} MB")
         if 200 <= (self.reply.http_status or 0) < 300:
-            self.arrived.append((stamp_ns, data))
-            if len(self.arrived) >= UNREAD_PIECES:
+            self._stamps.append(stamp_ns)
+            self._pieces.append(data)
+            if len(self._pieces) >= UNREAD_PIECES:
                 self._feed()
         elif len(self.error_body) < ERROR_BODY_BYTES:
             self.error_body += data[:ERROR_BODY_BYTES]
+
+    def plain_bodies(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> bool:
+        """The same for many pieces at once; False where they need the careful way."""
+        size = self.size + sum(map(len, pieces))
+        if self._inflate is not None or size > MAX_REPLY_BYTES or not 200 <= (self.reply.http_status or 0) < 300:
+            return False
+        self.size = size
+        self._stamps += stamps_ns
+        self._pieces += pieces
+        if len(self._pieces) >= UNREAD_PIECES:
+            self._feed()
+        return True
 
     def _inflated(self, data: bytes) -> bytes:
         try:
@@ -2223,10 +2272,9 @@ class Call:
         return plain_data
 
     def _feed(self) -> None:
-        pieces, self.arrived = self.arrived, []
-        feed = self._reader.feed
-        for stamp_ns, data in pieces:
-            feed(stamp_ns, data)
+        if self._pieces:
+            stamps, pieces, self._stamps, self._pieces = self._stamps, self._pieces, [], []
+            self._reader.feed(stamps, pieces)
 
     def end(self, failure: Optional[Failure]) -> Reply:
         """The call is over: decide what it came to."""
@@ -2438,6 +2486,9 @@ def http_parsers() -> Callable[[Connection], Any]:
         return partial(H11Parser, importlib.import_module("h11"))
 
 
+_CHUNK_SIZES = {b"%x" % size: size for size in range(1, 4096)}  # as the usual servers write them
+
+
 class Connection:
     """One kept socket and the reply that is arriving on it.
 
@@ -2549,7 +2600,8 @@ class Connection:
         self.unstamped = 0
         error: Optional[CallError] = None
         try:
-            for self._stamp_ns, piece in zip(stamps, pieces):
+            taken = self._one_chunk_each(call, stamps, pieces) if self._at_chunk and call else 0
+            for self._stamp_ns, piece in zip(stamps[taken:], pieces[taken:]):
                 if self._complete:  # more than one reply: the next call would get the rest of it
                     self._keep = False
                     break
@@ -2567,6 +2619,17 @@ class Connection:
             self._finish(None)
         elif error is not None:
             self._finish(error)
+
+    def _one_chunk_each(self, call: Call, stamps: Sequence[int], pieces: Sequence[bytes]) -> int:
+        """Take the reads at the start that are one whole HTTP chunk each; how many there were."""
+        bodies = []
+        for piece in pieces:
+            line_end = piece.find(b"\r\n", 0, 10)
+            size = _CHUNK_SIZES.get(piece[: max(0, line_end)])
+            if not size or size != len(piece) - line_end - 4 or not piece.endswith(b"\r\n"):
+                break
+            bodies.append(piece[line_end + 2 : -2])
+        return len(bodies) if bodies and call.plain_bodies(stamps[: len(bodies)], bodies) else 0
 
     def _whole_chunks(self, call: Call, piece: bytes) -> bytes:
         """Take whole HTTP chunks off the start of a read, without a parser; what is left is for the parser.
@@ -2926,29 +2989,45 @@ class Stopwatch:
     # --- reading ---
 
     def _read_ready(self) -> None:
-        """Read every socket that has something, and only then parse what may have ended."""
+        """Read every socket that has something, and only then parse what may have ended.
+
+        Streams in step all speak at once: whatever is done between two reads keeps the later ones waiting, and a
+        read that waits for a whole gap holds two tokens under one stamp. So the plain case is written out here.
+        """
         self._clock.read_both()
         ready = self._poller.ready()
         self._reads += len(ready)
+        offset_ns, buffer, buffers, now = self._clock.offset_ns, self._buffer, self._buffers, time.perf_counter_ns
         unparsed = []
         for connection, mask in ready:
-            if mask != _READABLE or connection.tls is not None or connection.call is None:
+            call = connection.call
+            if mask != _READABLE or connection.tls is not None or call is None:
                 connection.ready(mask)
                 continue
             try:
-                data, stamp_ns, by_kernel = self.receive(connection)
+                size, ancillary, _, _ = connection.receive(buffers, _ANCILLARY_BYTES)
             except (BlockingIOError, InterruptedError):
                 continue
             except OSError as error:
                 connection.broken(error)
                 continue
-            if not data:
+            if not size:
                 connection.ended()
                 continue
-            connection.keep(data, stamp_ns, by_kernel)
-            held, size = len(connection.pieces), len(data)
+            data = bytes(buffer[:size])
+            floor_ns = call.newest_ns or call.reply.sent_ns or 0
+            stamp_ns = 0
+            if ancillary and len(ancillary[0][2]) == _TIMESPEC_BYTES:
+                seconds, nanoseconds = _unpack_timespec(ancillary[0][2])
+                stamp_ns = seconds * 1_000_000_000 + nanoseconds - offset_ns
+            if not floor_ns <= stamp_ns <= now():
+                stamp_ns, by_kernel = self._clock.stamp(ancillary, floor_ns)
+                connection.unstamped += not by_kernel
+            call.newest_ns = stamp_ns
+            connection.stamps.append(stamp_ns)
+            connection.pieces.append(data)
             if (
-                held >= connection.hold
+                len(connection.pieces) >= connection.hold
                 or data.endswith(_MESSAGE_END)
                 or not len(_MESSAGE_END) <= size < LARGE_READ_BYTES
             ):
@@ -3239,8 +3318,8 @@ class Sdk:
 def client_class(openai: Any) -> Any:
     """AsyncOpenAI that works out its URL and its headers once: they are the same for every request of a run.
 
-    Both methods are the SDK's inner ones. They are overridden because that saves 40 us (URL) and 70 us (headers)
-    of a request's 420; in a version without them nothing is kept, and nothing breaks.
+    Both methods are the SDK's inner ones. They are overridden because that saves 107 us (URL) and 71 us (headers)
+    of the 462 us that a request takes otherwise; in a version without them nothing is kept, and nothing breaks.
     """
 
     class Client(openai.AsyncOpenAI):  # type: ignore[misc]
