@@ -205,9 +205,6 @@ REPLIES: dict[str, Act] = {
     "no content": GROUPS["connection"]["no_content_204"].act,
     "not HTTP": GROUPS["connection"]["speaks_http_2"].act,
 }
-STALLING = ("length_too_long_stall",)  # a matter of time-outs
-for stalling in STALLING:
-    del REPLIES[stalling]
 OWN_WORDS = ("bad_http", "reset", "closed")  # said by other libraries in each script
 MEASURED = ("latency_ms", "sent_s", "new_connection")
 
