@@ -246,8 +246,9 @@ def test_refused(transport: str, streamed: bool) -> None:
 @EVERY_WAY
 def test_no_connection_in_time(transport: str, streamed: bool) -> None:
     with full_queue() as port:
-        wanted = {"http_error/connect_timeout"}
-        assert all_fail(f"http://127.0.0.1:{port}/v1", transport, streamed, first_byte_timeout=None) == wanted
+        limits = {**PATIENT, "connect_timeout": CONNECT_S}
+        fates = all_fail(f"http://127.0.0.1:{port}/v1", transport, streamed, **limits)
+        assert fates == {"http_error/connect_timeout"}
 
 
 @EVERY_WAY
