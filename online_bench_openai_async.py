@@ -50,6 +50,7 @@ import csv
 import dataclasses
 import gc
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -135,8 +136,9 @@ RATE_WINDOW_S = 0.1
 SPARE_DESCRIPTORS = 64
 CONNECTS_AT_ONCE = 64  # below the listening queue of the usual servers
 SOCKET_BACKLOG = 4096
-STREAMS_PER_PROCESS = 256
-WHOLE_PER_PROCESS = 512
+AUTO_TOKENS_PER_S = 100  # of each stream, where --processes auto reckons
+AUTO_CORE_SHARE = 0.5  # of a core that a process is to need at most
+READS_PER_REQUEST = 60  # what sending a request through the SDK costs, in reads of a chunk (benchmarks/client_cost.py)
 
 CLIENT_BUSY_SHARE = 0.90  # of one core, waiting for the core included
 CLIENT_DELAY_SHARE = 0.10  # of a request's service time
@@ -4534,17 +4536,41 @@ def build_config(options: argparse.Namespace, prompts: int) -> Config:
         "output_tokens": options.output_tokens or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
         "warmup": default_warmup(concurrency, total) if options.warmup is None else options.warmup,
         "seed": secrets.randbelow(1 << 32) if options.seed is None else options.seed,
-        "processes": min(concurrency, total, options.processes or enough_processes(concurrency, options.stream)),
+        "processes": min(concurrency, total, options.processes or enough_processes(options, concurrency)),
     }
     names = [item.name for item in dataclasses.fields(Config)]
     values: dict[str, Any] = {**{name: given.get(name) for name in names}, **derived}
     return Config(**values)
 
 
-def enough_processes(concurrency: int, streamed: bool) -> int:
-    """What --processes auto means: enough for the load, never more than the cores."""
-    each = STREAMS_PER_PROCESS if streamed else WHOLE_PER_PROCESS
-    return max(1, min(os.cpu_count() or 1, math.ceil(concurrency / each)))
+def enough_processes(options: argparse.Namespace, concurrency: int) -> int:
+    """What --processes auto means: so many that each needs at most half a core, never more than the cores; said."""
+    read_us = read_cost_us()
+    tokens = options.output_tokens or 1024
+    requests_per_s = concurrency * AUTO_TOKENS_PER_S / tokens
+    reads_per_s = requests_per_s * READS_PER_REQUEST + (concurrency * AUTO_TOKENS_PER_S if options.stream else 0)
+    share_of_core = reads_per_s * read_us / 1e6
+    enough = max(1, min(os.cpu_count() or 1, math.ceil(share_of_core / AUTO_CORE_SHARE)))
+    costs = f"{read_us:.1f} us a chunk, {read_us * READS_PER_REQUEST:.0f} us a request here"
+    asked = f"{concurrency} in flight at {AUTO_TOKENS_PER_S} tokens/s each"
+    note(f"--processes auto: {enough}; {asked} would take {share_of_core:.0%} of a core ({costs})")
+    return enough
+
+
+def read_cost_us() -> float:
+    """What one chunk of a stream costs here, received, kept and read; takes a few milliseconds."""
+    event = b'data: {"choices":[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}\n\n'
+    near, far = socket.socketpair()
+    buffers, pieces, stamps = [bytearray(READ_BUFFER_BYTES)], [], []
+    with near, far:
+        begun = time.perf_counter()
+        for _ in range(2 * PLAIN_RUN):
+            far.send(event)
+            size = near.recv_into(buffers[0])
+            stamps.append(time.perf_counter_ns())
+            pieces.append(bytes(buffers[0][:size]))
+        StreamReader(Reply()).feed(stamps, pieces)
+        return (time.perf_counter() - begun) / len(pieces) * 1e6
 
 
 def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
@@ -4836,7 +4862,8 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
         if config.demo:
             demo = DemoServer(options.demo_engine)
             config = dataclasses.replace(config, api_base=demo.api_base)
-        import_sdk()  # when it is missing, before any socket is opened
+        if importlib.util.find_spec("openai") is None:  # before any socket is opened
+            raise UserError("cannot import openai: pip install openai")
         for line in notes_before(config, len(corpus)):
             note(line)
         return invocation.run(Point(config, workload_of(config, corpus)), demo)

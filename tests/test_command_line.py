@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -373,3 +374,15 @@ def peak_kb(server: Demo, count: int) -> int:
 def test_memory_does_not_follow_the_number_of_requests(demo: Callable[..., Demo]) -> None:
     server = demo(ttft_ms=0, gap_ms=0)
     assert peak_kb(server, 5_000) - peak_kb(server, 500) < 3 * 4_500  # kB: 3 a request would be a record kept
+
+
+def test_processes_auto_says_what_it_reckons_with(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    target = [*demo(ttft_ms=1, gap_ms=0).target, *SMALL, "--processes", "auto", "--stream"]
+    done = cli(*target)
+    assert done.code == 0, done.err
+    said = re.search(
+        r"--processes auto: (\d+); (\d+) in flight at 100 tokens/s each .* us a chunk, .* us a request", done.err
+    )
+    assert said, done.err
+    assert 1 <= int(said[1]) <= (os.cpu_count() or 1)
+    assert f"Client: {said[1]} process" in done.out
