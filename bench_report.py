@@ -16,7 +16,7 @@ It reads the CSV and the JSON or JSON Lines that online_bench_openai_async.py an
 and the result files of vLLM (`vllm bench serve --save-result`), SGLang (`bench_serving`) and guidellm.
 Needs numpy; `html` needs plotly as well; `openai` is not needed.
 
-An argument is a file, a directory of result files, or several joined by commas, and is one run: `[NAME=]FILE[,FILE...]`.
+An argument is a file, a directory of result files, or several joined by commas: `[NAME=]FILE[,FILE...]`, one run.
 Rows of a run with the same level and repetition are one measured point; its percentiles are exact.
 What cannot be read costs one line on stderr and exit code 2; the rest is still reported.
 
@@ -58,6 +58,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import unquote
@@ -84,7 +85,7 @@ CONFIDENCE = 0.99
 # A single run cannot show it, so it is assumed where there are no repetitions.
 BETWEEN_RUNS = 0.005
 ROUNDS = 400  # bootstrap resamples
-MOST_RESAMPLED = 10_000  # requests per resample
+MOST_RESAMPLED = 5_000  # requests per resample
 LEAST_BLOCKS = 4
 SAME_LENGTH = 0.02  # runs whose mean lengths differ by more are not comparable
 SEED = 20251
@@ -113,6 +114,11 @@ class Metric(NamedTuple):
     stem: str
     label: str
     column: str
+
+    @property
+    def short(self) -> str:
+        """The label without its unit."""
+        return self.label.partition(" (")[0]
 
 
 METRICS = (
@@ -182,15 +188,15 @@ class Point:
 
     def figure(self, name: str) -> Optional[float]:
         """A figure by its result key; None where it was not measured."""
-        value = _finite(self.figures.get(name))
+        kind, _, stem = name.partition("_")
+        other = {"p50": f"median_{stem}", "median": f"p50_{stem}"}.get(kind, name)
+        value = next((v for v in (_finite(self.figures.get(key)) for key in (name, other)) if v is not None), None)
         if value is None and name == "error_rate":
             ended = self.count("completed") + self.count("failed")
             return self.count("failed") / ended if ended else None
-        match = re.fullmatch(r"p(\d+(?:\.\d+)?)_(\w+)", name)
-        if value is None and match and self.requests is not None and match[2] in BY_STEM:
-            sample = sample_of(self.requests, BY_STEM[match[2]])
-            rank = float(match[1])
-            return float(np.percentile(sample, rank)) if len(sample) and rank <= 100 else None
+        if value is None and self.requests is not None and stem in BY_STEM and re.fullmatch(r"p\d+(\.\d+)?", kind):
+            sample = sample_of(self.requests, BY_STEM[stem])
+            return float(np.percentile(sample, float(kind[1:]))) if len(sample) and float(kind[1:]) <= 100 else None
         return value
 
     def count(self, name: str) -> int:
@@ -908,7 +914,7 @@ class Level:
 
     def few(self, stem: str, rank: float) -> bool:
         """Whether the sample is too small for this percentile; False where its size is unknown."""
-        count = self.figure(count_key(stem))
+        count = self.figure(count_key(stem)) if stem.endswith("_ms") else None
         return count is not None and count < LEAST_N.get(rank, 0)
 
     @property
@@ -923,9 +929,18 @@ class Level:
     def title(self) -> str:
         return f"{self.run} at {self.label} {'req/s' if self.by_rate else 'in flight'}"
 
+    def title_of(self, point: Point) -> str:
+        """The title, with the repetition where there are several."""
+        repeat = point.figures.get("repeat", self.points.index(point) + 1)
+        return f"{self.title}, repetition {repeat:g}" if len(self.points) > 1 else self.title
+
     @property
     def errors(self) -> int:
         return sum(point.count("failed") for point in self.points)
+
+    @property
+    def client_bound(self) -> str:
+        return next((point.client_bound for point in self.points if point.client_bound), "")
 
     @property
     def gpus(self) -> Optional[float]:
@@ -958,8 +973,8 @@ def read_runs(arguments: Sequence[str], one_each: bool, problems: Problems) -> l
         if name or (one_each and found) or len(paths) > 1:
             for point in found:
                 point.run = name or found[0].run
-        points += join(found)
-    merged = with_summaries(points)
+        points += found
+    merged = with_summaries(join(with_summaries(points)))
     _tell_apart(merged)
     return merged
 
@@ -997,7 +1012,8 @@ def _wall_span(point: Point) -> Optional[tuple[float, float]]:
 def _absorb(point: Point, part: Point) -> None:
     """Adds another part's requests, its clock set to the first's where both are known."""
     ours, theirs = point.requests, part.requests
-    assert ours is not None and theirs is not None
+    assert ours is not None
+    assert theirs is not None
     starts = [p.figures.get("benchmark_start_time_unix") for p in (point, part)]
     shift = 0.0 if starts[0] is None or starts[1] is None else starts[1] - starts[0]
     both: dict[str, Floats] = {}
@@ -1049,7 +1065,9 @@ def _tell_apart(points: Sequence[Point]) -> None:
     models: dict[str, set[str]] = {}
     files: dict[str, set[str]] = {}
     for point in points:
-        models.setdefault(point.run, set()).add(str(point.figures.get("model_id")))
+        models.setdefault(point.run, set()).update(
+            [str(point.figures["model_id"])] if "model_id" in point.figures else []
+        )
         if point.run == run_name(point.sources[0]):
             files.setdefault(point.run, set()).add(os.path.abspath(point.sources[0]))
     for point in points:
@@ -1057,7 +1075,7 @@ def _tell_apart(points: Sequence[Point]) -> None:
         if len(files.get(run, ())) > 1:
             point.run = plain(str(Path(point.sources[0]).with_suffix("")), 60)
         if len(models[run]) > 1:
-            point.run += f" ({plain(str(point.figures.get('model_id')), 40)})"
+            point.run += f" ({plain(str(point.figures.get('model_id', 'model unknown')), 40)})"
 
 
 def levels_of(points: Sequence[Point]) -> list[Level]:
@@ -1146,12 +1164,6 @@ SWEEP_COLUMNS = (
 )
 
 
-def percentile_of(level: Level, key: str) -> Optional[float]:
-    """A figure; a p50 that a tool calls the median as well."""
-    value = level.figure(key)
-    return level.figure(key.replace("p50_", "median_")) if value is None and key.startswith("p50_") else value
-
-
 def number(value: Optional[float], decimals: int = 1) -> str:
     return "-" if value is None else f"{value:,.{decimals}f}"
 
@@ -1161,6 +1173,7 @@ def sweep_rows(levels: Sequence[Level], slos: Sequence[Slo]) -> list[list[str]]:
     rows = []
     for name, run_levels in by_run(levels).items():
         bend = knee(run_levels)
+        bend = None if bend is run_levels[-1] else bend
         for level in run_levels:
             repeated = f" x{len(level.points)}" if len(level.points) > 1 else ""
             head = [name, f"{level.label}{' req/s' if level.by_rate else ''}{repeated}"]
@@ -1176,7 +1189,7 @@ def sweep_rows(levels: Sequence[Level], slos: Sequence[Slo]) -> list[list[str]]:
 
 
 def _sweep_cell(level: Level, column: Column) -> str:
-    value = percentile_of(level, column.key)
+    value = level.figure(column.key)
     star = "*" if value is not None and column.stem and level.few(column.stem, column.rank) else ""
     return number(value, column.decimals) + star
 
@@ -1191,7 +1204,7 @@ def _extremes(level: Level) -> list[list[str]]:
 
 
 def verdict(level: Level, bend: bool, slos: Sequence[Slo]) -> str:
-    words = ["client-bound"] if any(point.client_bound for point in level.points) else []
+    words = ["client-bound"] if level.client_bound else []
     words += ["knee"] if bend else []
     failed = [slo for slo in slos if not slo.holds(level.figure(slo.name))]
     words += [f"fails {slo.name}{slo.op}{slo.limit:g}" for slo in failed] or (["passes"] if slos else [])
@@ -1199,12 +1212,16 @@ def verdict(level: Level, bend: bool, slos: Sequence[Slo]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns padded to their widest cell: numbers to the right, the first column and the last to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """Columns padded to their widest cell: numbers right, their stars beyond; first column and words left."""
+    starred = [any(cell.endswith("*") for cell in column) for column in zip(*rows)]
+    hung = [[c if not star or c.endswith("*") else f"{c} " for c, star in zip(row, starred)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*hung)]
+    last_is_text = rows[0][-1] == "verdict"
     lines = []
-    for row in rows:
+    for row in hung:
         cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        cells[0], cells[-1] = row[0].ljust(widths[0]), row[-1].ljust(widths[-1])
+        cells[0] = row[0].ljust(widths[0])
+        cells[-1] = row[-1] if last_is_text else cells[-1]
         lines.append("  ".join(cells).rstrip())
     return lines
 
@@ -1212,24 +1229,19 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 def summary_block(point: Point) -> list[str]:
     """The seven lines that scripts read, as online_bench_openai_async.py prints them."""
 
-    def rate(name: str) -> str:
-        return f"{point.figure(name):.2f}" if point.figure(name) is not None else "-"
+    def text(name: str, form: str) -> str:
+        value = point.figure(name)
+        return "-" if value is None else form.format(value)
 
-    def ms(name: str) -> str:
-        return f"{point.figure(name):.1f} ms" if point.figure(name) is not None else "-"
-
-    duration = point.figure("duration")
-    elapsed = "-" if duration is None else f"{duration:.3f}s"
-    level = "-" if point.figure("max_concurrency") is None else f"{point.figure('max_concurrency'):g}"
+    counts = f"Requests (ok/err): {point.count('completed')}/{point.count('failed')}"
     return [
-        f"Requests (ok/err): {point.count('completed')}/{point.count('failed')}  Concurrency: {level}"
-        f"  Elapsed: {elapsed}",
-        f"Req/s: {rate('request_throughput')}",
-        f"Generated tokens/s: {rate('output_throughput')}",
-        f"Total tokens/s (in+out): {rate('total_token_throughput')}",
-        f"p50 latency: {ms('p50_e2el_ms' if point.figure('p50_e2el_ms') is not None else 'median_e2el_ms')}",
-        f"p95 latency: {ms('p95_e2el_ms')}",
-        f"Avg latency: {ms('mean_e2el_ms')}",
+        f"{counts}  Concurrency: {text('max_concurrency', '{:g}')}  Elapsed: {text('duration', '{:.3f}s')}",
+        f"Req/s: {text('request_throughput', '{:.2f}')}",
+        f"Generated tokens/s: {text('output_throughput', '{:.2f}')}",
+        f"Total tokens/s (in+out): {text('total_token_throughput', '{:.2f}')}",
+        f"p50 latency: {text('p50_e2el_ms', '{:.1f} ms')}",
+        f"p95 latency: {text('p95_e2el_ms', '{:.1f} ms')}",
+        f"Avg latency: {text('mean_e2el_ms', '{:.1f} ms')}",
     ]
 
 
@@ -1241,7 +1253,7 @@ def distribution_rows(point: Point, verbose: bool) -> list[list[str]]:
         if metric.stem in HIDDEN_STEMS and not verbose:
             continue
         names = ["mean", *(f"p{rank:g}" for rank in RANKS), "max"]
-        cells = [number(percentile_of(level, f"{name}_{metric.stem}"), 2).replace(",", "") for name in names]
+        cells = [number(level.figure(f"{name}_{metric.stem}"), 2).replace(",", "") for name in names]
         if all(cell == "-" for cell in cells):
             continue
         stars = ["", *("*" if level.few(metric.stem, rank) else "" for rank in RANKS), ""]
@@ -1319,7 +1331,7 @@ def report_lines(point: Point, verbose: bool) -> list[str]:
     lines = [*summary_block(point), ""]
     rows = distribution_rows(point, verbose)
     lines += table(rows) if len(rows) > 1 else []
-    if any("*" in cell for row in rows for cell in row):
+    if any(cell.endswith("*") for row in rows for cell in row):
         lines.append("* too few requests for this percentile")
     for groups in group_rows(point.requests) if point.requests is not None else ():
         lines += ["", *table(groups)]
@@ -1335,39 +1347,63 @@ def report_lines(point: Point, verbose: bool) -> list[str]:
     return lines
 
 
+def table_note(rows: Sequence[Sequence[str]]) -> str:
+    few = any(cell.endswith("*") for row in rows for cell in row)
+    return "Latencies in ms." + (" * too few requests for this percentile." if few else "")
+
+
 def sweep_lines(levels: Sequence[Level], slos: Sequence[Slo]) -> list[str]:
-    """The sweep table, what it shows in words, and each point's warnings."""
+    """The sweep table, what it shows in words, and the warnings."""
     rows = sweep_rows(levels, slos)
-    lines = table(rows)
-    if any("*" in cell for row in rows for cell in row):
-        lines.append("* too few requests for this percentile; latencies in ms")
-    lines += findings(levels, slos)
-    seen: Counter[str] = Counter(line for level in levels for point in level.points for line in point.warnings)
-    lines += [f"WARNING: {line}" + (f" (at {count} points)" if count > 1 else "") for line, count in seen.items()]
+    warnings = [f"WARNING: {line}" for line in warning_lines(levels)]
+    return [*table(rows), table_note(rows), "", *findings(levels, slos), *warnings]
+
+
+def warning_lines(levels: Sequence[Level]) -> list[str]:
+    """Each warning once, as the last point that has it words it, and where else it holds."""
+    alike: dict[str, list[tuple[str, str]]] = {}
+    points = [(level.title_of(point), point) for level in levels for point in level.points]
+    for title, point in points:
+        for line in point.warnings:
+            alike.setdefault(re.sub(r"[\d.]+", "", line), []).append((title, line))
+    lines = []
+    for found in alike.values():
+        elsewhere = list(dict.fromkeys(title for title, _ in found[:-1]))
+        also = f" (likewise: {', '.join(elsewhere[:4])}{', ...' if elsewhere[4:] else ''})" if elsewhere else ""
+        lines.append((f"{found[-1][0]}: " if len(points) > 1 else "") + found[-1][1] + also)
     return lines
 
 
 def findings(levels: Sequence[Level], slos: Sequence[Slo]) -> list[str]:
-    """What a sweep shows, a sentence each: most throughput, knee, highest passing level, tools that count otherwise."""
+    """What the runs show, a sentence each: where the client was the limit, most throughput and knee, the highest
+    passing level, tools that count otherwise."""
     lines = []
     for name, run_levels in by_run(levels).items():
         unit = "req/s" if run_levels[0].by_rate else "in flight"
-        best = max(run_levels, key=lambda level: level.figure("output_throughput") or 0.0)
-        if len(run_levels) > 1 and best.figure("output_throughput"):
-            lines.append(
-                f"{name}: most output {number(best.figure('output_throughput'), 0)} tokens/s, at {best.label} {unit}"
-            )
-        bend = knee(run_levels)
-        if bend is not None:
-            lines[-1] += f"; knee at {bend.label} {unit} (beyond it less than 5 % more per doubling)"
+        bound = [(level.label, level.client_bound) for level in run_levels if level.client_bound]
+        if bound:
+            where = f" at {', '.join(label for label, _ in bound)} {unit}" if len(run_levels) > 1 else ""
+            lines.append(f"{name} is client-bound{where}: {bound[-1][1]}")
+        lines += _peak(name, run_levels, unit) if len(run_levels) > 1 else []
         limits = " and ".join(f"{slo.name} {slo.op} {slo.limit:g}" for slo in slos)
         passing = highest_passing(run_levels, slos)
-        if passing is not None:
-            lines.append(f"{name}: up to {passing.label} {unit} hold {limits}")
-        elif slos:
-            lines.append(f"{name}: no level holds {limits}")
+        if slos:
+            lines.append(
+                f"{name}: up to {passing.label} {unit} hold {limits}" if passing else f"{name}: none holds {limits}"
+            )
     notes = dict.fromkeys((point.tool, point.note) for level in levels for point in level.points if point.note)
     return lines + [f"{tool} counts otherwise: {note}" for tool, note in notes]
+
+
+def _peak(name: str, levels: Sequence[Level], unit: str) -> list[str]:
+    best = max(levels, key=lambda level: level.figure("output_throughput") or 0.0)
+    if not best.figure("output_throughput"):
+        return []
+    line = f"{name}: most output {number(best.figure('output_throughput'), 0)} tokens/s, at {best.label} {unit}"
+    bend = knee(levels)
+    if bend is not None and bend is levels[-1]:
+        return [f"{line}; still growing there"]
+    return [line + (f"; knee at {bend.label} {unit} (beyond it less than 5 % more per doubling)" if bend else "")]
 
 
 def histogram(sample: Floats, width: int, ascii_only: bool) -> list[str]:
@@ -1391,7 +1427,7 @@ def _bar(length: float, ascii_only: bool) -> str:
     if ascii_only:
         return "#" * (round(length) or (1 if length else 0))
     eighths = max(1, round(length * 8)) if length else 0
-    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+    return "█" * (eighths // 8) + ["", *"▏▎▍▌▋▊▉"][eighths % 8]
 
 
 # === 8. Comparison (pure) ===
@@ -1471,30 +1507,30 @@ def _noise_within(point: Point, key: str) -> Optional[Noise]:
     requests = point.requests
     if requests is None or not requests.ok.any():
         return None
-    block = int(max(point.figure("max_concurrent_requests") or 1, requests.ok.sum() ** (1 / 3)))
+    n, wave = int(requests.ok.sum()), point.figure("max_concurrent_requests") or 1
+    block = int(max(wave, min(2 * wave, n / 20), n ** (1 / 3)))
     if key in RATE_COLUMNS:
         return _rate_noise(requests, RATE_COLUMNS[key], block)
     rank, _, stem = key.replace("median_", "p50_").partition("_")
     sample = sample_of(requests, BY_STEM[stem])
-    if not len(sample) or len(sample) < LEAST_N.get(float(rank[1:]), 0):
+    if len(sample) < max(1, LEAST_N.get(float(rank[1:]), 0)):
         return None
     return block_bootstrap([sample], block, lambda drawn: np.percentile(drawn, float(rank[1:]), axis=1))
 
 
 def _rate_noise(requests: Requests, column: str, block: int) -> Optional[Noise]:
-    """A rate is the amounts over the times between completions. The first wave and the last are no matter of chance
-    (nothing completes, nothing more is sent), so only the requests between are resampled."""
+    """A rate is a sum of amounts over a time. In a closed loop that time is the sum of the latencies over the mean
+    number in flight (Little, 1961), which the concurrency fixes; in an open loop, the sum of the times between
+    completions, the first wave and the last left out: there nothing ends, or nothing begins."""
     done = requests.column("done_s")
     chosen = requests.ok & np.isfinite(done)
-    if chosen.sum() <= 2 * block:
-        return None
     amounts = (requests.column(column) if column else np.ones(len(requests)))[chosen]
-    start = float(np.nanmin(requests.column("sent_s")))
-    steps = np.diff(np.concatenate(([start], done[chosen])))
-    middle = slice(block, -block)
-    noise = block_bootstrap([amounts[middle], steps[middle]], block, lambda n, t: n.sum(axis=1) / t.sum(axis=1))
-    share = float(steps[middle].sum() / steps.sum()) if steps.sum() else 1.0
-    return None if noise is None else Noise(noise.log_se * share, noise.dof)
+    times = requests.column("latency_ms")[chosen]
+    if requests.has("scheduled_s"):
+        amounts, times = amounts[block:-block], np.diff(done[chosen])[block - 1 : -block]
+    if not len(amounts):
+        return None
+    return block_bootstrap([amounts, times], block, lambda n, t: n.sum(axis=1) / t.sum(axis=1))
 
 
 def differences(a: Level, b: Level) -> list[Difference]:
@@ -1545,8 +1581,9 @@ def not_comparable(a: Level, b: Level) -> list[str]:
     if (a.figure("p50_ttft_ms") is None) != (b.figure("p50_ttft_ms") is None):
         lines.append("one was streamed, the other not")
     for level in (a, b):
-        bound = next((point.client_bound for point in level.points if point.client_bound), "")
-        lines += [f"{level.run} measured its client, not the server: {bound}"] if bound else []
+        lines += (
+            [f"{level.run} measured its client, not the server: {level.client_bound}"] if level.client_bound else []
+        )
         rate = level.figure("error_rate")
         lines += [f"{level.run}: {rate:.1%} of its requests failed and are in no figure"] if rate else []
     lines += [
@@ -1587,7 +1624,7 @@ class FailIf(NamedTuple):
 
     def verdict(self, a: Level, b: Level) -> tuple[bool, str]:
         """(holds, one line); a figure that was not measured counts as holding, for a gate must not pass unseen."""
-        values = [percentile_of(level, self.name) for level in (a, b)]
+        values = [level.figure(self.name) for level in (a, b)]
         if values[0] is None or values[1] is None:
             return True, f"{self.text}: FAILED, not measured in {a.run if values[0] is None else b.run}"
         if self.relative and not values[0]:
@@ -1640,8 +1677,9 @@ class Picture:
 
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
-HUES = 6
+HUES = len(SYMBOLS)
 SHADES = 10  # of one run's levels, from low to high
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
 def shown(text: str) -> str:
@@ -1654,76 +1692,71 @@ def numbers(values: Iterable[float], digits: int = 6) -> list[Optional[float]]:
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
 
 
+def trace(mode: str, x: Sequence[Any], y: Sequence[Any], colour: str, hover: str) -> dict[str, Any]:
+    """A scatter trace of one colour."""
+    look = {"line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 8}}
+    return {"type": "scatter", "mode": mode, "x": x, "y": y, "hovertemplate": f"{hover}<extra></extra>", **look}
+
+
 def axis(title: str, **more: Any) -> dict[str, Any]:
     look = {"gridcolor": "@grid", "linecolor": "@grid", "zerolinecolor": "@grid", "automargin": True}
-    return {"title": {"text": title, "standoff": 8}, **look, **more}
+    steps = {"dtick": "D2"} if more.get("type") == "log" and "tickvals" not in more else {}  # 1, 2 and 5
+    return {"title": {"text": title, "standoff": 8}, **look, **steps, **more}
+
+
+def value_axis(title: str, values: Floats) -> dict[str, Any]:
+    """From 0; logarithmic where the greatest value would press the others flat."""
+    above = values[values > 0]
+    spread = len(above) > 0 and float(above.max()) > 30 * float(np.median(above))
+    return axis(title, type="log") if spread else axis(title, rangemode="tozero")
+
+
+def note_at(text: str, colour: str = "@ink", **where: Any) -> dict[str, Any]:
+    """Words in a picture, left-aligned, above the place they are put at."""
+    look = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "font": {"color": colour, "size": 12}}
+    return {"text": text, "xref": "paper", "x": 0, **look, **where}
 
 
 def layout(**more: Any) -> dict[str, Any]:
+    hover = {"bgcolor": "@paper", "bordercolor": "@grid", "font": {"color": "@ink"}}
     return {
         "paper_bgcolor": "@paper",
         "plot_bgcolor": "@paper",
+        "hovermode": "closest",
+        "hoverlabel": hover,
         "font": {"color": "@ink", "family": "system-ui, sans-serif", "size": 13},
         "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
         "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
-        "hoverlabel": {"bgcolor": "@paper", "bordercolor": "@grid", "font": {"color": "@ink"}},
-        "hovermode": "closest",
         **more,
     }
 
 
-def level_axis(levels: Sequence[Level]) -> dict[str, Any]:
-    """A logarithmic axis with a tick at each level, where they do not crowd."""
-    ticks = sorted({level.level for level in levels if level.level})
-    roomy = [tick for place, tick in enumerate(ticks) if not place or tick / ticks[place - 1] > 1.25]
-    title = "request rate (1/s)" if levels[0].by_rate else "requests in flight"
-    return axis(title, type="log", tickvals=roomy, ticktext=[f"{tick:g}" for tick in roomy])
-
-
 def pareto(levels: Sequence[Level]) -> Optional[Picture]:
-    """Throughput of the server against the speed that each user sees, a line for each run."""
+    """Throughput of the server, per GPU where known, against the speed that each user sees; a line for each run."""
     per_gpu = all(level.gpus for level in levels)
-    streamed = not all(level.figure("median_tokens_per_s_per_user") for level in levels)
-    points = [(level, _user_speed(level, streamed), level.figure("output_throughput")) for level in levels]
-    drawn = [(level, x, y / (level.gpus or 1.0) if per_gpu else y) for level, x, y in points if x and y]
-    if len(drawn) < 2:
+    by_tpot = not all(level.figure("median_tokens_per_s_per_user") for level in levels)
+    known = [level for level in levels if _user_speed(level, by_tpot) and level.figure("output_throughput")]
+    if len(known) < 2:
         return None
     data = []
-    for place, name in enumerate(dict.fromkeys(level.run for level, _, _ in drawn)):
-        rows = [(level, x, y) for level, x, y in drawn if level.run == name]
-        colour = f"@c{place % HUES}"
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers+text",
-                "name": shown(name),
-                "x": numbers(x for _, x, _ in rows),
-                "y": numbers(y for _, _, y in rows),
-                "text": [level.label for level, _, _ in rows],
-                "textposition": "top right",
-                "textfont": {"color": colour, "size": 12},
-                "line": {"color": colour, "width": 2},
-                "marker": {"color": colour, "size": 9, "symbol": SYMBOLS[place % len(SYMBOLS)]},
-                "hovertemplate": "%{text}: %{y:,.0f} tokens/s in all, %{x:.1f} each<extra>%{fullData.name}</extra>",
-                "cliponaxis": False,
-            }
-        )
-    user = "1000 / median TPOT" if streamed else "median over requests of output tokens / latency"
-    unit = "request rate" if levels[0].by_rate else "requests in flight"
-    y_title = "output tokens/s per GPU" if per_gpu else "output tokens/s of the server"
-    return Picture(
-        "pareto",
-        "Throughput against speed per user: up and to the right is better",
-        f"Each point is one load, labelled with its {unit}. Tokens/s per user: {user}.",
-        data,
-        layout(
-            xaxis=axis("tokens/s per user", rangemode="tozero"),
-            yaxis=axis(y_title, rangemode="tozero"),
-            showlegend=len(data) > 1,
-        ),
-        480,
-        True,
-    )
+    for place, (name, run_levels) in enumerate(by_run(known).items()):
+        x = numbers(_user_speed(level, by_tpot) or 0.0 for level in run_levels)
+        totals = [(level.figure("output_throughput") or 0.0, level.gpus if per_gpu else 1.0) for level in run_levels]
+        y = numbers(total / (gpus or 1.0) for total, gpus in totals)
+        hover = f"{shown(name)} at %{{text}}: %{{y:,.0f}} tokens/s in all, %{{x:.1f}} each"
+        line = trace("lines+markers+text", x, y, f"@c{place % HUES}", hover)
+        line["marker"]["symbol"] = SYMBOLS[place % HUES]
+        words = {"text": [level.label for level in run_levels], "textposition": "top right", "cliponaxis": False}
+        data.append({**line, **words, "name": shown(name), "textfont": {"color": f"@c{place % HUES}", "size": 12}})
+    user = "1000 / median TPOT" if by_tpot else "median over requests of output tokens / latency"
+    load_words = "request rate" if levels[0].by_rate else "requests in flight"
+    axes = {
+        "xaxis": axis("tokens/s per user", rangemode="tozero"),
+        "yaxis": axis(f"output tokens/s {'per GPU' if per_gpu else 'of the server'}", rangemode="tozero"),
+    }
+    title = "Throughput against speed per user: up and to the right is better"
+    caption = f"Each point is one load, labelled with its {load_words}. Tokens/s per user: {user}."
+    return Picture("pareto", title, caption, data, layout(**axes, showlegend=len(data) > 1), 480, True)
 
 
 def _user_speed(level: Level, by_tpot: bool) -> Optional[float]:
@@ -1735,84 +1768,66 @@ def _user_speed(level: Level, by_tpot: bool) -> Optional[float]:
 
 def against_load(levels: Sequence[Level], metric: Metric, slos: Sequence[Slo]) -> Optional[Picture]:
     """p50 and p99 of a metric against the level, limits as lines. None where no run has two levels."""
-    runs = {
-        name: [level for level in run_levels if percentile_of(level, f"p50_{metric.stem}") and level.level]
-        for name, run_levels in by_run(levels).items()
-    }
+    key = f"p50_{metric.stem}"
+    runs = by_run([level for level in levels if level.figure(key) and level.level])
     if not any(len(run_levels) > 1 for run_levels in runs.values()):
         return None
-    data = [
-        _load_trace(run_levels, metric, place, rank)
-        for place, run_levels in enumerate(runs.values())
-        for rank in (50, 99)
-        if run_levels
-    ]
-    values = [value for trace in data for value in trace["y"] if value]
-    kind = "log" if max(values) / min(values) > 20 else "linear"
+    lines = [(place, run_levels, rank) for place, run_levels in enumerate(runs.values()) for rank in (50, 99)]
+    data = [_load_trace(run_levels, metric, place, rank) for place, run_levels, rank in lines]
     limits = [slo for slo in slos if slo.name.endswith(f"_{metric.stem}")]
-    short = metric.label.partition(" (")[0]
-    picture = Picture(
-        f"load-{metric.stem}",
-        _load_title(runs, metric, slos, short),
-        "Solid: p50, dashed: p99." + (" Dotted: the limits." if limits else ""),
-        data,
-        layout(
-            xaxis=level_axis(levels),
-            yaxis=axis(metric.label, type=kind, **({} if kind == "log" else {"rangemode": "tozero"})),
-            shapes=[_limit_line(slo) for slo in limits],
-            annotations=[_limit_text(slo, kind) for slo in limits],
-        ),
+    values = [value for line in data for value in line["y"] if value] + [slo.limit for slo in limits if slo.limit > 0]
+    log = max(values) / min(values) > 20
+    ticks = sorted({level.level for run_levels in runs.values() for level in run_levels if level.level})
+    roomy = [tick for place, tick in enumerate(ticks) if not place or tick / ticks[place - 1] > 1.25]
+    unit = "request rate (1/s)" if levels[0].by_rate else "requests in flight"
+    rule = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "line": {"color": "@limit", "width": 2, "dash": "dot"}}
+    made = layout(
+        xaxis=axis(unit, type="log", tickvals=roomy, ticktext=[f"{tick:g}" for tick in roomy]),
+        yaxis=axis(metric.label, **({"type": "log"} if log else {"rangemode": "tozero"})),
+        shapes=[{**rule, "y0": slo.limit, "y1": slo.limit} for slo in limits],
+        annotations=[_limit_words(slo, log) for slo in limits],
     )
-    return picture
+    caption = "Solid: p50, dashed: p99." + (" Dotted: the limits." if limits else "")
+    return Picture(f"load-{metric.stem}", _load_title(runs, metric, limits, slos), caption, data, made)
 
 
 def _load_trace(levels: Sequence[Level], metric: Metric, place: int, rank: int) -> dict[str, Any]:
-    colour = f"@c{place % HUES}"
-    values = [percentile_of(level, f"p{rank}_{metric.stem}") for level in levels]
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": shown(f"{levels[0].run} p{rank}"),
-        "x": [level.level for level in levels],
-        "y": numbers(math.nan if value is None else value for value in values),
-        "line": {"color": colour, "width": 2, "dash": "solid" if rank == 50 else "dash"},
-        "marker": {"color": colour, "size": 7, "symbol": SYMBOLS[place % 6] + ("" if rank == 50 else "-open")},
-        "hovertemplate": "at %{x:g}: %{y:,.1f} ms<extra>%{fullData.name}</extra>",
-    }
+    name = shown(f"{levels[0].run} p{rank}")
+    values = [level.figure(f"p{rank}_{metric.stem}") for level in levels]
+    y = numbers(math.nan if value is None else value for value in values)
+    hover = f"{name} at %{{x:g}}: %{{y:,.1f}} ms"
+    line = trace("lines+markers", [level.level for level in levels], y, f"@c{place % HUES}", hover)
+    line["line"]["dash"] = "solid" if rank == 50 else "dash"
+    line["marker"]["symbol"] = SYMBOLS[place % HUES] + ("" if rank == 50 else "-open")
+    return {**line, "name": name}
 
 
-def _limit_line(slo: Slo) -> dict[str, Any]:
-    line = {"color": "@limit", "width": 2, "dash": "dot"}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": slo.limit, "y1": slo.limit, "line": line}
+def _limit_words(slo: Slo, log: bool) -> dict[str, Any]:
+    place = math.log10(slo.limit) if log and slo.limit > 0 else slo.limit
+    return note_at(shown(f"{slo.name.partition('_')[0]} {slo.op} {slo.limit:g} ms"), "@limit", x=0.02, y=place)
 
 
-def _limit_text(slo: Slo, kind: str) -> dict[str, Any]:
-    place = math.log10(slo.limit) if kind == "log" and slo.limit > 0 else slo.limit
-    text = shown(f"{slo.name.partition('_')[0]} {slo.op} {slo.limit:g} ms")
-    where = {"xref": "paper", "x": 0, "xanchor": "left", "y": place, "yanchor": "bottom"}
-    return {**where, "text": text, "showarrow": False, "font": {"color": "@limit", "size": 12}}
-
-
-def _load_title(runs: Mapping[str, Sequence[Level]], metric: Metric, slos: Sequence[Slo], short: str) -> str:
+def _load_title(runs: Mapping[str, Sequence[Level]], metric: Metric, limits: Sequence[Slo], slos: Sequence[Slo]) -> str:
     """What to see: the highest load that keeps the limits, else from where to where p99 goes."""
-    unit = "req/s" if next(iter(runs.values()))[0].by_rate else "in flight"
-    if slos:
+    first = next(iter(runs.values()))
+    unit = "req/s" if first[0].by_rate else "in flight"
+    if limits:
         best = {name: highest_passing(run_levels, slos) for name, run_levels in runs.items()}
         words = [f"{f'{name}: ' if len(best) > 1 else ''}{p.label if p else 'none'}" for name, p in best.items()]
-        return f"{short} against load: highest load within all limits, {', '.join(words)} {unit}"
+        return f"{metric.short} against load: highest load within all limits is {', '.join(words)} {unit}"
     if len(runs) > 1:
-        return f"{short} against load: lower and flatter is better"
-    levels = next(iter(runs.values()))
-    ends = [percentile_of(level, f"p99_{metric.stem}") for level in (levels[0], levels[-1])]
-    return f"{short} against load: p99 {number(ends[0])} ms at {levels[0].label}, {number(ends[1])} ms at {levels[-1].label}"
+        return f"{metric.short} against load: lower and flatter is better"
+    ends = [f"{number(level.figure(f'p99_{metric.stem}'))} ms at {level.label}" for level in (first[0], first[-1])]
+    return f"{metric.short} against load: p99 {' and '.join(ends)} {unit}"
 
 
 class Panel(NamedTuple):
-    """One strip of the picture over time, from top to bottom: heading, traces, and its axis."""
+    """One strip of the picture over time, from top to bottom: heading, trace, its axis, and a note for the caption."""
 
     heading: str
-    data: list[dict[str, Any]]
+    line: dict[str, Any]
     axis: dict[str, Any]
+    note: str = ""
 
 
 def over_time(point: Point, key: str) -> Optional[Picture]:
@@ -1820,279 +1835,194 @@ def over_time(point: Point, key: str) -> Optional[Picture]:
     requests = point.requests
     if requests is None or not len(requests.sample("done_s")):
         return None
-    sent = requests.column("sent_s")
-    start, end = float(np.nanmin(sent)), float(requests.sample("done_s").max())
+    start, end = float(np.nanmin(requests.column("sent_s"))), float(requests.sample("done_s").max())
     edges = np.linspace(start, end, BINS + 1)
-    panels = [_in_flight_panel(requests, edges)]
-    tokens = _tokens_panel(requests, edges)
-    panels += [tokens] if tokens else []
-    dots, note = _dots_panel(requests)
-    errors = _errors_panel(requests)
-    panels += [dots, *([errors] if errors else []), *_series_panels(point)]
+    made = [in_flight_panel(requests, edges), tokens_panel(requests, edges), dots_panel(requests)]
+    panels = [panel for panel in [*made, errors_panel(requests), *series_panels(point)] if panel is not None]
     window = steady_window(requests, point.figure("max_concurrency") or point.figure("max_concurrent_requests") or 1)
-    notes = [f"{BINS} bins of {(end - start) / BINS:.3g} s."]
-    notes += ["Shaded: the steady window, from the end of the first wave to the last send." if window else ""]
-    notes += ["" if tokens else "Tokens over time are left out: the replies were not streamed.", note]
-    return Picture(
-        key,
-        _strip_title(point, window),
-        " ".join(text for text in notes if text),
-        [trace for panel in panels for trace in panel.data],
-        _stacked(panels, window),
-        150 + 165 * len(panels),
-        True,
-    )
-
-
-def _strip_title(point: Point, window: Optional[tuple[float, float]]) -> str:
+    shaded = "Shaded: the steady window, from the end of the first wave to the last send." if window else ""
+    notes = [shaded, *(panel.note for panel in panels)]
+    notes += ["" if made[1] else "Tokens over time are left out: the replies were not streamed."]
+    steady = f"steady for {window[1] - window[0]:.1f} of {end - start:.1f} s" if window else "no steady state"
     failed = point.count("failed")
-    words = f"{failed} errors" if failed else "no errors"
-    steady = (
-        f"steady for {window[1] - window[0]:.1f} of {point.figure('duration') or 0:.1f} s"
-        if window
-        else "no steady state"
-    )
-    return f"Over time: {steady}, {words}"
+    title = f"Over time: {steady}, {failed if failed else 'no'} error{'' if failed == 1 else 's'}"
+    caption = " ".join(note for note in notes if note)
+    frame = stacked(panels, window, (start, end))
+    return Picture(key, title, caption, [panel.line for panel in panels], frame, 150 + 165 * len(panels), True)
 
 
-def _stacked(panels: list[Panel], window: Optional[tuple[float, float]]) -> dict[str, Any]:
-    """The layout of the panels: traces are bound to their axes here."""
+def stacked(
+    panels: Sequence[Panel], window: Optional[tuple[float, float]], span: tuple[float, float]
+) -> dict[str, Any]:
+    """The layout of the panels, one above the other; each trace is bound to its axis here."""
     gap = 0.26 / len(panels)
-    height = (1 - gap * (len(panels) - 1) - gap * 0.6) / len(panels)
-    made = layout(xaxis=axis("seconds from the start", anchor=f"y{len(panels)}"), showlegend=False, annotations=[])
+    height = (1 - gap * (len(panels) - 0.4)) / len(panels)
+    bottom = axis("seconds from the start", anchor=f"y{len(panels)}", range=list(span))
+    made = layout(xaxis=bottom, showlegend=False, annotations=[])
     for place, panel in enumerate(panels):
         top = 1 - gap * 0.6 - place * (height + gap)
-        name = f"y{place + 1}"
-        for trace in panel.data:
-            trace.update(yaxis=name, xaxis="x")
-        made["yaxis" + ("" if not place else str(place + 1))] = {**panel.axis, "domain": [max(0, top - height), top]}
-        where = {"xref": "paper", "yref": "paper", "x": 0, "y": top, "xanchor": "left", "yanchor": "bottom"}
-        heading = {"text": f"<b>{panel.heading}</b>", "showarrow": False, "font": {"size": 12, "color": "@ink"}}
-        made["annotations"].append({**where, **heading})
+        panel.line.update(yaxis=f"y{place + 1}", xaxis="x")
+        made[f"yaxis{place + 1 if place else ''}"] = {**panel.axis, "domain": [max(0.0, top - height), top]}
+        made["annotations"].append(note_at(f"<b>{panel.heading}</b>", yref="paper", y=top))
     if window:
         band = {"type": "rect", "xref": "x", "yref": "paper", "x0": window[0], "x1": window[1], "y0": 0, "y1": 1}
         made["shapes"] = [{**band, "fillcolor": "@band", "line": {"width": 0}, "layer": "below"}]
     return made
 
 
-def _area(edges: Floats, values: Floats, colour: str, unit: str) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "x": numbers((edges[:-1] + edges[1:]) / 2),
-        "y": numbers(values),
-        "line": {"color": colour, "width": 1.5, "shape": "hvh"},
-        "fill": "tozeroy",
-        "hovertemplate": f"%{{x:.2f}} s: %{{y:,.1f}} {unit}<extra></extra>",
-    }
+def area(edges: Floats, values: Floats, colour: str, unit: str) -> dict[str, Any]:
+    middle = numbers((edges[:-1] + edges[1:]) / 2)
+    line = trace("lines", middle, numbers(values), colour, f"%{{x:.2f}} s: %{{y:,.1f}} {unit}")
+    return {**line, "fill": "tozeroy", "line": {"color": colour, "width": 1.5, "shape": "hvh"}}
 
 
-def _in_flight_panel(requests: Requests, edges: Floats) -> Panel:
+def in_flight_panel(requests: Requests, edges: Floats) -> Panel:
     starts, ends = under_way(requests)
-    values = mean_rate(starts, ends, np.ones(len(starts)), edges)
-    return Panel("in flight", [_area(edges, values, "@c0", "in flight")], axis("", rangemode="tozero"))
+    line = area(edges, mean_rate(starts, ends, np.ones(len(starts)), edges), "@c0", "in flight")
+    return Panel("in flight", line, axis("", rangemode="tozero"), f"Means of {edges[1] - edges[0]:.3g} s.")
 
 
-def _tokens_panel(requests: Requests, edges: Floats) -> Optional[Panel]:
+def tokens_panel(requests: Requests, edges: Floats) -> Optional[Panel]:
     """Exact where every chunk was kept; else each streamed reply's tokens evenly from its first to its last."""
     if requests.token_s is not None and len(requests.token_s):
         values = np.histogram(requests.token_s, edges)[0] / np.diff(edges)
-        heading = "output chunks/s, as they arrived"
-    else:
-        starts, ends, speed = generated(requests)
-        if not len(starts):
-            return None
-        values = mean_rate(starts, ends, speed, edges)
-        heading = "output tokens/s, each reply's spread evenly from its first to its last"
-    return Panel(heading, [_area(edges, values, "@c2", "per second")], axis("", rangemode="tozero"))
+        return Panel("output chunks/s", area(edges, values, "@c2", "chunks/s"), axis("", rangemode="tozero"))
+    starts, ends, speed = generated(requests)
+    if not len(starts):
+        return None
+    line = area(edges, mean_rate(starts, ends, speed, edges), "@c2", "tokens/s")
+    note = "Tokens/s: each reply's tokens spread evenly from its first to its last."
+    return Panel("output tokens/s", line, axis("", rangemode="tozero"), note)
 
 
-def _dots_panel(requests: Requests) -> tuple[Panel, str]:
+def dots_panel(requests: Requests) -> Panel:
     """A dot for each request's TTFT, or latency where it was not streamed; thinned, extremes kept, and said."""
     metric = BY_STEM["ttft_ms" if len(requests.sample("ttft_ms")) else "e2el_ms"]
     known = requests.ok & np.isfinite(requests.column(metric.column)) & np.isfinite(requests.column("sent_s"))
     sent, values = requests.column("sent_s")[known], requests.column(metric.column)[known]
     kept = thin(sent, values, MOST_DOTS)
-    short = metric.label.partition(" (")[0]
-    dots = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": numbers(sent[kept]),
-        "y": numbers(values[kept], 5),
-        "marker": {"color": "@c0", "size": 4 if len(kept) > 500 else 6, "opacity": 0.6},
-        "hovertemplate": f"sent at %{{x:.2f}} s: {short} %{{y:,.1f}} ms<extra></extra>",
-    }
-    wide = len(values) and float(values.max()) > 30 * max(float(np.median(values)), 1e-9)
-    scale = {"type": "log"} if wide else {"rangemode": "tozero"}
-    note = ""
-    if len(kept) < len(values):
-        note = f"{len(kept):,} of {len(values):,} requests drawn: of each stretch the least and the greatest, and one more."
-    return Panel(f"{short} (ms), a dot for each request at its send", [dots], axis("", **scale)), note
+    hover = f"sent at %{{x:.2f}} s: {metric.short} %{{y:,.1f}} ms"
+    dots = trace("markers", numbers(sent[kept]), numbers(values[kept], 5), "@c0", hover)
+    dots["marker"].update(size=4 if len(kept) > 500 else 6, opacity=0.6)
+    thinned = f"{len(kept):,} of {len(values):,} requests drawn: of each stretch the least, the greatest and one more."
+    note = thinned if len(kept) < len(values) else ""
+    return Panel(f"{metric.label}, a dot a request", dots, value_axis("", values), note)
 
 
-def _errors_panel(requests: Requests) -> Optional[Panel]:
+def errors_panel(requests: Requests) -> Optional[Panel]:
     sent = requests.column("sent_s")
-    failed = ~requests.ok & np.isfinite(sent)
-    if not failed.any():
+    failed = np.flatnonzero(~requests.ok & np.isfinite(sent))
+    if not len(failed):
         return None
-    places = np.flatnonzero(failed)[:: max(1, math.ceil(failed.sum() / MOST_DOTS))]
-    names = requests.groups.get("error_kind", np.full(len(requests), "", dtype=object))
-    kinds = [shown(str(names[place]) or "error") for place in places]
-    frequent = {kind for kind, _ in Counter(kinds).most_common(5)}
-    kinds = [kind if kind in frequent else "other" for kind in kinds]
-    marks = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": numbers(sent[places]),
-        "y": kinds,
-        "marker": {"color": "@limit", "symbol": "x", "size": 8},
-        "hovertemplate": "%{y} at %{x:.2f} s<extra></extra>",
-    }
-    return Panel(f"errors: {int((~requests.ok).sum()):,}", [marks], axis("", type="category"))
+    places = failed[:: max(1, math.ceil(len(failed) / MOST_DOTS))]
+    names = requests.groups.get("error_kind", np.full(len(requests), "error", dtype=object))
+    frequent = {kind for kind, _ in Counter(names[failed].tolist()).most_common(5)}
+    kinds = [shown(str(names[place])) if names[place] in frequent else "other" for place in places]
+    marks = trace("markers", numbers(sent[places]), kinds, "@limit", "%{y} at %{x:.2f} s")
+    marks["marker"]["symbol"] = "x"
+    return Panel(f"errors: {int((~requests.ok).sum()):,}", marks, axis("", type="category"))
 
 
-def _series_panels(point: Point) -> list[Panel]:
-    """What the server or the GPU said over time: `server_*` and `gpu_*` lists of [seconds, value]."""
+def series_panels(point: Point) -> list[Panel]:
+    """What the server or the GPU said over time: `server_*` and `gpu_*` lists of [seconds, value], six at most."""
     panels = []
-    for name, series in sorted(point.figures.items()):
-        if not name.startswith(("server_", "gpu_")) or not isinstance(series, (list, dict)):
+    for name, given in sorted(point.figures.items()):
+        if not name.startswith(("server_", "gpu_")):
             continue
-        for label, pairs in series.items() if isinstance(series, dict) else [(name, series)]:
-            rows = (
-                [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2] if isinstance(pairs, list) else []
-            )
-            values = [(_finite(x), _finite(y)) for x, y in rows]
-            drawn = [(x, y) for x, y in values if x is not None and y is not None]
-            if len(drawn) > 1 and len(panels) < 6:
-                line = _area(np.array([0.0, 1.0]), np.zeros(1), "@c3", "")
-                line.update(x=numbers(x for x, _ in drawn), y=numbers(y for _, y in drawn), fill="none")
-                panels.append(Panel(shown(plain(str(label), 60)), [line], axis("", rangemode="tozero")))
-    return panels
+        for label, pairs in given.items() if isinstance(given, dict) else [(name, given)]:
+            rows = pairs if isinstance(pairs, list) else []
+            stamps = [[_finite(cell) for cell in pair] for pair in rows if isinstance(pair, list) and len(pair) == 2]
+            drawn = [(pair[0], pair[1]) for pair in stamps if None not in pair]
+            if len(drawn) > 1:
+                x, y = zip(*drawn)
+                line = trace("lines", list(x), list(y), "@c3", "%{x:.1f} s: %{y:,.4~g}")
+                panels.append(Panel(shown(plain(str(label), 60)), line, axis("", rangemode="tozero")))
+    return panels[:6]
 
 
-def distributions(levels: Sequence[Level]) -> list[Picture]:
+def distributions(levels: Sequence[Level]) -> Iterator[Picture]:
     """Empirical distribution functions, a picture for each metric, a curve for each point."""
     known = [level for level in levels if any(point.requests is not None for point in level.points)]
-    chosen = known
-    if len(known) > MOST_CURVES:
-        chosen = [known[round(place)] for place in np.linspace(0, len(known) - 1, MOST_CURVES)]
-    pictures = []
+    chosen = [known[round(p)] for p in np.linspace(0, len(known) - 1, MOST_CURVES)] if known[MOST_CURVES:] else known
     for stem in ("e2el_ms", "ttft_ms", "tpot_ms", "itl_ms"):
-        curves = [(level, _pooled(level, BY_STEM[stem])) for level in chosen]
+        curves = [(level, pooled(level, BY_STEM[stem])) for level in chosen]
         curves = [(level, sample) for level, sample in curves if len(sample)]
         if curves:
-            pictures.append(_ecdf_picture(BY_STEM[stem], curves, len(known) - len(chosen)))
-    return pictures
+            yield _ecdf_picture(BY_STEM[stem], curves, len(known) - len(chosen))
 
 
-def _pooled(level: Level, metric: Metric) -> Floats:
+def pooled(level: Level, metric: Metric) -> Floats:
     samples = [sample_of(point.requests, metric) for point in level.points if point.requests is not None]
     return np.concatenate(samples or [np.empty(0)])
 
 
 def _ecdf_picture(metric: Metric, curves: Sequence[tuple[Level, Floats]], left_out: int) -> Picture:
-    runs = list(dict.fromkeys(level.run for level, _ in curves))
+    runs = by_run([level for level, _ in curves])
     data = []
     for place, (level, sample) in enumerate(curves):
         x, y = ecdf(sample)
-        single = f"@s{round(place / max(1, len(curves) - 1) * (SHADES - 1))}" if len(curves) > 1 else "@c0"
-        of_run = [other for other, _ in curves if other.run == level.run]
-        colour = single if len(runs) == 1 else f"@c{runs.index(level.run) % HUES}"
-        dash = ("solid", "dash", "dot", "dashdot", "longdash")[of_run.index(level) % 5] if len(runs) > 1 else "solid"
-        name = level.label if len(runs) == 1 else f"{level.run}, {level.label}" if len(of_run) > 1 else level.run
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": shown(name),
-                "x": numbers(x, 5),
-                "y": numbers(y * 100, 5),
-                "line": {"color": colour, "width": 2, "dash": dash, "shape": "hv"},
-                "hovertemplate": "%{y:.2f} % within %{x:,.1f} ms<extra>%{fullData.name}</extra>",
-            }
-        )
-    positive = np.concatenate([sample[sample > 0] for _, sample in curves])
-    wide = len(positive) > 0 and float(positive.max()) > 30 * float(np.median(positive))
-    short = metric.label.partition(" (")[0]
+        name, colour, dash = _curve_look(runs, level, place)
+        line = trace("lines", numbers(x, 5), numbers(y * 100, 5), colour, f"{name}: %{{y:.2f}} % within %{{x:,.1f}} ms")
+        line["line"].update(dash=dash, shape="hv")
+        data.append({**line, "name": name})
     unit = "req/s" if curves[0][0].by_rate else "in flight"
-    caption = "Read up from a time to the share that were as fast." + (
-        f" A curve for each load ({unit})." if len(runs) == 1 and len(curves) > 1 else ""
-    )
+    caption = "Read up from a time to the share that took no longer."
+    caption += f" A curve for each load ({unit})." if len(runs) == 1 and len(curves) > 1 else ""
     caption += f" {left_out} loads between are left out." if left_out else ""
-    scale: dict[str, Any] = {"type": "log"} if wide else {"rangemode": "tozero"}
-    return Picture(
-        f"ecdf-{metric.stem}",
-        _ecdf_title(short, curves),
-        caption,
-        data,
-        layout(
-            xaxis=axis(metric.label, **scale),
-            yaxis=axis("% of " + ("gaps" if metric.stem == "itl_ms" else "requests"), range=[0, 101]),
-            showlegend=len(data) > 1,
-        ),
-    )
-
-
-def _ecdf_title(short: str, curves: Sequence[tuple[Level, Floats]]) -> str:
+    across = {**value_axis(metric.label, np.concatenate([sample for _, sample in curves])), "rangemode": "normal"}
+    upward = axis(f"% of {'gaps' if metric.stem == 'itl_ms' else 'requests'}", range=[0, 101])
+    made = layout(xaxis=across, yaxis=upward, showlegend=len(data) > 1)
     if len(curves) > 1:
-        return f"How {short} spreads: further left and steeper is better"
-    middle, high = np.percentile(curves[0][1], [50, 99])
-    return f"How {short} spreads: half within {number(float(middle))} ms, 99 % within {number(float(high))} ms"
+        title = f"How {metric.short} spreads: further left and steeper is better"
+    else:
+        middle, high = (number(float(value)) for value in np.percentile(curves[0][1], [50, 99]))
+        title = f"How {metric.short} spreads: half within {middle} ms, 99 % within {high} ms"
+    return Picture(f"ecdf-{metric.stem}", title, caption, data, made)
+
+
+def _curve_look(runs: Mapping[str, Sequence[Level]], level: Level, place: int) -> tuple[str, str, str]:
+    """(name, colour, dash): the levels of one run from a scale, several runs a hue each and their levels a dash."""
+    run_levels = runs[level.run]
+    if len(runs) == 1:
+        shade = round(place / max(1, len(run_levels) - 1) * (SHADES - 1))
+        return shown(level.label), f"@s{shade}" if len(run_levels) > 1 else "@c0", "solid"
+    name = f"{level.run}, {level.label}" if len(run_levels) > 1 else level.run
+    dash = DASHES[list(run_levels).index(level) % len(DASHES)]
+    return shown(name), f"@c{list(runs).index(level.run) % HUES}", dash
 
 
 def pictures_of(levels: Sequence[Level], slos: Sequence[Slo]) -> tuple[list[Picture], list[tuple[str, Picture]]]:
     """(pictures of the page, (title, picture over time) of each point of a sweep)."""
-    strips = []
-    for level in levels:
-        for point in level.points:
-            picture = over_time(point, f"time-{len(strips)}")
-            if picture is not None:
-                repeat = f", repetition {point.figures.get('repeat', level.points.index(point) + 1):g}"
-                strips.append((level.title + (repeat if len(level.points) > 1 else ""), picture))
+    points = [(level.title_of(point), point) for level in levels for point in level.points]
+    made = [(title, over_time(point, f"time-{place}")) for place, (title, point) in enumerate(points)]
+    strips = [(title, picture) for title, picture in made if picture is not None]
     loads = [against_load(levels, BY_STEM[stem], slos) for stem in ("ttft_ms", "tpot_ms", "e2el_ms")]
-    single = len(levels) == 1 and len(strips) == 1
-    first = [pareto(levels), *loads, *([strips[0][1]] if single else [])]
-    found = [picture for picture in first if picture is not None]
-    return found + distributions(levels), [] if single else strips
+    single = [picture for _, picture in strips] if len(points) == 1 else []
+    found = [picture for picture in [pareto(levels), *loads, *single] if picture is not None]
+    return [*found, *distributions(levels)], [] if single else strips
 
 
 def left_out_of(levels: Sequence[Level]) -> list[str]:
     """What is not drawn, and which option of the benchmark would bring it."""
-    points = [point for level in levels for point in level.points]
-    lines = []
-    if all(point.requests is None for point in points):
-        lines.append("No requests in the files: distributions and pictures over time need the --results-csv.")
-    elif all(point.requests is None or point.requests.gaps_ms is None for point in points):
-        lines.append("Gaps between chunks, and tokens as they arrived, are kept only by --save-detailed: left out.")
-    return lines
+    requests = [point.requests for level in levels for point in level.points]
+    if not any(requests):
+        return ["No requests in the files: distributions and pictures over time need the --results-csv."]
+    if all(each is None or each.gaps_ms is None for each in requests):
+        return ["Gaps between chunks, and tokens as they arrived, are kept only by --save-detailed: left out."]
+    return []
 
 
 # === 10. Page ===
 
-THEMES = {
-    "light": {
-        **{"ink": "#1f2328", "soft": "#59636e", "grid": "#d8dee4", "paper": "#ffffff", "back": "#f6f8fa"},
-        **{"band": "rgba(0,114,178,0.09)", "limit": "#b3261e"},
-        **dict(zip(("c0", "c1", "c2", "c3", "c4", "c5"), "#0072b2 #d55e00 #00805d #b0508a #8a6d00 #555555".split())),
-        **dict(
-            zip(
-                (f"s{n}" for n in range(SHADES)),
-                "#440154 #482878 #3e4a89 #31688e #26828e #1f9e89 #35a85f #5cae3c #8fae1e #b8a800".split(),
-            )
-        ),
-    },
-    "dark": {
-        **{"ink": "#e6edf3", "soft": "#9aa5b1", "grid": "#3a424c", "paper": "#161b22", "back": "#0d1117"},
-        **{"band": "rgba(86,180,233,0.13)", "limit": "#ff8a80"},
-        **dict(zip(("c0", "c1", "c2", "c3", "c4", "c5"), "#56b4e9 #ff9148 #2fcb9b #e69ac4 #f0d442 #bbbbbb".split())),
-        **dict(
-            zip(
-                (f"s{n}" for n in range(SHADES)),
-                "#8c7ae6 #6f8be8 #5a9fe0 #3fb1d3 #2cc0b8 #39cc96 #66d673 #9bde55 #cde24a #f7e96b".split(),
-            )
-        ),
-    },
-}
+COLOURS = "ink soft grid paper back band limit c0 c1 c2 c3 c4 c5 s0 s1 s2 s3 s4 s5 s6 s7 s8 s9".split()
+# Hues after Okabe and Ito (2008), darkened or lightened for 3:1 on their paper; shades after viridis.
+LIGHT = "#1f2328 #59636e #d8dee4 #ffffff #f6f8fa rgba(0,114,178,0.09) #b3261e"
+LIGHT += " #0072b2 #d55e00 #00805d #b0508a #8a6d00 #555555"
+LIGHT += " #440154 #482878 #3e4a89 #31688e #26828e #1f9e89 #35a85f #5cae3c #8fae1e #b8a800"
+DARK = "#e6edf3 #9aa5b1 #3a424c #161b22 #0d1117 rgba(86,180,233,0.13) #ff8a80"
+DARK += " #56b4e9 #ff9148 #2fcb9b #e69ac4 #f0d442 #bbbbbb"
+DARK += " #8c7ae6 #6f8be8 #5a9fe0 #3fb1d3 #2cc0b8 #39cc96 #66d673 #9bde55 #cde24a #f7e96b"
+THEMES = {"light": dict(zip(COLOURS, LIGHT.split())), "dark": dict(zip(COLOURS, DARK.split()))}
 
 STYLE = """
 :root { color-scheme: light; LIGHT }
@@ -2102,27 +2032,30 @@ STYLE = """
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1160px; margin: 0 auto; padding: 20px 16px 48px; }
 header { display: flex; gap: 12px; align-items: flex-start; justify-content: space-between; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 1.05rem; line-height: 1.35; margin: 0 0 2px; overflow-wrap: anywhere; }
-p { margin: 0 0 8px; } .soft, figcaption { color: var(--soft); font-size: .87rem; overflow-wrap: anywhere; }
+h1, h2, p, li, summary, figcaption { overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; }
+h2 { font-size: 1.05rem; line-height: 1.35; margin: 0 0 2px; }
+p { margin: 0 0 8px; } .soft, figcaption { color: var(--soft); font-size: .87rem; }
 button { font: inherit; font-size: .85rem; color: var(--ink); background: var(--paper); border: 1px solid var(--grid);
   border-radius: 6px; padding: 4px 10px; cursor: pointer; white-space: nowrap; }
 section, details { background: var(--paper); border: 1px solid var(--grid); border-radius: 8px;
   padding: 14px 16px; margin-top: 16px; min-width: 0; }
-summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
-ul { margin: 4px 0; padding-left: 20px; } li { overflow-wrap: anywhere; }
+details { padding: 9px 16px; margin-top: 8px; }
+summary { cursor: pointer; font-weight: 600; }
+details h2 { margin-top: 14px; }
+ul { margin: 4px 0; padding-left: 20px; }
 .good { border-left: 5px solid var(--c2); } .bad { border-left: 5px solid var(--limit); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 12px; margin-top: 16px; }
-.card { background: var(--paper); border: 1px solid var(--grid); border-radius: 8px; padding: 10px 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 12px; margin-top: 16px; }
+.card { background: var(--paper); border: 1px solid var(--grid); border-radius: 8px; padding: 10px 12px; }
 .card b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: .82rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 0 16px; }
-.wide { grid-column: 1 / -1; }
+.grid { display: flex; flex-wrap: wrap; gap: 0 16px; }
+.grid section { flex: 1 1 min(100%, 480px); } .grid .wide { flex-basis: 100%; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
-th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
+th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.text { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 8em; }
+.words td:not(:first-child) { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 8em; }
 figure { margin: 0; }
 """
 
@@ -2140,7 +2073,7 @@ function draw(box) {
   if (narrow) {
     figure.layout.font.size = 11;
     figure.layout.dragmode = false;
-    for (const note of figure.layout.annotations || []) note.font.size = 10;
+    for (const note of figure.layout.annotations || []) note.font.size = 11;
   }
   box.dataset.drawn = "1";
   Plotly.react(plot, figure.data, figure.layout,
@@ -2159,11 +2092,8 @@ document.querySelector("button").addEventListener("click", () => {
 });
 """
 
+# The browser itself is told to refuse whatever the page might ask of the network.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-
-
-def escaped(text: str) -> str:
-    return html.escape(text)
 
 
 def json_in_page(value: Any) -> str:
@@ -2181,132 +2111,114 @@ def style() -> str:
 def figure_html(picture: Picture) -> str:
     data = json_in_page({"data": picture.data, "layout": {**picture.layout, "height": picture.height}})
     return (
-        f'<figure id="{picture.key}"><h2>{escaped(picture.title)}</h2>'
-        f"<figcaption>{escaped(picture.caption)}</figcaption>"
+        f'<figure id="{picture.key}"><h2>{escape(picture.title)}</h2><figcaption>{escape(picture.caption)}</figcaption>'
         f'<div class="plot" style="min-height:{picture.height}px"></div>'
         f'<script type="application/json">{data}</script></figure>'
     )
 
 
-def table_html(rows: Sequence[Sequence[str]], text_from: int = 99) -> str:
-    """A table with a heading row; cells from column `text_from` on are text that wraps."""
-    head = "".join(f"<th>{escaped(cell)}</th>" for cell in rows[0])
-    lines = []
-    for row in rows[1:]:
-        cells = ((' class="text"' if place >= text_from else "", cell) for place, cell in enumerate(row))
-        lines.append("<tr>" + "".join(f"<td{kind}>{escaped(cell)}</td>" for kind, cell in cells) + "</tr>")
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+def table_html(rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table with a heading row; of kind `words`, its cells wrap."""
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in rows[0])]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows[1:]]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table class="{kind}">{body}</table></div>'
 
 
 def list_html(lines: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escaped(line)}</li>" for line in lines) + "</ul>"
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def verdict_html(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
     """What can be trusted, what was found, and what limits it."""
-    points = [(level, point) for level in levels for point in level.points]
-    bound = [f"{level.title}: {point.client_bound}" for level, point in points if point.client_bound]
-    errors, ended = sum(level.errors for level in levels), sum(point.count("completed") for _, point in points)
-    runs = list(by_run(levels).values())
-    found = findings(levels, slos)
-    for other in runs[1:] if len(runs) <= 6 else []:
-        for a, b in pairs_of(runs[0], other):
-            found += [f"Not comparable: {line}" for line in not_comparable(a, b)]
-            found.append(f"Against {a.title}: {sentence(b.title if len(other) > 1 else b.run, differences(a, b))}.")
+    points = [point for level in levels for point in level.points]
+    bound = [point for point in points if point.client_bound]
+    judged = any("client_bound" in point.figures or "verdict" in point.figures for point in points)
+    errors, ended = sum(level.errors for level in levels), sum(point.count("completed") for point in points)
     if bound:
-        head = (
-            "Some of this measures the client, not the server"
-            if len(bound) < len(points)
-            else "This measures the client, not the server"
-        )
+        some = "All of this" if len(bound) == len(points) else "Some of this"
+        head = f"{some} measures the client, not the server"
     else:
-        head = (
-            "The client was not the limit"
-            if any("client_bound" in p.figures or "verdict" in p.figures for _, p in points)
-            else "Results"
-        )
-    head += (
-        f"; {errors:,} of {errors + ended:,} requests failed." if errors else f"; none of {ended:,} requests failed."
-    )
+        head = "The client was not the limit" if judged else "Whether the client was the limit is not in the files"
+    head += f"; {errors:,} of {errors + ended:,} requests failed" if errors else f"; none of {ended:,} requests failed"
+    found = [*findings(levels, slos), *against_the_first(levels)]
+    warnings = warning_lines(levels)
+    more = f"<h2>Warnings</h2>{list_html(warnings)}" if warnings else ""
     kind = "bad" if bound or errors else "good"
-    warnings = dict.fromkeys(
-        f"{level.title}: {line}" if len(points) > 1 else line for level, point in points for line in point.warnings
-    )
-    parts = [f'<section class="{kind}" id="verdict"><h2>{escaped(head)}</h2>', list_html([*bound, *found])]
-    parts += ["<h2>Warnings</h2>", list_html(warnings)] if warnings else []
-    return "".join(parts) + "</section>"
+    return f'<section class="{kind}" id="verdict"><h2>{escape(head)}</h2>{list_html(found)}{more}</section>'
+
+
+def against_the_first(levels: Sequence[Level]) -> Iterator[str]:
+    """Each other run against the first at the highest level that both have."""
+    runs = list(by_run(levels).values())
+    for other in runs[1:]:
+        for a, b in pairs_of(runs[0], other)[-1:]:
+            yield from (f"Not comparable: {line}" for line in not_comparable(a, b))
+            yield f"Against {a.title}: {sentence(b.run, differences(a, b))}."
+
+
+CARDS = (
+    ("output tokens/s", "output_throughput", 0),
+    ("requests/s", "request_throughput", 2),
+    ("tokens/s per user", "median_tokens_per_s_per_user", 1),
+    ("TTFT p50, ms", "p50_ttft_ms", 1),
+    ("TTFT p99, ms", "p99_ttft_ms", 1),
+    ("TPOT p50, ms", "p50_tpot_ms", 2),
+    ("latency p50, ms", "p50_e2el_ms", 1),
+    ("latency p99, ms", "p99_e2el_ms", 1),
+)
 
 
 def cards_html(level: Level) -> str:
-    cards = (
-        ("output tokens/s", "output_throughput", 0),
-        ("requests/s", "request_throughput", 2),
-        ("TTFT p50, ms", "p50_ttft_ms", 1),
-        ("TTFT p99, ms", "p99_ttft_ms", 1),
-        ("TPOT p50, ms", "p50_tpot_ms", 2),
-        ("latency p50, ms", "p50_e2el_ms", 1),
-        ("latency p99, ms", "p99_e2el_ms", 1),
-        ("tokens/s per user", "median_tokens_per_s_per_user", 1),
-    )
-    values = [(label, percentile_of(level, key), decimals) for label, key, decimals in cards]
-    made = (
-        f'<div class="card"><b>{number(v, d)}</b><span>{label}</span></div>' for label, v, d in values if v is not None
-    )
-    return f'<div class="cards">{"".join(made)}</div>'
+    values = [(label, level.figure(key), decimals) for label, key, decimals in CARDS]
+    made = [f"<b>{number(v, decimals)}</b><span>{label}</span>" for label, v, decimals in values if v is not None]
+    return '<div class="cards">' + "".join(f'<div class="card">{card}</div>' for card in made) + "</div>"
 
 
 def details_html(levels: Sequence[Level], strips: Sequence[tuple[str, Picture]]) -> Iterator[str]:
-    """What is folded away: pictures over time, distributions of each point, configuration."""
+    """What is folded away: pictures over time, all figures, configuration."""
     for title, picture in strips:
-        yield f"<details><summary>{escaped(title)}: over time</summary>{figure_html(picture)}</details>"
-    points = [(level.title, point) for level in levels for point in level.points]
+        yield f"<details><summary>{escape(title)}: over time</summary>{figure_html(picture)}</details>"
+    points = [(level.title_of(point), point) for level in levels for point in level.points]
+    opened = " open" if len(points) == 1 else ""
+    yield f"<details{opened}><summary>All figures</summary>"
     for title, point in points:
         rows = distribution_rows(point, True)
-        tables = [rows] if len(rows) > 1 else []
-        tables += list(group_rows(point.requests)) if point.requests is not None else []
+        tables = [*([rows] if len(rows) > 1 else []), *(group_rows(point.requests) if point.requests else [])]
         extra = [*error_lines(point), *(f"{name}: {value}" for name, value in side_figures(point).items())]
-        opened = " open" if len(points) == 1 else ""
-        body = "".join(map(table_html, tables)) + (list_html(extra) if extra else "")
-        yield f"<details{opened}><summary>{escaped(title)}: all figures</summary>{body}</details>"
+        yield f"<h2>{escape(title)}</h2>" + "".join(map(table_html, tables)) + (list_html(extra) if extra else "")
+    yield "</details>"
     configs = {title: config_of(point) for title, point in points}
     names = list(dict.fromkeys(name for config in configs.values() for name in config))
     if names:
-        varying = {name for name in names if len({config.get(name) for config in configs.values()}) > 1}
-        heading = ["option", *(configs if varying else ["value"])]
-        rows = [
-            [n, *([configs[t].get(n, "-") for t in configs] if varying else [next(iter(configs.values()))[n]])]
-            for n in names
-        ]
-        yield f"<details><summary>Configuration</summary>{table_html([heading, *rows], 1)}</details>"
+        same = len({tuple(config.items()) for config in configs.values()}) == 1
+        columns = dict(list(configs.items())[:1]) if same else configs
+        rows = [["option", *columns], *([name, *(c.get(name, "-") for c in columns.values())] for name in names)]
+        yield f"<details><summary>Configuration</summary>{table_html(rows, 'words')}</details>"
 
 
 def page_html(levels: Sequence[Level], slos: Sequence[Slo], title: str, plotly_js: str) -> str:
     """The whole page: one file that asks the network for nothing, and may not."""
     pictures, strips = pictures_of(levels, slos)
-    files = list(
-        dict.fromkeys(
-            os.path.basename(source) for level in levels for point in level.points for source in point.sources
-        )
-    )
+    sources = [source for level in levels for point in level.points for source in point.sources]
+    files = list(dict.fromkeys(os.path.basename(source) for source in sources))
     named = ", ".join(files[:6]) + (f" and {len(files) - 6} more" if files[6:] else "")
     boxes = "".join(f'<section class="{"wide" if p.wide else ""}">{figure_html(p)}</section>' for p in pictures)
     left_out = left_out_of(levels)
     rows = sweep_rows(levels, slos)
-    starred = any("*" in cell for row in rows for cell in row)
-    note = "Latencies in ms." + (" * too few requests for this percentile." if starred else "")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escaped(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{style()}</style></head><body><main>"
-        f'<header><div><h1>{escaped(title)}</h1><p class="soft">{escaped(named)}</p></div>'
-        f"<button>light / dark</button></header><noscript><p>The pictures need JavaScript; the tables do not.</p></noscript>"
+        f'<header><div><h1>{escape(title)}</h1><p class="soft">{escape(named)}</p></div><button>light / dark</button>'
+        "</header><noscript><p>The pictures need JavaScript; the tables do not.</p></noscript>"
         f"{verdict_html(levels, slos)}{cards_html(levels[0]) if len(levels) == 1 else ''}"
-        f'<section id="table">{table_html(rows)}<p class="soft">{note}</p></section>'
-        f'<div class="grid">{boxes}</div>'
-        + (f'<section class="soft">{list_html(left_out)}</section>' if left_out else "")
+        f'<section id="table">{table_html(rows)}<p class="soft">{table_note(rows)}</p></section>'
+        f'<div class="grid">{boxes}</div>{list_html(left_out) if left_out else ""}'
         + "".join(details_html(levels, strips))
-        + f"</main><script>{plotly_js}</script><script>const THEMES = {json_in_page(THEMES)};{SCRIPT}</script></body></html>\n"
+        + f"</main><script>{plotly_js}</script><script>const THEMES = {json_in_page(THEMES)};{SCRIPT}</script>"
+        "</body></html>\n"
     )
 
 
@@ -2397,8 +2309,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench_report.py",
         description="Read benchmark results back: print, compare, draw.",
-        epilog="FILE: a CSV, JSON or JSON Lines file of this project, or a result file of vLLM, SGLang or guidellm; or a "
-        "directory of them. [NAME=]FILE[,FILE...] is one run.",
+        epilog="FILE: a CSV, JSON or JSON Lines file of this project, a result file of vLLM, SGLang or guidellm, or a"
+        " directory of them. [NAME=]FILE[,FILE...] is one run.",
     )
     parser.add_argument("--version", action="version", version=f"bench_report.py {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -2462,7 +2374,7 @@ def histograms(levels: Sequence[Level]) -> Iterator[str]:
         ascii_only = True
     for level in levels:
         for metric in METRICS[:6]:
-            sample = _pooled(level, metric)
+            sample = pooled(level, metric)
             if len(sample):
                 yield from ("", f"{metric.label}, {level.title}: {len(sample)}")
                 yield from histogram(sample, min(width, 120), ascii_only)
