@@ -45,6 +45,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import gc
 import html
 import json
 import math
@@ -78,7 +79,7 @@ RANKS = (50.0, 90.0, 95.0, 99.0, 99.9)
 # The least n at which, with 99 % confidence, the second-largest value bounds the percentile from above.
 LEAST_N = {90.0: 64, 95.0: 130, 99.0: 662, 99.9: 6636}
 STATUSES = ("success", "http_error", "decode_error")
-CHUNK_ROWS = 20_000  # CSV rows turned into arrays at a time
+CHUNK_ROWS = 5_000  # CSV rows turned into arrays at a time
 
 CONFIDENCE = 0.99
 # What differs between two runs of one unchanged server, as a standard deviation of the logarithm of a figure.
@@ -517,17 +518,19 @@ class Sheet:
 
     def add(self, rows: list[list[str]]) -> None:
         """Takes rows in; those with too few or too many cells are counted as damaged, repeated headers skipped."""
-        whole = [row for row in rows if len(row) == self.width and row != self.header]
-        self.damaged += sum(1 for row in rows if row and len(row) != self.width)
+        whole = [row for row in rows if len(row) == self.width]
+        self.damaged += sum(1 for row in rows if row and len(row) != self.width) if len(whole) < len(rows) else 0
+        whole = [row for row in whole if row != self.header] if self.header in whole else whole
         if not whole:
             return
         cells = list(zip(*whole))
         for name, place in self.numbers.items():
             self.number_parts[name].append(_floats(cells[place]))
         for name, place in self.texts.items():
-            words = self.words[name]
-            codes = [words.setdefault(word, len(words)) for word in cells[place]]
-            self.text_parts[name].append(np.array(codes, dtype=np.int32))
+            words, column = self.words[name], cells[place]
+            for word in set(column):
+                words.setdefault(word, len(words))
+            self.text_parts[name].append(np.fromiter(map(words.__getitem__, column), np.int32, len(column)))
 
     def requests(self) -> Requests:
         """All sound rows; a row without index, status or, of a success, latency is damaged."""
@@ -549,12 +552,14 @@ class Sheet:
 
 def _floats(cells: Sequence[str]) -> Floats:
     """Numbers of a column; NaN for a blank cell and for one that is no number."""
-    if not any(cells):
-        return np.full(len(cells), np.nan)
+    if cells[0] == cells[-1] and cells.count(cells[0]) == len(cells):  # blank, or a configured length: most columns are
+        only = _finite(cells[0])
+        return np.full(len(cells), math.nan if only is None else only)
     try:
-        values = np.array([float(cell) if cell else math.nan for cell in cells])
+        values = np.fromiter(map(float, [cell or "nan" for cell in cells] if "" in cells else cells), float, len(cells))
     except ValueError:
-        values = np.array([math.nan if (number := _finite(cell)) is None else number for cell in cells])
+        found = (_finite(cell) if cell else None for cell in cells)
+        values = np.array([math.nan if value is None else value for value in found])
     return np.where(np.isfinite(values), values, np.nan)
 
 
@@ -570,7 +575,13 @@ def read_csv(path: str, problems: Problems) -> list[Point]:
             problems.add(path, "is no results CSV of this project (columns index, latency_ms and status are missing)")
             return []
         sheet = Sheet(header)
-        _take_rows(path, reader, sheet, problems)
+        collects = gc.isenabled()
+        gc.disable()  # a million rows are no garbage, and looking for it takes as long as reading them
+        try:
+            _take_rows(path, reader, sheet, problems)
+        finally:
+            if collects:
+                gc.enable()
     requests = sheet.requests()
     if sheet.damaged:
         problems.add(path, f"{sheet.damaged} damaged rows left out (a cell is missing or no number)")
@@ -1364,7 +1375,7 @@ def warning_lines(levels: Sequence[Level]) -> list[str]:
     alike: dict[str, list[tuple[str, str]]] = {}
     points = [(level.title_of(point), point) for level in levels for point in level.points]
     for title, point in points:
-        for line in point.warnings:
+        for line in (line for line in point.warnings if not line.startswith("client-bound")):  # said by findings()
             alike.setdefault(re.sub(r"[\d.]+", "", line), []).append((title, line))
     lines = []
     for found in alike.values():
@@ -1427,7 +1438,8 @@ def _bar(length: float, ascii_only: bool) -> str:
     if ascii_only:
         return "#" * (round(length) or (1 if length else 0))
     eighths = max(1, round(length * 8)) if length else 0
-    return "█" * (eighths // 8) + ["", *"▏▎▍▌▋▊▉"][eighths % 8]
+    parts: list[str] = ["", *"▏▎▍▌▋▊▉"]
+    return "█" * (eighths // 8) + parts[eighths % 8]
 
 
 # === 8. Comparison (pure) ===
@@ -1483,7 +1495,7 @@ class Difference(NamedTuple):
     @property
     def verdict(self) -> str:
         if self.within_noise is None:
-            return f"x{self.ratio:.3f}, noise unknown"
+            return "noise unknown"
         if self.within_noise:
             return "within noise"
         return f"{self.times} times {self.direction}"
@@ -1550,13 +1562,15 @@ def differences(a: Level, b: Level) -> list[Difference]:
 
 
 def sentence(name: str, found: Sequence[Difference]) -> str:
-    """`B is 1.18 ± 0.03 times faster in output tokens/s; TTFT p99 differs within noise`."""
-    real = [f"{d.times} times {d.direction} in {d.what.words}" for d in found if d.within_noise is False]
-    same = [d.what.words for d in found if d.within_noise]
-    unknown = [d.what.words for d in found if d.within_noise is None]
+    """`B is 1.18 ± 0.03 times faster in output tokens/s; TTFT p99 differs within noise`. Requests/s only where there
+    are no tokens/s, whose story it repeats."""
+    told = [d for d in found if d.what.key != "request_throughput"] or list(found)
+    real = [f"{d.times} times {d.direction} in {d.what.words}" for d in told if d.within_noise is False]
+    same = [d.what.words for d in told if d.within_noise]
+    unknown = [d.what.words for d in told if d.within_noise is None]
     parts = [f"{name} is {_listed(real)}"] if real else []
     parts += [f"{_listed(same)} {'differs' if len(same) == 1 else 'differ'} within noise"] if same else []
-    parts += [f"of {_listed(unknown)} the noise is unknown"] if unknown else []
+    parts += [f"noise unknown for {_listed(unknown)}"] if unknown else []
     return "; ".join(parts) or f"{name}: no figure in common"
 
 
@@ -1580,16 +1594,15 @@ def not_comparable(a: Level, b: Level) -> list[str]:
             lines.append(f"other {words} lengths: {lengths[0]:.1f} and {lengths[1]:.1f} tokens on average")
     if (a.figure("p50_ttft_ms") is None) != (b.figure("p50_ttft_ms") is None):
         lines.append("one was streamed, the other not")
-    for level in (a, b):
-        lines += (
-            [f"{level.run} measured its client, not the server: {level.client_bound}"] if level.client_bound else []
-        )
-        rate = level.figure("error_rate")
-        lines += [f"{level.run}: {rate:.1%} of its requests failed and are in no figure"] if rate else []
-    lines += [
-        f"{point.tool} counts otherwise: {point.note}" for point in (one, two) if one.tool != two.tool and point.note
-    ]
-    return lines
+    notes = {point.tool: point.note for point in (one, two) if one.tool != two.tool and point.note}
+    return lines + [f"{tool} counts otherwise: {note}" for tool, note in notes.items()]
+
+
+def distrusted(level: Level) -> list[str]:
+    """What stands between a run's figures and its server."""
+    rate = level.figure("error_rate")
+    lines = [f"{level.run} measured its client, not the server: {level.client_bound}"] if level.client_bound else []
+    return lines + ([f"{level.run}: {rate:.1%} of its requests failed and are in no figure"] if rate else [])
 
 
 def pairs_of(base: Sequence[Level], other: Sequence[Level]) -> list[tuple[Level, Level]]:
@@ -1603,7 +1616,7 @@ def pairs_of(base: Sequence[Level], other: Sequence[Level]) -> list[tuple[Level,
 def comparison_lines(a: Level, b: Level) -> list[str]:
     """What is not comparable, the figures side by side, and the difference in words."""
     found = differences(a, b)
-    lines = [f"Not comparable: {line}" for line in not_comparable(a, b)]
+    lines = [f"Not comparable: {line}" for line in [*not_comparable(a, b), *distrusted(a), *distrusted(b)]]
     heading = ["", a.run, b.run, "ratio", "±", "verdict"]
     rows = [
         [d.what.words, number(d.a, 2), number(d.b, 2), f"{d.ratio:.3f}", number(d.plus_minus, 3), d.verdict]
@@ -1943,7 +1956,12 @@ def series_panels(point: Point) -> list[Panel]:
 def distributions(levels: Sequence[Level]) -> Iterator[Picture]:
     """Empirical distribution functions, a picture for each metric, a curve for each point."""
     known = [level for level in levels if any(point.requests is not None for point in level.points)]
-    chosen = [known[round(p)] for p in np.linspace(0, len(known) - 1, MOST_CURVES)] if known[MOST_CURVES:] else known
+    runs = by_run(known)
+    if len(runs) > 1:  # each at its highest load, which all have where there is one
+        common = set.intersection(*({level.level for level in run_levels} for run_levels in runs.values()))
+        chosen = [[lv for lv in run if lv.level in common or not common][-1] for run in runs.values()][:MOST_CURVES]
+    else:
+        chosen = [known[p] for p in sorted({round(p) for p in np.linspace(0, len(known) - 1, MOST_CURVES)}) if known]
     for stem in ("e2el_ms", "ttft_ms", "tpot_ms", "itl_ms"):
         curves = [(level, pooled(level, BY_STEM[stem])) for level in chosen]
         curves = [(level, sample) for level, sample in curves if len(sample)]
@@ -1967,8 +1985,11 @@ def _ecdf_picture(metric: Metric, curves: Sequence[tuple[Level, Floats]], left_o
         data.append({**line, "name": name})
     unit = "req/s" if curves[0][0].by_rate else "in flight"
     caption = "Read up from a time to the share that took no longer."
-    caption += f" A curve for each load ({unit})." if len(runs) == 1 and len(curves) > 1 else ""
-    caption += f" {left_out} loads between are left out." if left_out else ""
+    if len(runs) > 1:
+        caption += f" At {', '.join(dict.fromkeys(level.label for level, _ in curves))} {unit}."
+    elif len(curves) > 1:
+        caption += f" A curve for each load ({unit})"
+        caption += f"; {left_out} between are left out." if left_out else "."
     across = {**value_axis(metric.label, np.concatenate([sample for _, sample in curves])), "rangemode": "normal"}
     upward = axis(f"% of {'gaps' if metric.stem == 'itl_ms' else 'requests'}", range=[0, 101])
     made = layout(xaxis=across, yaxis=upward, showlegend=len(data) > 1)
@@ -1981,14 +2002,11 @@ def _ecdf_picture(metric: Metric, curves: Sequence[tuple[Level, Floats]], left_o
 
 
 def _curve_look(runs: Mapping[str, Sequence[Level]], level: Level, place: int) -> tuple[str, str, str]:
-    """(name, colour, dash): the levels of one run from a scale, several runs a hue each and their levels a dash."""
-    run_levels = runs[level.run]
+    """(name, colour, dash): the levels of one run from a scale, several runs a hue and a dash each."""
     if len(runs) == 1:
-        shade = round(place / max(1, len(run_levels) - 1) * (SHADES - 1))
-        return shown(level.label), f"@s{shade}" if len(run_levels) > 1 else "@c0", "solid"
-    name = f"{level.run}, {level.label}" if len(run_levels) > 1 else level.run
-    dash = DASHES[list(run_levels).index(level) % len(DASHES)]
-    return shown(name), f"@c{list(runs).index(level.run) % HUES}", dash
+        last = len(runs[level.run]) - 1
+        return shown(level.label), f"@s{round(place / last * (SHADES - 1))}" if last else "@c0", "solid"
+    return shown(level.run), f"@c{place % HUES}", DASHES[place % len(DASHES)]
 
 
 def pictures_of(levels: Sequence[Level], slos: Sequence[Slo]) -> tuple[list[Picture], list[tuple[str, Picture]]]:
@@ -2030,7 +2048,7 @@ STYLE = """
 :root[data-theme=dark] { color-scheme: dark; DARK }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 20px 16px 48px; }
+main { max-width: 1240px; margin: 0 auto; padding: 20px 16px 48px; }
 header { display: flex; gap: 12px; align-items: flex-start; justify-content: space-between; }
 h1, h2, p, li, summary, figcaption { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; }
@@ -2053,7 +2071,7 @@ ul { margin: 4px 0; padding-left: 20px; }
 .grid section { flex: 1 1 min(100%, 480px); } .grid .wide { flex-basis: 100%; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th, td { text-align: right; padding: 4px 7px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .words td:not(:first-child) { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 8em; }
 figure { margin: 0; }
@@ -2408,8 +2426,8 @@ def how_noise_is_judged(runs: Sequence[Sequence[Level]]) -> str:
     if all(len(level.points) > 1 for run in runs for level in run):
         return "±: 99 % interval over the repetitions."
     return (
-        "±: 99 % interval over the requests of each run, and the assumed difference between two runs of one server"
-        f" ({BETWEEN_RUNS:.1%}); --repeat measures that."
+        "±: 99 % interval over the requests of each run, with what two runs of one server are assumed to differ by"
+        f" ({BETWEEN_RUNS:.1%}; --repeat measures it). Unknown: no requests in the files, or too few (p99 takes 662)."
     )
 
 
