@@ -435,8 +435,8 @@ def _rates(requests: Requests, end_s: float, completed: int, totals: Mapping[str
         return {}
     spans = under_way(requests)
     changes = np.concatenate((np.ones(len(spans[0])), -np.ones(len(spans[1]))))
-    # At one instant an end comes before a start: a kept worker's next request is no second one in flight.
-    order = np.lexsort((changes, np.concatenate(spans)))
+    # A kept worker's next request is no second one in flight, though the file's microseconds may overlap by rounding.
+    order = np.lexsort((changes, np.concatenate((spans[0], spans[1] - 2e-6))))
     return {
         "duration": elapsed,
         "request_throughput": completed / elapsed,
@@ -617,7 +617,7 @@ def split_points(requests: Requests) -> Iterator[Requests]:
         if name in requests.columns:
             code = code * (len(requests) + 1) + _codes(requests.columns[name])
             code = _codes(code)
-    code = code * (len(requests) + 1) + _occurrence(code, requests.columns["index"])
+    code = code * (len(requests) + 1) + _appended(code, requests.columns["index"])
     for value in np.unique(code):
         chosen = code == value
         yield requests if chosen.all() else requests.take(chosen)
@@ -628,15 +628,17 @@ def _codes(values: NDArray[Any]) -> NDArray[np.int64]:
     return codes
 
 
-def _occurrence(code: NDArray[np.int64], index: Floats) -> NDArray[np.int64]:
-    """0 where (code, index) is met for the first time, 1 for the second, and so on."""
+def _appended(code: NDArray[np.int64], index: Floats) -> NDArray[np.int64]:
+    """0 for the rows of the first run, 1 for the next: a run ends before the row whose index it has had already."""
     order = np.lexsort((np.arange(len(index)), index, code))
     same = (np.diff(code[order]) == 0) & (np.diff(index[order]) == 0)
-    place = np.arange(len(index))
-    starts = np.maximum.accumulate(np.where(np.concatenate(([True], ~same)), place, 0))
-    counts = np.empty(len(index), dtype=np.int64)
-    counts[order] = place - starts
-    return counts
+    previous = np.full(len(index), -1)
+    previous[order[1:][same]] = order[:-1][same]
+    runs = np.zeros(len(index), dtype=np.int64)
+    while (again := np.flatnonzero(previous >= 0)).size:
+        runs[again[0] :] += 1
+        previous[previous < again[0]] = -1
+    return runs
 
 
 def _csv_point(path: str, requests: Requests) -> Point:
@@ -1545,10 +1547,10 @@ def _rate_noise(requests: Requests, column: str, block: int) -> Optional[Noise]:
     return block_bootstrap([amounts, times], block, lambda n, t: n.sum(axis=1) / t.sum(axis=1))
 
 
-def differences(a: Level, b: Level) -> list[Difference]:
+def differences(a: Level, b: Level, compared: Sequence[Compared] = COMPARED) -> list[Difference]:
     """Every figure that both have; of repetitions the geometric mean."""
     found = []
-    for what in COMPARED:
+    for what in compared:
         values = [[value for value in level.values(what.key) if value > 0] for level in (a, b)]
         if not all(values):
             continue
