@@ -1509,10 +1509,13 @@ class Difference(NamedTuple):
 
 def noises_of(level: Level, what: Compared) -> list[Noise]:
     """The independent parts of a figure's noise: over repetitions where there are any, else over the requests, and
-    the assumed difference between runs. Empty where neither is known."""
+    the assumed difference between runs. Empty where neither is known: what a client that was the limit adds to one
+    run, its requests do not show."""
     values = level.values(what.key)
     if len(values) > 1:
         return [noise_of_repetitions(values)]
+    if level.client_bound:
+        return []
     noise = _noise_within(level.points[0], what.key)
     return [] if noise is None else [noise, Noise(BETWEEN_RUNS, math.inf)]
 
@@ -2429,7 +2432,8 @@ def how_noise_is_judged(runs: Sequence[Sequence[Level]]) -> str:
         return "±: 99 % interval over the repetitions."
     return (
         "±: 99 % interval over the requests of each run, with what two runs of one server are assumed to differ by"
-        f" ({BETWEEN_RUNS:.1%}; --repeat measures it). Unknown: no requests in the files, or too few (p99 takes 662)."
+        f" ({BETWEEN_RUNS:.1%}; --repeat measures it). Unknown: no requests in the files, too few (p99 takes 662),"
+        " or a client that was the limit."
     )
 
 
