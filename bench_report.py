@@ -1220,7 +1220,7 @@ def verdict(level: Level, bend: bool, slos: Sequence[Slo]) -> str:
     words = ["client-bound"] if level.client_bound else []
     words += ["knee"] if bend else []
     failed = [slo for slo in slos if not slo.holds(level.figure(slo.name))]
-    words += [f"fails {slo.name}{slo.op}{slo.limit:g}" for slo in failed] or (["passes"] if slos else [])
+    words += [f"fails {slo.name}" for slo in failed] or (["passes"] if slos else [])
     return ", ".join(words)
 
 
@@ -1897,7 +1897,9 @@ def area(edges: Floats, values: Floats, colour: str, unit: str) -> dict[str, Any
 def in_flight_panel(requests: Requests, edges: Floats) -> Panel:
     starts, ends = under_way(requests)
     line = area(edges, mean_rate(starts, ends, np.ones(len(starts)), edges), "@c0", "in flight")
-    return Panel("in flight", line, axis("", rangemode="tozero"), f"Means of {edges[1] - edges[0]:.3g} s.")
+    return Panel(
+        "in flight", line, axis("", rangemode="tozero"), f"Each step is a mean over {edges[1] - edges[0]:.2g} s."
+    )
 
 
 def tokens_panel(requests: Requests, edges: Floats) -> Optional[Panel]:
@@ -2079,6 +2081,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: right; padding: 4px 7px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .words td:not(:first-child) { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 8em; }
+.verdict td:last-child { white-space: normal; text-align: left; min-width: 11em; }
 figure { margin: 0; }
 """
 
@@ -2100,13 +2103,13 @@ function draw(box) {
   }
   box.dataset.drawn = "1";
   Plotly.react(plot, figure.data, figure.layout,
-    {responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover"});
+    {responsive: true, displaylogo: false, displayModeBar: !narrow, modeBarButtons: [["toImage"]]});
 }
 const boxes = () => [...document.querySelectorAll("figure")];
 const again = () => boxes().filter(box => box.dataset.drawn).forEach(draw);
 boxes().filter(box => !box.closest("details")).forEach(draw);
 document.querySelectorAll("details").forEach(part => part.addEventListener("toggle", () => {
-  if (part.open) part.querySelectorAll("figure:not([data-drawn])").forEach(draw);
+  if (part.open) boxes().filter(box => box.closest("details") === part && !box.dataset.drawn).forEach(draw);
 }));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
 document.querySelector("button").addEventListener("click", () => {
@@ -2144,6 +2147,7 @@ def table_html(rows: Sequence[Sequence[str]], kind: str = "") -> str:
     """A table with a heading row; of kind `words`, its cells wrap."""
     lines = ["".join(f"<th>{escape(cell)}</th>" for cell in rows[0])]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows[1:]]
+    kind = kind or ("verdict" if rows[0][-1] == "verdict" else "")
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table class="{kind}">{body}</table></div>'
 
@@ -2158,12 +2162,11 @@ def verdict_html(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
     bound = [point for point in points if point.client_bound]
     judged = any("client_bound" in point.figures or "verdict" in point.figures for point in points)
     errors, ended = sum(level.errors for level in levels), sum(point.count("completed") for point in points)
+    head = f"{errors:,} of {errors + ended:,} requests failed" if errors else f"None of {ended:,} requests failed"
     if bound:
-        some = "All of this" if len(bound) == len(points) else "Some of this"
-        head = f"{some} measures the client, not the server"
+        head += f"; {'all' if len(bound) == len(points) else 'some'} of this measures the client, not the server"
     else:
-        head = "The client was not the limit" if judged else "Whether the client was the limit is not in the files"
-    head += f"; {errors:,} of {errors + ended:,} requests failed" if errors else f"; none of {ended:,} requests failed"
+        head += "; the client was not the limit" if judged else "; whether the client was the limit is not in the files"
     found = [*findings(levels, slos), *against_the_first(levels)]
     warnings = warning_lines(levels)
     more = f"<h2>Warnings</h2>{list_html(warnings)}" if warnings else ""
@@ -2200,8 +2203,9 @@ def cards_html(level: Level) -> str:
 
 def details_html(levels: Sequence[Level], strips: Sequence[tuple[str, Picture]]) -> Iterator[str]:
     """What is folded away: pictures over time, all figures, configuration."""
-    for title, picture in strips:
-        yield f"<details><summary>{escape(title)}: over time</summary>{figure_html(picture)}</details>"
+    each = (f"<details><summary>{escape(title)}</summary>{figure_html(picture)}</details>" for title, picture in strips)
+    if strips:
+        yield f"<details{' open' if len(strips) <= 8 else ''}><summary>Over time, load by load</summary>{''.join(each)}</details>"
     points = [(level.title_of(point), point) for level in levels for point in level.points]
     opened = " open" if len(points) == 1 else ""
     yield f"<details{opened}><summary>All figures</summary>"
