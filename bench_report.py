@@ -140,7 +140,7 @@ BY_STEM = {metric.stem: metric for metric in METRICS}
 HIDDEN_STEMS = ("client_queue_time_ms", "connect_ms", "tail_ms")  # in the table only with --verbose
 
 
-@dataclass
+@dataclass(eq=False)
 class Requests:
     """The requests of one point in order of completion: one entry each, NaN where not measured.
 
@@ -176,7 +176,7 @@ class Requests:
         return Requests(columns, self.ok[chosen], groups)
 
 
-@dataclass
+@dataclass(eq=False)
 class Point:
     """One measured point: a server under one load, once. `figures` has the flat result keys of vLLM, and ours."""
 
@@ -709,14 +709,16 @@ def detailed_requests(result: Mapping[str, Any]) -> Optional[Requests]:
     Raises ValueError or TypeError where the lists are damaged.
     """
     given = {name: result[name] for name in DETAIL_KEYS if isinstance(result.get(name), list) and result[name]}
-    if "ttfts" not in given:
+    if "ttfts" not in given and "latencies" not in given:
         return None
-    count = len(given["ttfts"])
+    count = len(given.get("ttfts") or given["latencies"])
     if any(len(values) != count for values in given.values()):
         raise ValueError("its per-request lists differ in length")
-    ttft, itls = np.array(given["ttfts"], dtype=float), given.get("itls", [[]] * count)
+    ttft, itls = np.array(given.get("ttfts", [math.nan] * count), dtype=float), given.get("itls", [[]] * count)
     latency = np.array(given["latencies"], dtype=float) if "latencies" in given else ttft + [sum(gaps) for gaps in itls]
     ok = np.array([not error for error in given.get("errors", [""] * count)], dtype=bool) & (latency > 0)
+    if ok.sum() != result.get("completed"):  # which of them failed is not told
+        return None
     columns = {"index": np.arange(count, dtype=float), "latency_ms": latency * 1e3, "ttft_ms": ttft * 1e3}
     for name, column in (("input_lens", "prompt_tokens"), ("output_lens", "completion_tokens")):
         if name in given:
@@ -837,7 +839,7 @@ READERS = (
         "vLLM",
         lambda r: "request_throughput" in r and "completed" in r,
         read_flat,
-        "percentiles other than p99 only where asked for",
+        "reasoning_content is no token; a stream that an error cut off is a success",
     ),
 )
 
@@ -910,7 +912,7 @@ def read_file(path: str, problems: Problems) -> list[Point]:
 # === 6. Runs (pure but for the reading) ===
 
 
-@dataclass
+@dataclass(eq=False)
 class Level:
     """The repetitions of one run at one level; a figure is their median."""
 
@@ -944,7 +946,7 @@ class Level:
 
     def title_of(self, point: Point) -> str:
         """The title, with the repetition where there are several."""
-        repeat = point.figures.get("repeat", self.points.index(point) + 1)
+        repeat = _finite(point.figures.get("repeat")) or self.points.index(point) + 1
         return f"{self.title}, repetition {repeat:g}" if len(self.points) > 1 else self.title
 
     @property
@@ -1113,13 +1115,12 @@ def knee(levels: Sequence[Level]) -> Optional[Level]:
     if len({level.by_rate for level in levels}) != 1 or len(levels) < 3:
         return None
     name = "output_throughput" if levels[0].figure("output_throughput") else "request_throughput"
+    known = [(level, level.level, level.figure(name)) for level in levels]
+    rising = [(level, load, rate) for level, load, rate in known if load and rate and load > 0 and rate > 0]
     last = None
-    for before, after in zip(levels, levels[1:]):
-        old, new = before.figure(name), after.figure(name)
-        if old and new and before.level and after.level and after.level > before.level:
-            doublings = math.log2(after.level / before.level)
-            if (new / old) ** (1 / doublings) - 1 > KNEE_GROWTH:
-                last = after
+    for (_, load, rate), (level, more, new) in zip(rising, rising[1:]):
+        if (new / rate) ** (1 / math.log2(more / load)) - 1 > KNEE_GROWTH:
+            last = level
     return last
 
 
@@ -1316,7 +1317,8 @@ def error_lines(point: Point) -> list[str]:
         counts = Counter(kinds)
     else:
         given = point.figures.get("errors_by_kind")
-        counts = Counter(given if isinstance(given, dict) else {})
+        given = given if isinstance(given, dict) else {}
+        counts = Counter({str(kind): int(_finite(count) or 0) for kind, count in given.items()})
     return [f"Errors: {count} x {plain(str(kind))}" for kind, count in counts.most_common()]
 
 
@@ -1348,7 +1350,7 @@ def report_lines(point: Point, verbose: bool) -> list[str]:
         lines.append("* too few requests for this percentile")
     for groups in group_rows(point.requests) if point.requests is not None else ():
         lines += ["", *table(groups)]
-    if point.requests is not None and point.figure("duration") is None:
+    if point.requests is not None and not point.requests.has("sent_s"):
         lines.append("No send times in the file: rates and numbers in flight are left out")
     lines += error_lines(point)
     lines += [f"{name}: {value}" for name, value in side_figures(point).items()]
@@ -1511,7 +1513,7 @@ def noises_of(level: Level, what: Compared) -> list[Noise]:
     """The independent parts of a figure's noise: over repetitions where there are any, else over the requests, and
     the assumed difference between runs. Empty where neither is known: what a client that was the limit adds to one
     run, its requests do not show."""
-    values = level.values(what.key)
+    values = [value for value in level.values(what.key) if value > 0]
     if len(values) > 1:
         return [noise_of_repetitions(values)]
     if level.client_bound:
@@ -2205,7 +2207,8 @@ def details_html(levels: Sequence[Level], strips: Sequence[tuple[str, Picture]])
     """What is folded away: pictures over time, all figures, configuration."""
     each = (f"<details><summary>{escape(title)}</summary>{figure_html(picture)}</details>" for title, picture in strips)
     if strips:
-        yield f"<details{' open' if len(strips) <= 8 else ''}><summary>Over time, load by load</summary>{''.join(each)}</details>"
+        few = " open" if len(strips) <= 8 else ""
+        yield f"<details{few}><summary>Over time, load by load</summary>{''.join(each)}</details>"
     points = [(level.title_of(point), point) for level in levels for point in level.points]
     opened = " open" if len(points) == 1 else ""
     yield f"<details{opened}><summary>All figures</summary>"

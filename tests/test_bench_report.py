@@ -382,6 +382,23 @@ def test_what_is_damaged_costs_one_line_and_the_rest_is_read(
         assert re.search(r"^kept ", done.out, re.MULTILINE)
 
 
+ODD: tuple[Any, ...] = (None, "", "x", True, -1, 0, 1e308, [], [1, "a"], {}, {"a": [1]}, [[0, 1], [1, None]])
+
+
+@pytest.mark.parametrize("place", range(len(ODD)))
+def test_no_value_in_a_result_ends_in_a_traceback(place: int, tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    """Each key in turn with a value of a wrong kind: read, or one line; never an exception."""
+    detailed = summary(**DETAIL, completed=3, errors_by_kind={"a": 1}, client_bound="", label="l", repeat=1)
+    keys = [key for key in detailed if "tpot" not in key and "e2el" not in key]
+    keys += ["level", "request_rate", "slo", "server_x", "verdict", "tensor_parallel_size"]
+    path = write_json(tmp_path / "odd.jsonl", *({**detailed, key: ODD[place]} for key in keys))
+    other = write_json(tmp_path / "other.jsonl", detailed, summary())
+    assert cli(("show", "compare")[place % 2], path, other).code in (0, 2)
+    if place % 3 == 0:
+        levels = report.levels_of(report.read_json(path, report.Problems()))
+        assert report.page_html(levels, [report.parse_slo("p99_ttft_ms<1")], "t", "")
+
+
 def test_nothing_readable_is_said(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
     done = cli("show", str(tmp_path / "absent.csv"))
     assert done.code == 2
