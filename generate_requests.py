@@ -2,11 +2,12 @@
 # /// script
 # requires-python = ">=3.9"
 # dependencies = [
-#     "huggingface_hub>=0.23",
 #     "jinja2>=3.1",
+#     "protobuf>=4",
+#     "sentencepiece>=0.2",
 #     "tiktoken>=0.7",
-#     "tokenizers>=0.20",
 #     "tqdm>=4.60",
+#     "transformers>=4.51",
 # ]
 # ///
 """Write a JSONL corpus of prompts, each exactly as many tokens long as you asked for.
@@ -16,9 +17,9 @@
     generate_requests.py --approx-input-tokens 2048 --prefix-overlap 0.75 --prefix-groups 4 --count-as chat \\
                          --tokenizer-model Qwen/Qwen3-8B --output-tokens 256
 
-This one file is the whole program. Paragraphs need Python alone; token targets need `tokenizers` (a
-directory, a tokenizer.json, a Hugging Face name) or `tiktoken` (an OpenAI model name), and chat counting
-needs `jinja2`. `uv run generate_requests.py` brings them all.
+This one file is the whole program. Paragraphs need Python alone; lengths in tokens need `transformers` (a
+directory, a tokenizer.json or a Hugging Face name) or `tiktoken` (an OpenAI model name), and chat counting needs
+`jinja2`. `uv run generate_requests.py` brings them all.
 
 What is promised, and checked on the final text of every prompt before it is written:
   * its length is the target; a prompt that stays outside --token-tolerance is an error, never a line;
@@ -39,11 +40,11 @@ Fields of a line:
   max_tokens     tokens to be generated                            (with --output-tokens)
 Beside the corpus, FILE.meta.json records options, seed, tokenizer, lengths reached and the file's SHA-256.
 
-Rooms, each using only those above it:
-  1. Constants          5. Plan          9. Making prompts
-  2. Types              6. Report       10. The corpus file
-  3. Words              7. Tokenizers   11. Command line
-  4. Paragraphs         8. Chat templates
+Sections, each using only those above it:
+  1. Constants          5. Plan               9. The corpus file
+  2. Types              6. Report            10. Command line
+  3. Words              7. Tokenizers
+  4. Paragraphs         8. Making prompts
 
 Exit codes: 0 written; 1 it could not be made (tokenizer, length, disk); 2 wrong usage, or the file is there
 already; 130 interrupted. Only a finished corpus ever bears the final name.
@@ -66,7 +67,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -78,6 +79,10 @@ __version__ = "1.0.0"
 
 PROGRAM = "generate_requests.py"
 TOKEN_VARIABLES = ("HUGGINGFACE_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN")
+HUB_CURE = (
+    "give a local directory or tokenizer.json, fill the cache beforehand (HF_HOME) and unset HF_HUB_OFFLINE to do so, "
+    "or pass --huggingface-token for a gated repository; OpenAI's names need tiktoken"
+)
 
 MAX_TARGET_TOKENS = 10_000_000
 MIN_TOLERANCE_TOKENS = 5
@@ -103,37 +108,72 @@ ATTEMPTS_PER_TAKE = 4  # corrections of the length before other words are tried
 
 PROGRESS_DELAY_S = 1
 
-PARAGRAPH_PROMPT_WORDS = 120
-PARAGRAPH_WORDS = 60
-
 # OpenAI's published way to count a chat: 3 tokens a message and 1 for its role, 3 that open the reply
 OPENAI_CHAT_HEAD_TOKENS = 3  # message start, role, line end
 OPENAI_CHAT_TAIL_TOKENS = 4  # message end, reply opening
 
-VOCABULARY = {
-    "adjective": """ancient bitter bright broad calm careful clever cold common curious dark deep distant dry
+MIN_SENTENCE_WORDS = 5  # shorter sentences only where a text must end
+
+ENGLISH_PATTERNS = """
+    LONE.
+    They LONE.
+    The NOUN LONE.
+    The ADJECTIVE NOUN LONE.
+    The NOUN VERB the NOUN.
+    The ADJECTIVE NOUN VERB the NOUN.
+    The ADJECTIVE NOUN VERB the ADJECTIVE NOUN.
+    The NOUN VERB the NOUN PREPOSITION the NOUN.
+    The ADJECTIVE NOUN VERB the NOUN PREPOSITION the NOUN.
+    The ADJECTIVE NOUN VERB the ADJECTIVE NOUN PREPOSITION the NOUN.
+    CONNECTIVE, the ADJECTIVE NOUN VERB the ADJECTIVE NOUN PREPOSITION the NOUN."""
+ENGLISH = {
+    "ADJECTIVE": """ancient bitter bright broad calm careful clever cold common curious dark deep distant dry
         early empty faint famous fresh gentle golden green heavy hidden honest hollow large late light little
         lonely long lost loud narrow new noble odd old open pale patient plain proud quick quiet rare rough
         round sharp silent silver simple slow small smooth soft steady strange strong tall thin tired warm
         wide wild young""",
-    "noun": """archive baker bell boat bottle bridge builder captain castle child city cloud coast doctor door
+    "NOUN": """archive baker bell boat bottle bridge builder captain castle child city cloud coast doctor door
         dream engine farmer field fire fisher forest garden gate glass guest harbour hill horse house island
         judge lamp letter library machine market meadow mill mirror mountain museum night painter paper path
         pilot poet pupil queen railway river road room sailor school shadow ship signal singer soldier spring
         stone storm story stranger summer table teacher tower town train traveller tree valley village voice
         wall watch water weaver wind window winter witness writer""",
-    "verb": """admired answered avoided believed carried changed chose copied covered crossed described
+    "VERB": """admired answered avoided believed carried changed chose copied covered crossed described
         discovered examined followed found guarded heard hid kept left lifted liked lost measured met moved
         noticed opened painted passed praised reached remembered repaired saved saw sold studied surprised
         touched trusted visited warned watched welcomed""",
-    "lone verb": "agreed arrived hesitated laughed listened remained returned slept smiled spoke waited",
-    "preposition": "above across after around before behind below beside beyond near past towards under",
-    "connective": "Afterwards Elsewhere Later Meanwhile Nearby Often Sometimes Soon Today Yesterday",
-    "name": """Alder Barrow Calder Denham Easton Fenwick Garrick Holm Ingham Jarrow Kelso Larkin Marlow
+    "LONE": "agreed arrived hesitated laughed listened remained returned slept smiled spoke waited",
+    "PREPOSITION": "above across after around before behind below beside beyond near past towards under",
+    "CONNECTIVE": "Afterwards Elsewhere Later Meanwhile Nearby Often Sometimes Soon Today Yesterday",
+    "NAME": """Alder Barrow Calder Denham Easton Fenwick Garrick Holm Ingham Jarrow Kelso Larkin Marlow
         Norwood Oakley Penrose Quinn Rowan Selby Thorne Upton Vance Weston Yarrow""",
 }
-MAX_SENTENCE_WORDS = 11
-MIN_FULL_SENTENCE_WORDS = 5
+JAPANESE_PATTERNS = """
+    LONE。
+    PERSONは LONE。
+    PERSONは THINGを VERB。
+    ADJECTIVE PERSONは THINGを VERB。
+    ADJECTIVE PERSONは ADJECTIVE THINGを VERB。
+    TIME、 ADJECTIVE PERSONは ADJECTIVE THINGを VERB。
+    ADJECTIVE PERSONは ADJECTIVE PLACEで ADJECTIVE THINGを VERB。
+    TIME、 ADJECTIVE PERSONは ADJECTIVE PLACEで ADJECTIVE THINGを VERB。"""
+JAPANESE = {
+    "ADJECTIVE": """静かな 小さな 大きな 古い 新しい 若い 明るい 暗い 優しい 親切な 真面目な 不思議な 有名な 美しい
+        懐かしい 珍しい 丈夫な 立派な 地味な 陽気な 正直な 無口な 遠い 近い 長い 短い 重い 軽い 白い 黒い 赤い 青い
+        冷たい 温かい 丸い 素朴な 華やかな 穏やかな 貴重な 簡素な""",
+    "PERSON": """先生 医者 画家 詩人 船長 職人 学生 農夫 漁師 旅人 商人 記者 司書 音楽家 料理人 大工 看護師 運転手
+        店主 隣人 少年 少女 祖母 祖父 友人 兵士 裁判官 研究者 技師 庭師""",
+    "THING": """手紙 地図 時計 写真 荷物 窓 扉 机 椅子 本 辞書 日記 絵 楽器 切符 新聞 鍵 鏡 傘 帽子 灯り 箱 皿
+        花瓶 石 糸 布 橋 舟 馬 道具 機械 物語 歌 言葉 約束 計画 記録 証拠 合図""",
+    "PLACE": """図書館 博物館 学校 病院 市場 港 駅 公園 庭 森 山 川岸 海辺 島 村 町 広場 教会 工場 食堂 劇場 城 塔
+        牧場 畑 倉庫 橋の上 谷 丘 湖畔""",
+    "VERB": """見つけた 直した 運んだ 描いた 調べた 選んだ 忘れた 思い出した 届けた 眺めた 写した 隠した 守った 売った
+        買った 測った 磨いた 並べた 開けた 閉めた 残した 失くした 褒めた 受け取った 持ち上げた""",
+    "LONE": "笑った 眠った 待った 黙った 頷いた 歌った 働いた 休んだ 帰った 着いた 迷った",
+    "TIME": "翌朝 昨日 今日 やがて その後 ある日 夕方 時々 ある夜 春先に 冬の間 しばらくして",
+    "NAME": """青木 石川 上田 江口 大野 加藤 木村 久保 小林 佐藤 清水 鈴木 関口 高橋 田中 中村 西田 野口 橋本 藤井
+        松本 森田 山口 渡辺""",
+}
 
 
 # === 2. Types ===
@@ -171,6 +211,9 @@ class Options:
     count_as: str
     output_tokens: Optional[tuple[float, float]]
     seed: int
+    asked_seed: Optional[int] = None
+    language: str = "en"
+    trust_remote_code: bool = False
     token: Optional[str] = field(default=None, repr=False)
 
     @property
@@ -214,11 +257,15 @@ class Prompt:
 
 
 class Encoder(Protocol):
-    """A tokenizer, whoever made it. No method adds special tokens."""
+    """A tokenizer. No method adds special tokens of its own accord."""
 
     about: dict[str, Any]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def chat(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text as the only user message of a chat, encoded as a server encodes it."""
+        ...
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]: ...
 
@@ -229,10 +276,7 @@ class Encoder(Protocol):
         ...
 
 
-class Frame(Protocol):
-    """What the server sets around a text before it counts."""
-
-    def measure(self, texts: Sequence[str]) -> list[list[int]]: ...
+Measure = Callable[[Sequence[str]], "list[list[int]]"]  # Encoder.encode or Encoder.chat
 
 
 class Maker(Protocol):
@@ -256,6 +300,11 @@ def stream(*names: object) -> random.Random:
 
 def shuffled(items: Iterable[Any], rng: random.Random) -> list[Any]:
     return sorted(items, key=lambda _: rng.random())
+
+
+def exact_floor(share: Decimal, tokens: int) -> int:
+    """floor(share x tokens) of the share as it was typed: 0.29 of 100 is 29, which floats make 28."""
+    return int(share * tokens)
 
 
 def plain_word(piece: Optional[str]) -> Optional[str]:
@@ -408,40 +457,62 @@ class Supply:
 # === 4. Paragraphs (pure) ===
 
 
-CHOICES = {kind: names.split() for kind, names in VOCABULARY.items()}
+@dataclass(frozen=True)
+class Language:
+    """How sentences are put together: pattern n has n words, and words in capitals stand for any of their kind."""
+
+    patterns: list[str]
+    words: dict[str, list[str]]
+    space: str  # between words
+    prompt_words: int
+    paragraph_words: int
+    own: str  # how a prompt's own part opens
+    shared: str  # how a shared prefix opens
+
+    def sentence(self, words: int, rng: random.Random) -> str:
+        """A sentence of exactly so many words, 1 to as many as there are patterns."""
+        text = re.sub("[A-Z]{2,}", lambda kind: rng.choice(self.words[kind[0]]), self.patterns[words - 1])
+        return text[0].upper() + text[1:].replace(" ", self.space)
+
+    def prose(self, opening: str, number: int, words: int, rng: random.Random) -> str:
+        """Whole sentences in paragraphs, together of exactly `words` words, the opening's included."""
+        names = self.words["NAME"]
+        start = opening.format(name=names[number % len(names)], number=number + 1).split()[:words]
+        text, written, paragraph = self.space.join(start), len(start), 0
+        while written < words:
+            here = min(rng.randint(MIN_SENTENCE_WORDS, len(self.patterns)), words - written)
+            turn = written - paragraph >= self.paragraph_words
+            text += ("\n\n" if turn else self.space) + self.sentence(here, rng)
+            paragraph = written if turn else paragraph
+            written += here
+        return text
 
 
-def sentence(words: int, rng: random.Random) -> str:
-    """A grammatical English sentence of exactly so many words, 1 to 11."""
-
-    def any_(kind: str) -> str:
-        return rng.choice(CHOICES[kind])
-
-    if words < MIN_FULL_SENTENCE_WORDS:
-        subject = ["", "They ", "The {noun} ", "The {adjective} {noun} "][words - 1]
-        start = subject.format(noun=any_("noun"), adjective=any_("adjective"))
-        return f"{start}{any_('lone verb')}.".capitalize() if words == 1 else f"{start}{any_('lone verb')}."
-    extra = words - MIN_FULL_SENTENCE_WORDS
-    where = f" {any_('preposition')} the {any_('noun')}" if extra >= 3 else ""
-    extra -= 3 if where else 0
-    things = [any_("noun"), any_("noun")]
-    for place in range(min(2, extra)):
-        things[place] = f"{any_('adjective')} {things[place]}"
-    core = f"the {things[0]} {any_('verb')} the {things[1]}{where}."
-    return f"{any_('connective')}, {core}" if extra == 3 else core[0].upper() + core[1:]
+def made_of(patterns: str, words: dict[str, str], **layout: Any) -> Language:
+    lines = [line.strip() for line in patterns.strip().splitlines()]
+    return Language(lines, {kind: names.split() for kind, names in words.items()}, **layout)
 
 
-def prose(opening: str, words: int, rng: random.Random) -> str:
-    """Whole sentences in paragraphs, together of exactly `words` words, the opening's included."""
-    text = " ".join(opening.split()[:words])
-    written, paragraph = len(text.split()), 0
-    while written < words:
-        here = min(rng.randint(MIN_FULL_SENTENCE_WORDS, MAX_SENTENCE_WORDS), words - written)
-        turn = written - paragraph >= PARAGRAPH_WORDS
-        text += ("\n\n" if turn else " ") + sentence(here, rng)
-        paragraph = written if turn else paragraph
-        written += here
-    return text
+LANGUAGES = {
+    "en": made_of(
+        ENGLISH_PATTERNS,
+        ENGLISH,
+        space=" ",
+        prompt_words=120,
+        paragraph_words=60,
+        own="{name}-{number} writes.",
+        shared="{name}-{number} reports.",
+    ),
+    "ja": made_of(  # a word is a phrase here, a noun with its particle: written Japanese has no spaces
+        JAPANESE_PATTERNS,
+        JAPANESE,
+        space="",
+        prompt_words=60,
+        paragraph_words=30,
+        own="{name}{number}は 書いた。",
+        shared="{name}{number}は 報告した。",
+    ),
+}
 
 
 class Paragraphs:
@@ -451,7 +522,8 @@ class Paragraphs:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._prefix_words = int(options.overlap * PARAGRAPH_PROMPT_WORDS)
+        self._language = LANGUAGES[options.language]
+        self._prefix_words = exact_floor(options.overlap, self._language.prompt_words)
 
     def make(self, numbers: Sequence[int]) -> list[Prompt]:
         return [self._prompt(number) for number in numbers]
@@ -460,26 +532,19 @@ class Paragraphs:
         """Paragraphs promise nothing that would have to be measured."""
 
     def _prompt(self, number: int) -> Prompt:
-        seed, group, shared = self._options.seed, number % self._options.groups, self._prefix_words
-        rng, names = stream(seed, "paragraphs", number), CHOICES["name"]
-        own = PARAGRAPH_PROMPT_WORDS - shared
-        if not shared:
-            own = rng.randint(own * 2 // 3, own * 4 // 3)
+        seed, group, language = self._options.seed, number % self._options.groups, self._language
+        rng, own = stream(seed, "paragraphs", number), language.prompt_words - self._prefix_words
         parts = []
-        if shared:
-            opening = f"{names[group % len(names)]}-{group + 1} reports."
-            parts.append(prose(opening, shared, stream(seed, "shared", group)))
+        if self._prefix_words:
+            parts.append(language.prose(language.shared, group, self._prefix_words, stream(seed, "shared", group)))
+        else:
+            own = rng.randint(own * 2 // 3, own * 4 // 3)
         if own:
-            parts.append(prose(f"{names[number % len(names)]}-{number + 1} writes.", own, rng))
-        return Prompt(" ".join(parts), group)
+            parts.append(language.prose(language.own, number, own, rng))
+        return Prompt(language.space.join(parts), group)
 
 
 # === 5. Plan (pure) ===
-
-
-def exact_floor(share: Decimal, tokens: int) -> int:
-    """floor(share x tokens) of the share as it was typed: 0.29 of 100 is 29, which floats make 28."""
-    return int(share * tokens)
 
 
 class Composer:
@@ -692,11 +757,28 @@ def line_of(prompt: Prompt, max_tokens: Optional[int]) -> str:
 
 
 def file_stem(options: Options) -> str:
-    """Prompt count, target, overlap and tokenizer, safe for a file name."""
+    """Prompt count, target, overlap and tokenizer, then what else was asked for; safe for a file name."""
     target = "natural" if options.target is None else options.target
     safe = re.sub(r"[^\w.-]+", "-", options.tokenizer).encode("utf-8")[-80:].decode("utf-8", "ignore")
     safe = safe.strip("-._") or "tokenizer"
-    return f"requests_{options.count}_tokens{target}_overlap{float(options.overlap)}_{safe}"
+    parts = [f"requests_{options.count}_tokens{target}_overlap{float(options.overlap)}_{safe}"]
+    parts += [f"{name}{value}" for name, value in distinctions(options) if value]
+    return "_".join(parts)
+
+
+def distinctions(options: Options) -> list[tuple[str, Any]]:
+    """What the name tells only where it was asked for, so that other options make another file."""
+    outputs = [f"{value:g}" for value in options.output_tokens or () if value]
+    return [
+        ("", options.language if options.language != "en" else ""),
+        ("", options.count_as if options.count_as != "raw" else ""),
+        ("groups", options.groups if options.groups > 1 else 0),
+        ("stdev", f"{options.stdev:g}" if options.stdev else ""),
+        ("min", options.min_tokens),
+        ("max", options.max_tokens),
+        ("output", "-".join(outputs)),
+        ("seed", str(options.asked_seed) if options.asked_seed is not None else ""),
+    ]
 
 
 def closing_table(options: Options, tally: Tally, path: Path) -> str:
@@ -728,6 +810,7 @@ def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) ->
         "token_tolerance": options.tolerated(options.target) if options.target else None,
         "count_as": options.count_as if options.target else None,
         "output_tokens": options.output_tokens,
+        "language": None if options.target else options.language,
         "seed": options.seed,
     }
     prefix = tally.prefix.describe()
@@ -755,35 +838,88 @@ def need(module: str) -> Any:
         raise Refused(f"{package} cannot be imported ({error}) - pip install {package}") from None
 
 
-class HuggingFaceEncoder:
-    """The `tokenizers` library: byte-level BPE, metaspace BPE and Unigram, WordPiece."""
+def note(message: str) -> None:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, or of the one it was caused by, in one piece."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).strip().split("\n")[0].split())
+    return (text if len(text) <= 160 else text[:157] + "...") or type(error).__name__
+
+
+class TransformersEncoder:
+    """A tokenizer of `transformers`; its compiled backend, where it has one, encodes batches on all cores."""
 
     def __init__(self, tokenizer: Any, about: dict[str, Any]) -> None:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
-        self._added = set(tokenizer.get_added_tokens_decoder())
-        version = need("tokenizers").__version__
-        self.about = {**about, "vocabulary": tokenizer.get_vocab_size(), "tokenizers": version}
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        vocabulary = tokenizer.get_vocab()
+        self._special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        self._ids = sorted(set(vocabulary.values()) - self._special)
+        self._in_parts: Optional[bool] = None  # whether the chat template wants a content in parts
+        digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode("ascii")).hexdigest()
+        self.about = {
+            **about,
+            "class": type(tokenizer).__name__,
+            "fast": tokenizer.is_fast,
+            "vocabulary": len(vocabulary),
+            "vocabulary_sha256": digest,
+            "transformers": need("transformers").__version__,
+            "tokenizers": need("tokenizers").__version__,
+        }
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._encode(list(texts), add_special_tokens=False)]
+        if self._backend is not None:
+            return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return list(self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def chat(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._in_parts is None:
+            self._in_parts = self._wants_parts()
+        return self.encode(self._render(texts, self._in_parts))
+
+    def _wants_parts(self) -> bool:
+        """Try the template out; servers, too, send a list of parts to a template that drops a plain string."""
+        need("jinja2")
+        if not self._tokenizer.chat_template:
+            raise Refused("the tokenizer has no chat template - use --count-as raw, or the tokenizer of a chat model")
+        probe = "probe"
+        for in_parts in (False, True):
+            if probe in self._render([probe], in_parts)[0]:
+                return in_parts
+        raise Refused("the chat template leaves the user's message out - use --count-as raw")
+
+    def _render(self, texts: Sequence[str], in_parts: bool) -> list[str]:
+        contents = [[{"type": "text", "text": text}] if in_parts else text for text in texts]
+        chats = [[{"role": "user", "content": content}] for content in contents]
+        try:
+            return list(self._tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
+        except Exception as error:
+            raise Refused(f"the chat template fails: {reason(error)} - use --count-as raw") from None
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        return list(self._tokenizer.decode_batch([list(ids) for ids in sequences], skip_special_tokens=False))
+        lists = [list(ids) for ids in sequences]
+        if self._backend is not None:
+            return list(self._backend.decode_batch(lists, skip_special_tokens=False))
+        return [self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in lists]
 
     def ids(self) -> list[int]:
-        return sorted(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - self._added)
+        return self._ids
 
     def pieces(self, ids: Sequence[int]) -> list[Optional[str]]:
+        names = self._tokenizer.convert_ids_to_tokens(list(ids))
         texts = self.decode([[each] for each in ids])
-        return [text if self._ordinary(each, text) else None for each, text in zip(ids, texts)]
+        return [text if self._ordinary(each, name, text) else None for each, name, text in zip(ids, names, texts)]
 
-    def _ordinary(self, each: int, text: str) -> bool:
-        name = self._tokenizer.id_to_token(each) or ""
-        fallback = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name)
-        return each not in self._added and not fallback and text.isprintable() and "\ufffd" not in text
+    def _ordinary(self, each: int, name: Any, text: str) -> bool:
+        fallback = isinstance(name, str) and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name)
+        return each not in self._special and not fallback and text.isprintable() and "\ufffd" not in text
 
 
 class TiktokenEncoder:
@@ -798,6 +934,11 @@ class TiktokenEncoder:
         if sum(map(len, texts)) < THREADS_PAY_CHARS * len(texts):
             return [self._encoding.encode_ordinary(text) for text in texts]
         return list(self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1))
+
+    def chat(self, texts: Sequence[str]) -> list[list[int]]:
+        """By OpenAI's published count: what is set around a message has no ids that could be known."""
+        head, tail = [-1] * OPENAI_CHAT_HEAD_TOKENS, [-1] * OPENAI_CHAT_TAIL_TOKENS
+        return [head + ids + tail for ids in self.encode(texts)]
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         return [self._encoding.decode(list(ids)) for ids in sequences]
@@ -817,280 +958,86 @@ class TiktokenEncoder:
         return text if text.isprintable() else None
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A tokenizer and the text files that came with it, read only when a chat template is asked for."""
-
-    encoder: Encoder
-    companions: tuple[Callable[[str], Optional[str]], ...] = ()  # where to look, the nearest first
-    openai_chat: bool = False
+def quiet_transformers() -> Any:
+    """The package, without its remarks: what matters of them is in the errors it raises."""
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    return need("transformers")
 
 
-def load_json_tokenizer(path: Path, about: dict[str, Any]) -> HuggingFaceEncoder:
-    tokenizers = need("tokenizers")
-    data = path.read_bytes()
-    loaded = tokenizers.Tokenizer.from_buffer(data)
-    return HuggingFaceEncoder(loaded, {**about, "tokenizer_json_sha256": hashlib.sha256(data).hexdigest()})
-
-
-def load_with_transformers(name: str, options: Options, local: bool) -> HuggingFaceEncoder:
-    """Only for tokenizers that come without a tokenizer.json."""
-    transformers = need("transformers")
-    loaded = transformers.AutoTokenizer.from_pretrained(name, token=options.token, local_files_only=local)
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None:
-        raise Refused("it has no tokenizer.json and no fast form")
-    return HuggingFaceEncoder(backend, {"kind": "transformers", "name": name, "version": transformers.__version__})
-
-
-def beside(directory: Path, name: str) -> Optional[str]:
-    path = directory / name
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def from_path(options: Options) -> Loaded:
+def from_path(options: Options) -> Encoder:
+    """A directory as `save_pretrained` leaves it or with a tokenizer.json alone, or such a file by itself."""
     path = Path(options.tokenizer).expanduser()
-    if not path.exists():
-        raise Refused("no such file or directory")
-    directory = path if path.is_dir() else path.parent
-    source = path / "tokenizer.json" if path.is_dir() else path
-    about = {"kind": "file", "name": str(source)}
-    if source.exists():
-        encoder = load_json_tokenizer(source, about)
-    elif (directory / "tokenizer_config.json").exists():
-        encoder = load_with_transformers(str(directory), options, local=True)
-    else:
-        raise Refused("the directory holds no tokenizer.json")
-    return Loaded(encoder, (functools.partial(beside, directory),))
+    about = {"kind": "path", "name": str(path)}
+    directory = path.parent if path.name == "tokenizer.json" else path
+    if directory.is_file():
+        return TransformersEncoder(quiet_transformers().PreTrainedTokenizerFast(tokenizer_file=str(path)), about)
+    configured = any((directory / name).exists() for name in ("tokenizer_config.json", "config.json"))
+    loader = quiet_transformers().AutoTokenizer if configured else quiet_transformers().PreTrainedTokenizerFast
+    found = loader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=options.trust_remote_code)
+    return TransformersEncoder(found, about)
 
 
-@contextmanager
-def no_downloads(loader: Any) -> Iterator[None]:
-    """tiktoken has no offline mode: refuse its network reads for a while; cached files still work."""
-    read = loader.read_file
+def from_tiktoken(options: Options) -> Encoder:
+    name = need("tiktoken.model").encoding_name_for_model(options.tokenizer)
+    return TiktokenEncoder(need("tiktoken").get_encoding(name), {"kind": "tiktoken", "name": name})
 
-    def local_only(place: str) -> bytes:
-        if "://" in place:
-            raise FileNotFoundError("its file is not in the cache (TIKTOKEN_CACHE_DIR)")
-        data: bytes = read(place)
-        return data
 
-    loader.read_file = local_only
+def from_hub(options: Options) -> Encoder:
+    """First what is cached on this machine: without a network, asking the Hub takes minutes."""
+    load = functools.partial(
+        quiet_transformers().AutoTokenizer.from_pretrained,
+        options.tokenizer,
+        token=options.token,
+        trust_remote_code=options.trust_remote_code,
+    )
+    about = {"kind": "huggingface", "name": options.tokenizer}
+    offline = need("huggingface_hub.constants").HF_HUB_OFFLINE
     try:
-        yield
-    finally:
-        loader.read_file = read
+        cached = load(local_files_only=True)
+        if cached.chat_template or options.count_as == "raw" or offline:
+            return TransformersEncoder(cached, about)
+    except Exception:
+        if offline:
+            raise
+    note(f"tokenizer: asking the Hugging Face Hub for {options.tokenizer}")
+    return TransformersEncoder(load(), about)
 
 
-def from_tiktoken(options: Options, local: bool) -> Loaded:
-    tiktoken = need("tiktoken")
+def is_openai(name: str) -> bool:
+    """Whether tiktoken knows the name; `gpt2` is a repository on the Hub, too, and means that one."""
     try:
-        name = importlib.import_module("tiktoken.model").encoding_name_for_model(options.tokenizer)
-    except KeyError:
-        raise Refused("no OpenAI model of that name is known to tiktoken") from None
-    if local:
-        with no_downloads(importlib.import_module("tiktoken.load")):
-            encoding = tiktoken.get_encoding(name)
-    else:
-        encoding = tiktoken.get_encoding(name)
-    about = {"kind": "tiktoken", "name": name}
-    return Loaded(TiktokenEncoder(encoding, about), openai_chat=True)
+        return name != "gpt2" and bool(importlib.import_module("tiktoken.model").encoding_name_for_model(name))
+    except (ImportError, KeyError):
+        return False
 
 
-def hub_file(options: Options, name: str, local: bool) -> Path:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", options.tokenizer, re.ASCII):
-        raise Refused("not the name of a repository")
-    hub = need("huggingface_hub")
-    if local:  # the download function, even told to stay local, may look up things of its own on the network
-        found = hub.try_to_load_from_cache(options.tokenizer, name)
-        if not isinstance(found, str):
-            raise Refused(f"{name} is not there")
-        return Path(found)
-    hub.utils.logging.set_verbosity_error()  # its retries need no commentary, the outcome is ours to tell
-    return Path(hub.hf_hub_download(options.tokenizer, name, token=options.token))
-
-
-def hub_text(options: Options, local: bool, name: str) -> Optional[str]:
-    try:
-        return hub_file(options, name, local).read_text(encoding="utf-8")
-    except Exception:  # no such file in the repository or the cache, or no way there: all mean "not found"
-        return None
-
-
-def from_hub(options: Options, local: bool) -> Loaded:
-    try:
-        encoder = load_json_tokenizer(
-            hub_file(options, "tokenizer.json", local), {"kind": "huggingface", "name": options.tokenizer}
+def load_tokenizer(options: Options) -> Encoder:
+    """An existing path, else a model of OpenAI's, else a name on the Hugging Face Hub."""
+    if Path(options.tokenizer).expanduser().exists():
+        load, kind, cure = (
+            from_path,
+            "the path",
+            "it needs a tokenizer.json, or what AutoTokenizer.from_pretrained loads",
         )
-    except Exception as error:
-        missing = local or type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError")
-        if not missing or hub_text(options, local, "tokenizer_config.json") is None:
-            raise
-        encoder = load_with_transformers(options.tokenizer, options, local)
-    places = [True] if offline() else [True, False]
-    return Loaded(encoder, tuple(functools.partial(hub_text, options, place) for place in places))
+    elif is_openai(options.tokenizer):
+        load, kind, cure = from_tiktoken, "OpenAI's tokenizer", "connect, or fill tiktoken's cache (TIKTOKEN_CACHE_DIR)"
+    else:
+        load, kind, cure = from_hub, "no such path; the Hugging Face name", HUB_CURE
+    try:
+        return load(options)
+    except (KeyboardInterrupt, SystemExit, Refused):
+        raise
+    except BaseException as error:  # the libraries raise what they like, panics of compiled code included
+        why = reason(error)
+        if "trust_remote_code" in str(error):
+            why, cure = "it is loaded by code of its own repository", "read that code, then pass --trust-remote-code"
+        for secret in filter(None, (options.token, *map(os.environ.get, TOKEN_VARIABLES))):
+            why = why.replace(secret, "***")
+        raise Refused(f"{kind} {options.tokenizer!r} does not load: {why} - {cure}") from None
 
 
-def offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error, or of the one it was caused by, in one piece."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).strip().split("\n")[0].split())
-    return (text if len(text) <= 160 else text[:157] + "...") or type(error).__name__
-
-
-def load_tokenizer(options: Options) -> Loaded:
-    """Path, OpenAI name, Hub name: first what is on this machine, then the network unless told offline."""
-    places: list[tuple[str, Callable[[], Loaded]]] = [
-        ("a local path", lambda: from_path(options)),
-        ("tiktoken's cache", lambda: from_tiktoken(options, local=True)),
-        ("the Hugging Face cache", lambda: from_hub(options, local=True)),
-    ]
-    if not offline():
-        places.append(("tiktoken's download", lambda: from_tiktoken(options, local=False)))
-        places.append(("the Hugging Face Hub", lambda: from_hub(options, local=False)))
-    tried: dict[str, str] = {}
-    for place, load in places:
-        try:
-            return load()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the libraries raise what they like, panics of compiled code included
-            tried.setdefault(reason(error), place)
-            if place == "a local path" and Path(options.tokenizer).expanduser().exists():
-                break
-    cure = "give a local directory or tokenizer.json, fill the cache beforehand (HF_HOME, TIKTOKEN_CACHE_DIR)"
-    if offline():
-        cure += ", unset HF_HUB_OFFLINE"
-    cure += ", or pass --huggingface-token for a gated repository"
-    places_tried = "; ".join(f"{place} ({why})" for why, place in tried.items())
-    if options.token:
-        places_tried = places_tried.replace(options.token, "***")
-    raise Refused(f"tokenizer {options.tokenizer!r} does not load; tried {places_tried} - {cure}")
-
-
-# === 8. Chat templates ===
-
-
-class RawFrame:
-    """The text alone."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.measure = encoder.encode
-
-
-class OpenAIFrame:
-    """OpenAI's published count: 3 tokens open the message, 4 close it and open the reply."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encode = encoder.encode
-
-    def measure(self, texts: Sequence[str]) -> list[list[int]]:
-        head, tail = [-1] * OPENAI_CHAT_HEAD_TOKENS, [-1] * OPENAI_CHAT_TAIL_TOKENS
-        return [head + ids + tail for ids in self._encode(texts)]
-
-
-class ChatFrame:
-    """One user message in the tokenizer's chat template, with the generation prompt."""
-
-    def __init__(self, encoder: Encoder, template: str, variables: dict[str, str]) -> None:
-        self._encode = encoder.encode
-        self._variables = variables
-        try:
-            self._template = chat_environment().from_string(template)
-        except Exception as error:
-            raise Refused(f"the chat template cannot be read: {reason(error)} - use --count-as raw") from None
-        self._parts = False
-        probe = "probe"
-        if probe not in self._render(probe):
-            self._parts = True  # the template wants the content as a list of parts
-        if probe not in self._render(probe):
-            raise Refused("the chat template leaves the user's message out - use --count-as raw")
-
-    def measure(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._encode([self._render(text) for text in texts])
-
-    def _render(self, text: str) -> str:
-        content = [{"type": "text", "text": text}] if self._parts else text
-        try:
-            rendered: str = self._template.render(
-                messages=[{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._variables,
-            )
-        except Exception as error:
-            raise Refused(f"the chat template fails: {reason(error)} - use --count-as raw") from None
-        return rendered
-
-
-def chat_environment() -> Any:
-    """Jinja as chat templates expect it: sandboxed, with loop controls and the helpers of `transformers`."""
-    sandbox, nodes, ext = need("jinja2.sandbox"), need("jinja2.nodes"), need("jinja2.ext")
-
-    class Generation(ext.Extension):  # type: ignore[misc, name-defined]  # the base is imported lazily
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: importlib.import_module("time").strftime(form)
-    return environment
-
-
-def chat_template(companion: Callable[[str], Optional[str]]) -> tuple[Optional[str], dict[str, str]]:
-    """The template and the special tokens it may name, as they came with the tokenizer."""
-    config = json.loads(companion("tokenizer_config.json") or "{}")
-    known = {**json.loads(companion("special_tokens_map.json") or "{}"), **config}
-    variables = {}
-    for name, value in known.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            variables[name] = text
-    template = companion("chat_template.jinja") or config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template, variables
-
-
-def frame_of(loaded: Loaded, count_as: str) -> Frame:
-    if count_as == "raw":
-        return RawFrame(loaded.encoder)
-    if loaded.openai_chat:
-        return OpenAIFrame(loaded.encoder)
-    for companion in loaded.companions:
-        try:
-            template, variables = chat_template(companion)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Refused(f"the files beside the tokenizer are damaged: {reason(error)} - fetch them again") from None
-        if template:
-            return ChatFrame(loaded.encoder, template, variables)
-    raise Refused(
-        "the tokenizer has no chat template (tokenizer_config.json, chat_template.jinja) - "
-        "use --count-as raw, or the tokenizer of a chat model"
-    )
-
-
-# === 9. Making prompts ===
+# === 8. Making prompts ===
 
 
 class Anchor(NamedTuple):
@@ -1108,11 +1055,11 @@ class Vocabulary:
         self._encoder = encoder
         self._usable: dict[int, bool] = {}
 
-    def kit(self, frame: Frame, wanted: int) -> Kit:
+    def kit(self, measure: Measure, wanted: int) -> Kit:
         anchor, words = self._words(wanted)
         chosen = best_words(words, wanted)
         names = dict.fromkeys(text for word in chosen for text in (word.text, word.text.capitalize()))
-        starters, head, tail_tokens = self._starters(frame, anchor, list(names))
+        starters, head, tail_tokens = self._starters(measure, anchor, list(names))
         if not chosen or not starters:
             raise Refused("the vocabulary holds no plain words to build prompts from - use another tokenizer")
         return Kit(chosen, starters, head, tail_tokens)
@@ -1170,9 +1117,9 @@ class Vocabulary:
                 measured.append(Word(name, tuple(inner)))
         return self._faithful(measured)
 
-    def _starters(self, frame: Frame, anchor: Anchor, names: list[str]) -> tuple[list[Word], list[int], int]:
-        """Words as a text may begin, and what the frame sets before and behind every text."""
-        measured = frame.measure([f"{name} {anchor.text}" for name in names])
+    def _starters(self, measure: Measure, anchor: Anchor, names: list[str]) -> tuple[list[Word], list[int], int]:
+        """Words as a text may begin, and what a chat template sets before and behind every text."""
+        measured = measure([f"{name} {anchor.text}" for name in names])
         head = common_start(measured)
         tail = len(common_start([ids[::-1] for ids in measured]))
         words = [Word(name, tuple(ids[len(head) : len(ids) - tail])) for name, ids in zip(names, measured)]
@@ -1219,8 +1166,8 @@ class Draft:
 class ExactPrompts:
     """Composes, measures the final text, and repairs until it is exact."""
 
-    def __init__(self, options: Options, kit: Kit, frame: Frame) -> None:
-        self._options, self._kit, self._frame = options, kit, frame
+    def __init__(self, options: Options, kit: Kit, measure: Measure) -> None:
+        self._options, self._kit, self._measure = options, kit, measure
         self._composer = Composer(options, kit)
         self._partings: dict[int, set[Optional[int]]] = {}  # per group, the ids seen after its prefix
         assert options.target is not None
@@ -1262,7 +1209,7 @@ class ExactPrompts:
     def _try(self, drafts: Sequence[Draft]) -> None:
         """Compose and measure once; what is off corrects the next attempt."""
         texts = [self._text(draft) for draft in drafts]
-        for draft, text, ids in zip(drafts, texts, self._frame.measure(texts)):
+        for draft, text, ids in zip(drafts, texts, self._measure(texts)):
             off = len(ids) - draft.target
             if not self._starts_right(draft, ids):
                 draft.take += 1
@@ -1311,7 +1258,7 @@ class ExactPrompts:
         for attempt in range(1, ATTEMPTS + 1):
             follower = Word("", ()) if composer.whole else composer.head(group, take)
             text = composer.prefix(group, extra, take)
-            ids = self._frame.measure([f"{text} {follower.text}".rstrip()])[0]
+            ids = self._measure([f"{text} {follower.text}".rstrip()])[0]
             after = 0 if composer.whole else len(follower.ids) - composer.lead + self._kit.tail_tokens
             off = len(ids) - place - after
             if not off and (composer.whole or ids[place] == follower.ids[composer.lead]):
@@ -1329,13 +1276,13 @@ def finished(draft: Draft) -> bool:
     return draft.best is not None and draft.best.input_tokens == draft.target
 
 
-def exact_maker(options: Options, loaded: Loaded) -> ExactPrompts:
-    frame = frame_of(loaded, options.count_as)
+def exact_maker(options: Options, encoder: Encoder) -> ExactPrompts:
+    measure = encoder.chat if options.count_as == "chat" else encoder.encode
     wanted = min(MAX_WORDS, max(MIN_WORDS, 4 * options.group_prompts, 4 * options.groups))
-    return ExactPrompts(options, Vocabulary(loaded.encoder).kit(frame, wanted), frame)
+    return ExactPrompts(options, Vocabulary(encoder).kit(measure, wanted), measure)
 
 
-# === 10. The corpus file ===
+# === 9. The corpus file ===
 
 
 class CorpusFile:
@@ -1452,7 +1399,7 @@ def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
     return tally
 
 
-# === 11. Command line ===
+# === 10. Command line ===
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1485,19 +1432,19 @@ def fraction(text: str) -> Decimal:
     return value
 
 
-def deviation(text: str) -> float:
+def token_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no deviation - give a number of tokens from 0 on")
+    if not 0 <= value <= MAX_TARGET_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} - give a number of tokens from 0 to {MAX_TARGET_TOKENS}")
     return value
 
 
 def mean_and_deviation(text: str) -> tuple[float, float]:
     mean, comma, stdev = text.partition(",")
-    value = deviation(mean), deviation(stdev) if comma else 0.0
+    value = token_number(mean), token_number(stdev) if comma else 0.0
     if value[0] < 1:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is too small - give at least 1 token, or MEAN,STDEV")
     return value
@@ -1514,6 +1461,12 @@ CORPUS_OPTIONS = {
     "--output": option(
         "directory of the corpus, made if missing (default outputs)", "DIR", type=Path, default=Path("outputs")
     ),
+    "--language": option(
+        "of the paragraphs: en or ja; prompts of a length in tokens are made of the tokenizer's own words (default en)",
+        "{en,ja}",
+        choices=tuple(LANGUAGES),
+        default="en",
+    ),
     "--prefix-overlap": option(
         "fraction of each prompt's tokens that its group shares as prefix, 0 to 1 (default 0.0)",
         "X",
@@ -1528,7 +1481,7 @@ TOKEN_OPTIONS = {
     "--approx-input-tokens": option(
         "length of every prompt in tokens; without it: paragraphs, and no tokenizer is loaded", type=SOME
     ),
-    "--input-tokens-stdev": option("spread the lengths normally around that mean", "S", type=deviation),
+    "--input-tokens-stdev": option("spread the lengths normally around that mean", "S", type=token_number),
     "--min-input-tokens": option("shortest length of the spread", type=SOME),
     "--max-input-tokens": option("greatest length of the spread", type=SOME),
     "--tokenizer-model": option(
@@ -1545,6 +1498,10 @@ TOKEN_OPTIONS = {
         default="raw",
     ),
     "--output-tokens": option("max_tokens of each line: fixed, or mean,stdev", "N[,S]", type=mean_and_deviation),
+    "--trust-remote-code": {
+        "help": "run the code that the tokenizer's repository brings along",
+        "action": "store_true",
+    },
     "--huggingface-token": option(
         f"for gated repositories; better from the environment: ${', $'.join(TOKEN_VARIABLES)}", "TOKEN"
     ),
@@ -1587,6 +1544,8 @@ def check_lengths(given: argparse.Namespace) -> None:
         if stray:
             raise Refused(f"--{stray[0].replace('_', '-')} needs a length - add --approx-input-tokens", 2)
         return
+    if given.language != "en":
+        raise Refused("--language is that of paragraphs; with a length the words are the tokenizer's - drop one", 2)
     if max(target, most or 0) > MAX_TARGET_TOKENS:
         raise Refused(f"{max(target, most or 0)} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
     if (least or most) and not given.input_tokens_stdev:
@@ -1614,7 +1573,6 @@ def check_sharing(given: argparse.Namespace) -> None:
 def options_of(given: argparse.Namespace, environment: Any) -> Options:
     check_lengths(given)
     check_sharing(given)
-    from_environment = (environment.get(name) for name in TOKEN_VARIABLES)
     return Options(
         count=given.count,
         output=given.output,
@@ -1629,22 +1587,21 @@ def options_of(given: argparse.Namespace, environment: Any) -> Options:
         count_as=given.count_as,
         output_tokens=given.output_tokens,
         seed=random.SystemRandom().randrange(2**32) if given.seed is None else given.seed,
-        token=given.huggingface_token or next(filter(None, from_environment), None),
+        asked_seed=given.seed,
+        language=given.language,
+        trust_remote_code=given.trust_remote_code,
+        token=given.huggingface_token or environment.get(TOKEN_VARIABLES[0]) or None,
     )
-
-
-def note(message: str) -> None:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
 def maker_of(options: Options) -> tuple[Maker, Optional[dict[str, Any]]]:
     """Who makes the prompts, and what is worth knowing of the tokenizer."""
     if options.target is None:
         return Paragraphs(options), None
-    loaded = load_tokenizer(options)
-    about = loaded.encoder.about
+    encoder = load_tokenizer(options)
+    about = encoder.about
     note(f"tokenizer: {about['name']} ({about['kind']}, {about['vocabulary']} tokens)")
-    return exact_maker(options, loaded), about
+    return exact_maker(options, encoder), about
 
 
 def generate(options: Options) -> str:
@@ -1672,13 +1629,21 @@ def show(table: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def interrupt(_signal: int, _frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
+def end_on_signals() -> None:
+    """A termination or a lost terminal clears up like Ctrl-C; what nohup has set to be ignored stays ignored."""
+
+    def interrupt(_signal: int, _frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):  # Windows knows no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
-        signal.signal(signal.SIGTERM, interrupt)
+        end_on_signals()
         show(generate(options_of(parsed(argv), os.environ)))
         return 0
     except Refused as error:

@@ -23,6 +23,8 @@ against the server's for the same requests, and its CPU time is taken from the s
 Clients (--clients):
 
     ours          online_bench_openai_async.py with its CSV, its summary and its live line on a terminal
+    alone         the same as `pip install openai` alone gives it: without httptools and uvloop
+    other         another version of it, named by --other FILE
     raw           aiohttp on uvloop: post, iterate, json.loads per event, perf_counter
     typed         AsyncOpenAI as it comes, on uvloop: `async for chunk in stream`
     typed-aiohttp the same with the SDK's aiohttp client
@@ -81,6 +83,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 THIS_FILE = Path(__file__).resolve()
 OURS = THIS_FILE.parent.parent / "online_bench_openai_async.py"
+SERVER = THIS_FILE.parent.parent / "demo_server.py"
 MODEL = "demo"
 PROMPT_WORDS = 32
 WARMUP_TOKENS = 8
@@ -262,7 +265,8 @@ class TruthServer:
     """The simulated server in a process of its own; it ends with this one, however that ends."""
 
     def __init__(self, engine: Mapping[str, float], core: Optional[int]) -> None:
-        command = [sys.executable, str(OURS), "--demo-server", "0", "--demo-leash", "--demo-engine", json.dumps(engine)]
+        options = ["--port", "0", "--until-stdin-closes", "--engine", json.dumps(engine)]
+        command = [sys.executable, str(SERVER), *options]
         self._process = pinned(command, core, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self._process.stdout is not None
         self.api_base = self._process.stdout.readline().decode().strip()
@@ -519,7 +523,11 @@ def needs_program(key: str) -> Callable[[Programs], str]:
     return missing
 
 
-def ours_command(_: Programs, load: Load) -> list[str]:
+def needs_file(key: str) -> Callable[[Programs], str]:
+    return lambda programs: "" if programs.paths.get(key) else f"no file named by --{key}"
+
+
+def ours_options(load: Load) -> list[str]:
     sizes = {
         "--concurrency": load.in_flight,
         "--total-requests": load.requests,
@@ -530,7 +538,27 @@ def ours_command(_: Programs, load: Load) -> list[str]:
         "--summary-jsonl": load.folder / "summary.jsonl",
     }
     options = [str(part) for pair in sizes.items() for part in pair] + ["--stream"] * load.streamed
-    return [sys.executable, str(OURS), "--api-base", load.api_base, "--model", MODEL, *options]
+    return ["--api-base", load.api_base, "--model", MODEL, *options]
+
+
+def ours_command(_: Programs, load: Load) -> list[str]:
+    return [sys.executable, str(OURS), *ours_options(load)]
+
+
+def alone_command(_: Programs, load: Load) -> list[str]:
+    """As after `pip install openai` and nothing else: httptools and uvloop are hidden."""
+    hide = "import runpy, sys; sys.modules.update(httptools=None, uvloop=None); del sys.argv[0]"
+    return [
+        sys.executable,
+        "-c",
+        f"{hide}; runpy.run_path(sys.argv[0], run_name='__main__')",
+        str(OURS),
+        *ours_options(load),
+    ]
+
+
+def other_command(programs: Programs, load: Load) -> list[str]:
+    return [sys.executable, str(programs.paths["other"]), *ours_options(load)]
 
 
 def ours_read(folder: Path) -> Findings:
@@ -644,6 +672,8 @@ SDK = ("openai", "uvloop")
 
 CLIENTS: Mapping[str, Client] = {
     "ours": Client("this benchmark", needs_modules("openai", "httptools", "uvloop"), ours_command, ours_read),
+    "alone": Client("this, openai alone", needs_modules("openai"), alone_command, ours_read),
+    "other": Client("its other version", needs_file("other"), other_command, ours_read),
     "raw": Client("raw aiohttp", needs_modules(*AIOHTTP), reference_command("raw"), reference_read),
     "typed": Client("typed SDK", needs_modules(*SDK), reference_command("typed"), reference_read),
     "typed-aiohttp": Client(
@@ -980,6 +1010,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--json", metavar="FILE", help="write every figure of every round")
     for key in PROGRAMS:
         options.add_argument(f"--{key}", metavar="PROGRAM", help="its path (from the PATH)")
+    options.add_argument("--other", metavar="FILE", help="another version of this benchmark, to lay beside this one")
     options.add_argument("--tokenizer", metavar="DIR", help="a tokenizer's folder, for these programs")
     options.add_argument("--client", choices=tuple(REFERENCES), help=argparse.SUPPRESS)
     options.add_argument("--load", help=argparse.SUPPRESS)
@@ -1013,6 +1044,7 @@ def about(bench: Bench) -> dict[str, Any]:
 
 def start_bench(options: argparse.Namespace) -> Bench:
     found = {key: getattr(options, key) or shutil.which(key) for key in PROGRAMS}
+    found["other"] = options.other
     tokenizer = str(Path(options.tokenizer).resolve()) if options.tokenizer else None
     return Bench(Place.here(), Programs(found, tokenizer), options.rounds or (1 if options.quick else 3))
 

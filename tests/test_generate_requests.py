@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -21,8 +22,8 @@ import pytest
 
 import generate_requests as gen
 
-pytest.importorskip("tokenizers")
-from tests.tokenizer_fixtures import BUILDERS, TokenizerShelf
+pytest.importorskip("transformers")
+from tests.support.tokenizer_shelf import BUILDERS, CHAT_TEMPLATE, LATIN, TokenizerShelf, spaced_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "generate_requests.py"
@@ -42,6 +43,7 @@ def quiet_environment(monkeypatch):
     for name in (*gen.TOKEN_VARIABLES, "HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     kept = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, kept)
@@ -82,8 +84,12 @@ def common(sequences):
     return sum(1 for _ in itertools.takewhile(lambda place: len(set(place)) == 1, zip(*sequences)))
 
 
+def texts_of(lines):
+    return [line["text"] for line in lines]
+
+
 def encoded(tokenizer, lines):
-    return [found.ids for found in tokenizer.encode_batch([x["text"] for x in lines], add_special_tokens=False)]
+    return [found.ids for found in tokenizer.encode_batch(texts_of(lines), add_special_tokens=False)]
 
 
 # --- the file itself ---------------------------------------------------------------------------------------
@@ -131,18 +137,20 @@ def test_only_the_standard_library_is_imported_at_the_top():
 def test_the_script_block_names_what_is_imported_lazily():
     block = SOURCE.split("# /// script\n")[1].split("# ///\n")[0]
     named = set(re.findall(r'"([a-z0-9_-]+)>=', block))
-    lazily = set(re.findall(r'(?:need|import_module)\("(\w+)', SOURCE)) - {"time", "transformers"}
-    assert named == lazily
+    lazily = set(re.findall(r'(?:need|import_module)\("(\w+)', SOURCE))
+    by_transformers = {"tokenizers", "huggingface_hub"}  # brought along
+    for_transformers = {"protobuf", "sentencepiece"}  # looked for by it, when a model has a *.model file alone
+    assert named == lazily - by_transformers | for_transformers
     assert 'requires-python = ">=3.9"' in block
 
 
-def test_rooms_use_only_rooms_above():
+def test_sections_use_only_sections_above():
     titles = re.findall(r"^# === (\d+)\. (.+?)(?: \(pure\))? ===$", SOURCE, re.M)
-    listed = re.findall(r"(\d+)\. ([A-Z][a-z]+(?: [a-z]+)*)", gen.__doc__.partition("Rooms")[2])
+    listed = re.findall(r"(\d+)\. ([A-Z][a-z]+(?: [a-z]+)*)", gen.__doc__.partition("Sections")[2])
     assert sorted(titles, key=lambda t: int(t[0])) == sorted(listed, key=lambda t: int(t[0])) == titles
     starts = [SOURCE[: found.start()].count("\n") for found in re.finditer(r"^# === \d+\.", SOURCE, re.M)]
 
-    def room(line):
+    def section(line):
         return sum(start < line for start in starts)
 
     tree = ast.parse(SOURCE)
@@ -150,10 +158,10 @@ def test_rooms_use_only_rooms_above():
     for node in tree.body:
         names = [node.name] if hasattr(node, "name") else []
         names += [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
-        home.update(dict.fromkeys(names, room(node.lineno)))
+        home.update(dict.fromkeys(names, section(node.lineno)))
     for name in ast.walk(tree):
         if isinstance(name, ast.Name) and name.id in home:
-            assert home[name.id] <= room(name.lineno), f"line {name.lineno} reaches down for {name.id}"
+            assert home[name.id] <= section(name.lineno), f"line {name.lineno} reaches down for {name.id}"
 
 
 def test_functions_stay_small():
@@ -192,6 +200,12 @@ WRONG = {
     "negative tolerance": ["--approx-input-tokens", "9", "--token-tolerance", "-1"],
     "output tokens 0": ["--output-tokens", "0"],
     "output tokens text": ["--output-tokens", "9,a"],
+    "output tokens beyond all bounds": ["--output-tokens", "1e308,1e308"],
+    "output tokens nan": ["--output-tokens", "nan"],
+    "spread beyond all bounds": ["--approx-input-tokens", "9", "--input-tokens-stdev", "1e308"],
+    "spread infinite": ["--approx-input-tokens", "9", "--input-tokens-stdev", "inf"],
+    "unknown language": ["--language", "fr"],
+    "language of the tokenizer's words": ["--approx-input-tokens", "9", "--language", "ja"],
     "negative seed": ["--seed", "-1"],
     "unknown option": ["--tokens", "5"],
     "abbreviated option": ["--approx", "5"],
@@ -253,7 +267,7 @@ def test_paragraphs_read_like_paragraphs_and_share_what_was_asked(overlap, tmp_p
     assert all(set(line) == {"text", "prefix_group", "max_tokens"} for line in lines)
     assert manifest["input_tokens"] is None
     assert manifest["tokenizer"] is None
-    shared = int(Decimal(overlap) * gen.PARAGRAPH_PROMPT_WORDS)
+    shared = int(Decimal(overlap) * 120)
     for group in range(3):
         words = [line["text"].split() for line in lines if line["prefix_group"] == group]
         assert len(words) == 20
@@ -265,13 +279,35 @@ def test_paragraphs_read_like_paragraphs_and_share_what_was_asked(overlap, tmp_p
         assert all("\n\n" in line["text"] for line in lines)
 
 
-@pytest.mark.parametrize("words", range(1, gen.MAX_SENTENCE_WORDS + 1))
-def test_a_sentence_has_as_many_words_as_asked(words):
+@pytest.mark.parametrize("words", range(1, 12))
+def test_an_english_sentence_has_as_many_words_as_asked(words):
     for seed in range(50):
-        made = gen.sentence(words, gen.stream(seed))
+        made = gen.LANGUAGES["en"].sentence(words, gen.stream(seed))
         assert len(made.split()) == words
         assert made[0].isupper()
         assert made.endswith(".")
+
+
+@pytest.mark.parametrize("overlap", ["0", "0.5"])
+def test_japanese_paragraphs(overlap, tmp_path):
+    options = ["--count", 40, "--prefix-overlap", overlap, "--prefix-groups", 2, "--language", "ja"]
+    lines, manifest = generate(tmp_path, *options)
+    assert "_ja_" in manifest["file"]
+    assert manifest["options"]["language"] == "ja"
+    texts = [line["text"] for line in lines]
+    assert len(set(texts)) == 40
+    letters = re.compile(r"[々\u3041-\u3096\u30a0-\u30ff\u4e00-\u9fff0-9]+")
+    for text in texts:
+        assert text.endswith("。")
+        assert all(letters.fullmatch(part) for part in re.split("[。、\n]+", text[:-1])), text
+    for group in range(2):
+        own = texts[group::2]
+        if overlap == "0":
+            assert all("\n\n" in text for text in own)
+            continue
+        shared = common(own) / (sum(map(len, own)) / 20)
+        assert 0.4 < shared < 0.6
+    assert texts[0][0] != texts[1][0], "groups differ from their first letter on"
 
 
 # --- exactness ---------------------------------------------------------------------------------------------
@@ -454,7 +490,7 @@ class TwoTokensAWord:
 
 @pytest.mark.parametrize(("tolerance", "code"), [("1", 0), ("0", 1)])
 def test_what_cannot_be_exact_is_reported_or_refused(tolerance, code, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gen, "load_tokenizer", lambda options: gen.Loaded(TwoTokensAWord()))
+    monkeypatch.setattr(gen, "load_tokenizer", lambda options: TwoTokensAWord())
     options = ["--count", "20", "--approx-input-tokens", "11", "--token-tolerance", tolerance]
     assert gen.main([*options, "--output", str(tmp_path)]) == code
     if code:
@@ -504,7 +540,7 @@ def test_chat_counts_what_the_template_makes_of_it(family, overlap, shelf, tmp_p
 def write_template(shelf, directory, template, **files):
     directory.mkdir()
     shutil.copy(shelf.path("byte-level") / "tokenizer.json", directory)
-    config = {"chat_template": template, "eos_token": "</s>"}
+    config = {"chat_template": template, "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     for name, text in files.items():
         (directory / name.replace("_jinja", ".jinja")).write_text(text)
@@ -601,11 +637,16 @@ def test_openai_chat_is_counted_by_the_published_formula(small_openai_encoding, 
     assert {len(small_openai_encoding.encode_ordinary(line["text"])) + 7 for line in lines} == {50}
 
 
+def refuse_to_download(place):
+    raise OSError(f"a test may not download {place}")
+
+
 @pytest.mark.parametrize(("model", "name"), [("gpt-3.5-turbo", "cl100k_base"), ("gpt-4o", "o200k_base")])
-def test_real_openai_encodings(model, name, tmp_path, capsys):
+def test_real_openai_encodings(model, name, tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     try:
-        with gen.no_downloads(pytest.importorskip("tiktoken.load")):
+        with monkeypatch.context() as patch:
+            patch.setattr("tiktoken.load.read_file", refuse_to_download)
             encoding = tiktoken.get_encoding(name)
     except OSError:
         pytest.skip(f"{name} is not in tiktoken's cache, and tests download nothing")
@@ -628,50 +669,78 @@ def fill_hub_cache(home, name, source):
     (repository / "refs" / "main").write_text("0" * 40)
     for path in source.iterdir():
         shutil.copy(path, snapshot)
+    (snapshot / "config.json").write_text('{"model_type": "gpt2"}')
 
 
 NO_NETWORK = """
-import socket
+import socket, sys
 def refuse(*args, **kwargs):
-    raise SystemExit("touched the network")
+    print("touched the network", file=sys.stderr)
+    raise OSError("this machine has no network")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
 
 
+@pytest.fixture
+def no_network(tmp_path):
+    """An environment in which every Python process that reaches for the network says so and fails."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
+    return {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "site")}
+
+
 @pytest.mark.parametrize("offline", ["1", "0"])
-def test_a_cached_hub_model_needs_no_network(offline, shelf, tmp_path):
+def test_a_cached_hub_model_needs_no_network(offline, no_network, shelf, tmp_path):
     fill_hub_cache(tmp_path, "some/model", shelf.chat("byte-level"))
-    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline, "PYTHONPATH": str(tmp_path)}
     options = ["--approx-input-tokens", 64, "--count", 10, "--count-as", "chat", "--tokenizer-model", "some/model"]
-    result = run(*options, "--output", tmp_path / "out", env=environment)
+    result = run(*options, "--output", tmp_path / "out", env={**no_network, "HF_HUB_OFFLINE": offline})
     assert result.returncode == 0, result.stderr
+    assert "asking the Hugging Face Hub" not in result.stderr
+    assert offline == "0" or "touched the network" not in result.stderr
     _, manifest = corpus_in(tmp_path / "out")
     assert manifest["tokenizer"]["kind"] == "huggingface"
     assert manifest["exact_prompts"] == 10
+
+
+def test_a_local_path_never_touches_the_network(no_network, shelf, tmp_path):
+    options = ["--approx-input-tokens", 64, "--count-as", "chat", "--tokenizer-model", shelf.chat("byte-level")]
+    result = run(*options, "--output", tmp_path / "out", env={**no_network, "HF_HUB_OFFLINE": "0"})
+    assert result.returncode == 0
+    assert result.stderr.startswith(f"{gen.PROGRAM}: tokenizer: ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_path_goes_before_an_openai_name(shelf, tmp_path, monkeypatch):
     shutil.copytree(shelf.path("byte-level"), tmp_path / "gpt-4")
     monkeypatch.chdir(tmp_path)
     _, manifest = generate(tmp_path / "out", "--approx-input-tokens", 20, "--tokenizer-model", "gpt-4")
-    assert manifest["tokenizer"]["kind"] == "file"
+    assert manifest["tokenizer"]["kind"] == "path"
     _, manifest = generate(tmp_path / "2", "--approx-input-tokens", 20, "--tokenizer-model", "gpt-4/tokenizer.json")
-    assert manifest["tokenizer"]["kind"] == "file"
+    assert manifest["tokenizer"]["kind"] == "path"
 
 
-@pytest.mark.parametrize("name", ["no/such-model", "/no/such/path", "no such name", "gpt-4o", ""])
+@pytest.mark.parametrize("name", ["no/such-model", "/no/such/path", "no such name", "gpt2", ""])
 def test_a_tokenizer_that_is_nowhere(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     options = ["--approx-input-tokens", "9", "--tokenizer-model", name, "--output", str(tmp_path / "out")]
     assert gen.main(options) == 1
     message = one_line_error(capsys, 1)
-    for part in ("a local path", "tiktoken", "the Hugging Face cache", "HF_HUB_OFFLINE", "--huggingface-token"):
+    for part in ("no such path", "Hugging Face", "HF_HUB_OFFLINE", "--huggingface-token", "tiktoken"):
         assert part in message or not name
     assert SECRET not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_openai_encoding_that_cannot_be_downloaded(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tiktoken")
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setattr("tiktoken.load.read_file", refuse_to_download)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    options = ["--approx-input-tokens", "9", "--tokenizer-model", "gpt-4o", "--output", str(tmp_path / "out")]
+    assert gen.main(options) == 1
+    message = one_line_error(capsys, 1)
+    assert "OpenAI" in message
+    assert "TIKTOKEN_CACHE_DIR" in message
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
@@ -685,29 +754,32 @@ def test_a_damaged_tokenizer(content, tmp_path, capsys):
 
 def test_a_directory_without_a_tokenizer(tmp_path, capsys):
     assert gen.main(["--approx-input-tokens", "9", "--tokenizer-model", str(tmp_path)]) == 1
-    assert "no tokenizer.json" in one_line_error(capsys, 1)
+    assert "tokenizer.json" in one_line_error(capsys, 1)
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, shelf):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     options = ["--approx-input-tokens", "9", "--tokenizer-model", str(shelf.path("byte-level"))]
     assert gen.main([*options, "--output", str(tmp_path / "out")]) == 1
-    assert "pip install tokenizers" in one_line_error(capsys, 1)
+    assert "pip install transformers" in one_line_error(capsys, 1)
 
 
-@pytest.mark.parametrize("variable", gen.TOKEN_VARIABLES)
-def test_where_the_token_comes_from(variable):
-    given = gen.parsed([])
-    assert gen.options_of(given, {variable: SECRET}).token == SECRET
-    assert gen.options_of(given, dict.fromkeys(gen.TOKEN_VARIABLES, "later") | {variable: ""}).token == "later"
-    explicit = gen.parsed(["--huggingface-token", SECRET])
-    assert gen.options_of(explicit, {variable: "other"}).token == SECRET
-    assert SECRET not in repr(gen.options_of(explicit, {}))
+def test_where_the_token_comes_from(monkeypatch, tmp_path):
+    """From the option, else from the variable that only this script knows, else the Hub's client looks for it."""
+    seen = []
 
+    def load(name, token, **about):
+        seen.append(token)
+        raise OSError("not there")
 
-def test_the_first_token_variable_wins():
-    environment = {name: name for name in gen.TOKEN_VARIABLES}
-    assert gen.options_of(gen.parsed([]), environment).token == "HUGGINGFACE_TOKEN"
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    asked = ["--approx-input-tokens", "9", "--tokenizer-model", "gated/model", "--output", str(tmp_path / "out")]
+    assert gen.main(asked) == 1
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "from the environment")
+    assert gen.main(asked) == 1
+    assert gen.main([*asked, "--huggingface-token", SECRET]) == 1
+    assert seen == [None, "from the environment", SECRET]
+    assert SECRET not in repr(gen.options_of(gen.parsed(["--huggingface-token", SECRET]), {}))
 
 
 def test_the_token_reaches_no_output(shelf, tmp_path):
@@ -718,33 +790,73 @@ def test_the_token_reaches_no_output(shelf, tmp_path):
     assert SECRET not in result.stdout + result.stderr + written
 
 
-def test_the_token_is_struck_out_of_what_a_library_says(tmp_path, monkeypatch, capsys):
-    hub = pytest.importorskip("huggingface_hub")
+@pytest.mark.parametrize("variable", [None, *gen.TOKEN_VARIABLES])
+def test_the_token_is_struck_out_of_what_a_library_says(variable, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ValueError(f"401 for {SECRET}")
 
-    def fail(*args, token, **kwargs):
-        raise ValueError(f"401 for {token}")
-
-    monkeypatch.setattr(hub, "hf_hub_download", fail)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
     options = ["--approx-input-tokens", "9", "--tokenizer-model", "gated/model", "--output", str(tmp_path / "out")]
-    assert gen.main([*options, "--huggingface-token", SECRET]) == 1
+    if variable:
+        monkeypatch.setenv(variable, SECRET)
+    else:
+        options += ["--huggingface-token", SECRET]
+    assert gen.main(options) == 1
     assert "401 for ***" in one_line_error(capsys, 1)
 
 
-@pytest.mark.heavy
-def test_a_model_without_tokenizer_json_is_loaded_by_transformers(shelf, tmp_path):
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    words = sorted(shelf.load(shelf.path("wordpiece")).get_vocab().items(), key=lambda item: item[1])
-    model = tmp_path / "bert"
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(word for word, _ in words))
-    (model / "config.json").write_text('{"model_type": "bert"}')
-    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
-    options = ["--approx-input-tokens", 50, "--count", 20, "--tokenizer-model", model]
-    result = run(*options, "--output", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    lines, _ = corpus_in(tmp_path / "out")
-    check(lines, shelf.load(shelf.path("wordpiece")), 50, 0)
+def sentencepiece_model(shelf, directory, file_name, tokenizer_class, kind):
+    """A directory as older models have it: a SentencePiece file, and no tokenizer.json."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    directory.mkdir()
+    (directory / "text").write_text("\n".join(spaced_text(LATIN)))
+    layout = {"vocab_size": 600, "model_type": kind, "minloglevel": 2, "pad_id": 3, "byte_fallback": kind == "bpe"}
+    trainer.train(input=str(directory / "text"), model_prefix=str(directory / "m"), **layout)
+    (directory / "m.model").rename(directory / file_name)
+    (directory / "text").unlink()
+    (directory / "config.json").write_text('{"model_type": "gpt2"}')
+    config = {"tokenizer_class": tokenizer_class, "chat_template": CHAT_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("count_as", ["raw", "chat"])
+def test_a_slow_tokenizer(count_as, shelf, tmp_path):
+    """One that transformers has no compiled form of; counted anew by transformers itself."""
+    transformers = importlib.import_module("transformers")
+    model = sentencepiece_model(shelf, tmp_path / "slow", "spiece.model", "GPTSw3Tokenizer", "unigram")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(model))
+    assert not tokenizer.is_fast
+    options = ["--count", 30, "--approx-input-tokens", 60, "--prefix-overlap", 0.5, "--count-as", count_as]
+    lines, manifest = generate(tmp_path / "out", *options, "--tokenizer-model", model)
+    texts = [line["text"] for line in lines]
+    if count_as == "chat":
+        texts = [f"<|start|>user\n{text}<|end|>\n<|start|>assistant\n" for text in texts]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert {len(one) for one in ids} == {60} == {line["input_tokens"] for line in lines}
+    assert common(ids) == 30
+    assert len(set(map(tuple, ids))) == 30
+    assert manifest["tokenizer"]["fast"] is False
+
+
+def test_a_model_with_a_sentencepiece_file_alone(shelf, tmp_path):
+    pytest.importorskip("google.protobuf", reason="protobuf is not installed")
+    transformers = importlib.import_module("transformers")
+    model = sentencepiece_model(shelf, tmp_path / "llama", "tokenizer.model", "LlamaTokenizer", "bpe")
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    lines, _ = generate(tmp_path / "out", "--count", 30, "--approx-input-tokens", 60, "--tokenizer-model", model)
+    ids = transformers.AutoTokenizer.from_pretrained(str(model))(texts_of(lines), add_special_tokens=False)["input_ids"]
+    assert {len(one) for one in ids} == {60}
+
+
+def test_code_of_a_repository_is_run_only_when_told(shelf, tmp_path, capsys):
+    model = shutil.copytree(shelf.path("byte-level"), tmp_path / "own code")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text("from transformers import PreTrainedTokenizerFast as Own\nOwn.is_own = True\n")
+    asked = ["--approx-input-tokens", "20", "--tokenizer-model", str(model), "--output"]
+    assert gen.main([*asked, str(tmp_path / "out")]) == 1
+    assert "--trust-remote-code" in one_line_error(capsys, 1)
 
 
 # --- the file that is written ------------------------------------------------------------------------------
@@ -762,8 +874,8 @@ def test_the_manifest_describes_the_file(shelf, tmp_path, capsys):
     assert manifest["prompts"] == manifest["exact_prompts"] == len(lines) == 30
     assert manifest["input_tokens"] == {"min": 40, "mean": 40, "max": 40, "stdev": 0}
     assert manifest["prefix_tokens"] == 10
-    assert manifest["tokenizer"]["tokenizers"]
-    assert len(manifest["tokenizer"]["tokenizer_json_sha256"]) == 64
+    assert manifest["tokenizer"]["transformers"]
+    assert len(manifest["tokenizer"]["vocabulary_sha256"]) == 64
     assert manifest["generator"]["version"] == gen.__version__
     out = capsys.readouterr().out
     assert "exact: 30 of 30 (100.0%)" in out
@@ -774,26 +886,41 @@ def test_the_manifest_describes_the_file(shelf, tmp_path, capsys):
 
 def test_the_name_says_what_is_in_it(shelf, tmp_path):
     _, manifest = generate(tmp_path / "a", "--count", 3, "--tokenizer-model", "Qwen/Qwen3-8B")
-    assert manifest["file"] == "requests_3_tokensnatural_overlap0.0_Qwen-Qwen3-8B.jsonl"
+    assert manifest["file"] == "requests_3_tokensnatural_overlap0.0_Qwen-Qwen3-8B_seed11.jsonl"
     model = shelf.path("byte-level")
     options = ["--approx-input-tokens", 20, "--prefix-overlap", ".5", "--tokenizer-model", model]
     _, manifest = generate(tmp_path / "b", *options)
     assert manifest["file"].startswith("requests_100_tokens20_overlap0.5_")
-    assert manifest["file"].endswith("byte-level.jsonl")
+    assert manifest["file"].endswith("byte-level_seed11.jsonl")
     assert re.fullmatch(r"[\w.-]+", manifest["file"])
+
+
+def test_other_options_make_another_file(shelf, tmp_path, capsys):
+    """Corpora that differ do not collide; one that is asked for again does."""
+    base = ["--count", "4", "--approx-input-tokens", "60", "--tokenizer-model", str(shelf.chat("byte-level"))]
+    base += ["--output", str(tmp_path)]
+    others = ["--count-as chat", "--input-tokens-stdev 9", "--input-tokens-stdev 9 --min-input-tokens 50"]
+    others += ["--input-tokens-stdev 9 --max-input-tokens 70", "--seed 0", "--seed 1", "--prefix-groups 2"]
+    others += ["--output-tokens 8", "--output-tokens 8,2", "", "--count-as chat --seed 1"]
+    for other in others:
+        assert gen.main([*base, *other.split()]) == 0, other
+    assert len(list(tmp_path.glob("*.jsonl"))) == len(others)
+    names = {path.name.partition("-chat")[2] for path in tmp_path.glob("*.jsonl")}
+    assert {".jsonl", "_chat_seed1.jsonl", "_stdev9_max70.jsonl", "_output8-2.jsonl", "_seed0.jsonl"} <= names
+    assert gen.main([*base, "--count-as", "chat"]) == 2
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a" * 300, "日本" * 100, "..", "x\ny"])
 def test_any_tokenizer_name_makes_a_safe_file_name(name, tmp_path):
     _, manifest = generate(tmp_path, "--count", 1, "--tokenizer-model", name)
-    assert re.fullmatch(r"requests_1_tokensnatural_overlap0\.0_\w[\w.-]*\.jsonl", manifest["file"])
+    assert re.fullmatch(r"requests_1_tokensnatural_overlap0\.0_\w[\w.-]*_seed11\.jsonl", manifest["file"])
 
 
 def test_nothing_is_overwritten(shelf, tmp_path, monkeypatch, capsys):
     lines, _ = generate(tmp_path, "--seed", 1)
     monkeypatch.setattr(gen, "maker_of", lambda options: pytest.fail("work was begun"))
     capsys.readouterr()
-    assert gen.main(["--output", str(tmp_path), "--seed", "2"]) == 2
+    assert gen.main(["--output", str(tmp_path), "--seed", "1"]) == 2
     assert "never overwritten" in one_line_error(capsys, 2)
     assert corpus_in(tmp_path)[0] == lines
 
@@ -854,10 +981,10 @@ def test_same_bytes_whatever_the_hash_seed_of_the_process(overlap, shelf, tmp_pa
 def test_the_bytes_of_a_seed_are_the_same_everywhere(tmp_path):
     """Paragraphs depend on no library: this hash holds on every Python and every machine."""
     _, manifest = generate(tmp_path, "--seed", 1, "--count", 20, "--prefix-overlap", 0.3, "--output-tokens", "50,9")
-    assert manifest["sha256"] == "9d51ef4adbcfcea21effc887eef15566feead8969dc86ced92c3ca5b755a6019"
+    assert manifest["sha256"] == "4f8223007b0bc0f981f7ea34ad61512a784fbb6e72cbcd26c356c9688377196f"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_run_leaves_nothing_under_the_final_name(stop, tmp_path):
     command = [sys.executable, str(SCRIPT), "--count", "10000000", "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -982,7 +1109,7 @@ def test_the_manual_lists_every_option(name):
     if name == "README.md":
         for row, action in zip(table, actions):
             default = row[1].strip().strip("`")
-            if action.default not in (None, "==SUPPRESS=="):
+            if action.default not in (None, False, "==SUPPRESS=="):
                 assert default == str(action.default), row[0]
 
 

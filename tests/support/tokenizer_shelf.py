@@ -157,7 +157,12 @@ class TokenizerShelf:
         if not directory.exists():
             directory.mkdir()
             (directory / "tokenizer.json").write_bytes((self.path(name) / "tokenizer.json").read_bytes())
-            config = {"chat_template": CHAT_TEMPLATE, "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "chat_template": CHAT_TEMPLATE,
+                "bos_token": "<s>",
+                "eos_token": {"__type": "AddedToken", "content": "</s>"},
+            }
             (directory / "tokenizer_config.json").write_text(json.dumps(config))
         return directory
 
