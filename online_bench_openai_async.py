@@ -49,6 +49,7 @@ import contextlib
 import contextvars
 import csv
 import dataclasses
+import errno
 import gc
 import importlib
 import io
@@ -64,8 +65,10 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -622,32 +625,102 @@ def _limit_of(row: Mapping[str, Any]) -> Optional[int]:
     return limit
 
 
-def load_requests(path: Optional[str], system_prompt: Optional[str]) -> list[Request]:
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+
+
+class Corpus(Sequence[Request]):
+    """The prompts of a JSONL file, all checked before any load, then read and parsed one by one as they are needed.
+
+    Kept are offsets only, so that several processes hold no copy of the file each. What can be read only once, as a
+    pipe, goes to a temporary file, which `close` removes; `path` is where another process finds the lines.
+    """
+
+    def __init__(self, name: str, system_prompt: Optional[str]) -> None:
+        """`name`: the file, as the user calls it."""
+        self.path = os.path.realpath(name)
+        self._name = name
+        self._system_prompt = system_prompt
+        self._starts = array("Q")  # of each prompt's line, and where the file ends
+        self._file = -1
+        self._copy = ""
+
+    def open(self, check: bool = True) -> Corpus:
+        """Find the lines and, unless another process has done it, check each. Raises UserError naming the line."""
+        at = number = 0
+        try:
+            self._file = os.open(self._name, _READ_ONLY)
+            if not self._can_be_read_again():
+                self._copy_to_disk()
+            with open(self._file, "rb", closefd=False) as file:
+                for raw in file:
+                    number += 1
+                    if raw.strip():
+                        self._starts.append(at)
+                        if check:
+                            self._parse(raw, at)
+                    at += len(raw)
+        except UnicodeDecodeError:
+            raise UserError(f"{self._name}, line {number}: not UTF-8; save the corpus as UTF-8") from None
+        except ValueError as error:
+            raise UserError(f"{self._name}, line {number}: {error}") from None
+        except OSError as error:
+            raise UserError(f"cannot read --requests-file {self._name}: {error.strerror or error}") from None
+        self._starts.append(at)
+        return self
+
+    def _can_be_read_again(self) -> bool:
+        opened = os.fstat(self._file)
+        with contextlib.suppress(OSError):
+            return not stat.S_ISFIFO(opened.st_mode) and os.path.samestat(os.stat(self.path), opened)
+        return False
+
+    def _copy_to_disk(self) -> None:
+        place, self._copy = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
+        with open(self._file, "rb") as source, open(place, "wb") as target:
+            shutil.copyfileobj(source, target)
+        self.path = self._copy
+        self._file = os.open(self.path, _READ_ONLY)
+
+    def _parse(self, raw: bytes, at: int) -> Request:
+        return parse_request(raw.decode("utf-8" if at else "utf-8-sig"), self._system_prompt)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        """Raises RunError when the file is no longer what it was."""
+        start, end = self._starts[number], self._starts[number + 1]
+        try:
+            os.lseek(self._file, start, os.SEEK_SET)
+            return self._parse(os.read(self._file, end - start), start)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self._name} has changed during the run: {error}") from None
+
+    def close(self) -> None:
+        file, self._file, copy, self._copy = self._file, -1, self._copy, ""
+        if file >= 0:
+            os.close(file)
+        if copy:
+            with contextlib.suppress(OSError):
+                os.unlink(copy)
+
+
+def load_requests(path: str, system_prompt: Optional[str]) -> Corpus:
     """Every prompt of a JSONL corpus, checked before any load. Raises UserError naming the line at fault."""
-    requests: list[Request] = []
-    if path is None:
-        return requests
+    corpus = Corpus(path, system_prompt)
     try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                    if line.strip():
-                        requests.append(parse_request(line, system_prompt))
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}, line {number}: not UTF-8; save the corpus as UTF-8") from None
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read --requests-file {path}: {error.strerror or error}") from None
-    if not requests:
-        raise UserError(f"{path} holds no prompt; one JSON object per line with 'text', 'prompt' or 'messages'")
-    return requests
+        if not corpus.open():
+            keys = "one JSON object per line with 'text', 'prompt' or 'messages'"
+            raise UserError(f"{path} holds no prompt; {keys}")
+        return corpus
+    except BaseException:
+        corpus.close()
+        raise
 
 
-def workload_of(config: Config, corpus: Sequence[Request]) -> Workload:
+def workload_of(config: Config, corpus: Optional[Sequence[Request]]) -> Workload:
     """Job number -> request: from the corpus, cycled, or made up."""
-    if not corpus:
+    if corpus is None:
         return partial(synthetic_request, config)
     return lambda index: corpus[index % len(corpus)]
 
@@ -2473,7 +2546,7 @@ class Tls:
                 await loop.sock_sendall(sock, self._out.read())
                 data = await loop.sock_recv(sock, READ_BUFFER_BYTES)
                 if not data:
-                    raise CallError("tls_error", "closed during the TLS handshake: does it speak TLS?") from None
+                    raise CallError("tls_error", "closed during the TLS handshake") from None
                 self._in.write(data)
             else:
                 await loop.sock_sendall(sock, self._out.read())
@@ -3276,7 +3349,7 @@ def classify(error: BaseException) -> tuple[str, str]:
     if isinstance(chain[-1], (TimeoutError, asyncio.TimeoutError, asyncio.CancelledError)):
         chain = [cause for cause in chain if type(cause).__name__ == "ConnectTimeout"] or chain  # it says which
     for cause in reversed(chain):
-        code = importlib.import_module("errno").errorcode.get(getattr(cause, "errno", None) or 0, "")
+        code = errno.errorcode.get(getattr(cause, "errno", None) or 0, "")
         if code in _CLIENT_LIMITS:
             return "client_limit", _CLIENT_LIMITS[code]
         if code in _UNREACHABLE:
@@ -3691,7 +3764,7 @@ def open_transport(config: Config, concurrency: int) -> Transport:
     return StopwatchTransport(config)
 
 
-_NOT_TLS = re.compile("wrong version number|record layer|packet length|does it speak TLS", re.IGNORECASE)
+_NOT_TLS = re.compile("wrong version number|record layer|packet length|closed during the TLS handshake", re.IGNORECASE)
 
 
 def advice(failure: Failure, config: Config, environ: Mapping[str, str]) -> str:
@@ -3705,7 +3778,7 @@ def advice(failure: Failure, config: Config, environ: Mapping[str, str]) -> str:
     if failure.kind != "tls_error":
         return ""
     if _NOT_TLS.search(failure.message):
-        return "the port does not speak TLS: http:// instead of https://?"
+        return "the port seems not to speak TLS: http:// instead of https://?"
     return "" if config.insecure else "--ca-file FILE trusts a private authority, --insecure trusts anybody"
 
 
@@ -4118,10 +4191,10 @@ async def shard_main(shard: int, shards: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # the parent decides
     orders, pipe = await _stdin_lines()
     config = Config(**json.loads(await orders.readline()))
-    workload = workload_of(config, load_requests(config.requests_file, config.system_prompt))
+    corpus = Corpus(config.requests_file, config.system_prompt).open(check=False) if config.requests_file else None
     stop = Stop()
     schedule = ClosedLoop(config.total_requests).part(shard, shards)
-    part = Part(config, workload, schedule, [ParentSink()], stop, lambda origin_ns: None)
+    part = Part(config, workload_of(config, corpus), schedule, [ParentSink()], stop, lambda origin_ns: None)
     go: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     listener = asyncio.ensure_future(follow_orders(orders, stop, go))
 
@@ -4135,6 +4208,8 @@ async def shard_main(shard: int, shards: int) -> None:
     except (UserError, RunError) as error:
         send_to_parent({"fatal": str(error)})
     finally:
+        if corpus:
+            corpus.close()
         listener.cancel()
         pipe.close()
         await asyncio.sleep(0)  # it closes a turn later
@@ -4172,7 +4247,7 @@ class Shard:
         self._part = part
         self._process: Optional[asyncio.subprocess.Process] = None
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._seen: set[int] = set()
+        self._seen = bytearray(len(part.schedule))  # 1: its record has come; by the place among this process's jobs
         self.health: Optional[Health] = None
         self.done = False
         self.fatal = ""
@@ -4211,7 +4286,7 @@ class Shard:
                 break
             if "record" in message:
                 record = record_from(message["record"])
-                self._seen.add(record.job.index)
+                self._seen[record.job.index // self._part.schedule.shards] = 1
                 for sink in self._part.sinks:
                     sink.add(record)
             elif "ready" in message:
@@ -4238,10 +4313,11 @@ class Shard:
         """Jobs that died with it become records, too."""
         if self.done:
             return
-        jobs = [job for job in self._part.schedule if job.index not in self._seen]
-        note(f"process {self._part.schedule.shard} died; its {len(jobs)} unfinished requests count as errors")
         lost = Failure("http_error", "process_lost", "the client process that had this request died")
-        for job in jobs:
+        unfinished = self._seen.count(0)
+        why = f"died ({self.fatal})" if self.fatal else "died"
+        note(f"process {self._part.schedule.shard} {why}; its {unfinished} unfinished requests count as errors")
+        for job in itertools.compress(self._part.schedule, map((1).__sub__, self._seen)):
             for sink in self._part.sinks:
                 sink.add(Record(job, Reply(failure=lost), origin_ns))
 
@@ -4664,12 +4740,13 @@ class DemoServer:
 class Point:
     """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
 
-    def __init__(self, config: Config, workload: Workload) -> None:
+    def __init__(self, config: Config, corpus: Optional[Corpus]) -> None:
         self.config = config
         self.tally = Tally()
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
-        self._workload = workload
+        self._workload = workload_of(config, corpus)
+        self._requests_file = corpus.path if corpus else None
 
     async def measure(self, stop: Stop, csv_sink: Optional[CsvSink]) -> None:
         """Raises RunError when the warm-up fails."""
@@ -4685,7 +4762,8 @@ class Point:
 
         breaker = Breaker(self.tally, stop, self.config.concurrency, self.config.stop_after_errors)  # after the tally
         sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
-        part = Part(self.config, self._workload, ClosedLoop(self.config.total_requests), sinks, stop, begin)
+        config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
+        part = Part(config, self._workload, ClosedLoop(config.total_requests), sinks, stop, begin)
         try:
             if self.config.processes > 1:
                 self.health = await measure_sharded(part)
@@ -4805,8 +4883,18 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.ca_file or options.insecure:
         tls_context(Origin.of("https://localhost", options.ca_file, options.insecure))
     keep_files_apart(options)
-    corpus = load_requests(options.requests_file, options.system_prompt)
-    config = build_config(options, len(corpus))
+    corpus = load_requests(options.requests_file, options.system_prompt) if options.requests_file else None
+    try:
+        return benchmark_with(corpus, options, argv)
+    finally:
+        if corpus:
+            corpus.close()
+
+
+def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """The same from where the prompts are known."""
+    prompts = len(corpus) if corpus else 0
+    config = build_config(options, prompts)
     # The simulated server inherits the limit and has every connection.
     need_descriptors(config.concurrency if config.demo else -(-config.concurrency // config.processes))
     invocation = Invocation(config, argv)
@@ -4816,9 +4904,9 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
             demo = DemoServer(options.demo_engine)
             config = dataclasses.replace(config, api_base=demo.api_base)
         import_sdk()  # when it is missing, before any socket is opened
-        for line in notes_before(config, len(corpus)):
+        for line in notes_before(config, prompts):
             note(line)
-        return invocation.run(Point(config, workload_of(config, corpus)), demo)
+        return invocation.run(Point(config, corpus), demo)
     finally:
         invocation.close()
         if demo:
