@@ -64,6 +64,7 @@ import re
 import signal
 import struct
 import sys
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,6 +84,19 @@ HUB_CURE = (
     "give a local directory or tokenizer.json, fill the cache beforehand (HF_HOME) and unset HF_HUB_OFFLINE to do so, "
     "or pass --huggingface-token for a gated repository; OpenAI's names need tiktoken"
 )
+
+UNRECORDED_OPTIONS = ("output", "huggingface_token")
+NEED_A_LENGTH = ("input_tokens_stdev", "min_input_tokens", "max_input_tokens", "token_tolerance", "count_as")
+NAMED_OPTIONS = {  # in a file's name, shortened, where they are not the default
+    "language": "",
+    "count_as": "",
+    "prefix_groups": "groups",
+    "input_tokens_stdev": "stdev",
+    "min_input_tokens": "min",
+    "max_input_tokens": "max",
+    "output_tokens": "output",
+    "seed": "seed",
+}
 
 MAX_TARGET_TOKENS = 10_000_000
 MIN_TOLERANCE_TOKENS = 5
@@ -194,36 +208,41 @@ class Word(NamedTuple):
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command line, checked."""
+class Secret(str):
+    """A text that shows itself in no output."""
 
-    count: int
-    output: Path
-    overlap: Decimal
-    groups: int
-    target: Optional[int]
-    stdev: float
-    min_tokens: Optional[int]
-    max_tokens: Optional[int]
-    tokenizer: str
-    tolerance: Optional[int]
-    count_as: str
-    output_tokens: Optional[tuple[float, float]]
-    seed: int
-    asked_seed: Optional[int] = None
+    def __repr__(self) -> str:
+        return "***"
+
+
+class Options(argparse.Namespace):
+    """The command line; what was not given stands here, so that `vars` tells what was."""
+
+    count: int = 100
+    output: Path = Path("outputs")
     language: str = "en"
+    prefix_overlap: Decimal = Decimal("0.0")
+    prefix_groups: int = 1
+    approx_input_tokens: Optional[int] = None
+    input_tokens_stdev: float = 0.0
+    min_input_tokens: Optional[int] = None
+    max_input_tokens: Optional[int] = None
+    tokenizer_model: str = "gpt2"
+    token_tolerance: Optional[int] = None
+    count_as: str = "raw"
+    output_tokens: Optional[tuple[float, float]] = None
     trust_remote_code: bool = False
-    token: Optional[str] = field(default=None, repr=False)
+    huggingface_token: Optional[Secret] = None
+    seed: Optional[int] = None
 
     @property
     def group_prompts(self) -> int:
         """Prompts in the largest group."""
-        return -(-self.count // self.groups)
+        return -(-self.count // self.prefix_groups)
 
     def tolerated(self, target: int) -> int:
-        if self.tolerance is not None:
-            return self.tolerance
+        if self.token_tolerance is not None:
+            return self.token_tolerance
         return max(MIN_TOLERANCE_TOKENS, int(TOLERANCE_SHARE * target))
 
 
@@ -523,7 +542,7 @@ class Paragraphs:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._language = LANGUAGES[options.language]
-        self._prefix_words = exact_floor(options.overlap, self._language.prompt_words)
+        self._prefix_words = exact_floor(options.prefix_overlap, self._language.prompt_words)
 
     def make(self, numbers: Sequence[int]) -> list[Prompt]:
         return [self._prompt(number) for number in numbers]
@@ -532,7 +551,7 @@ class Paragraphs:
         """Paragraphs promise nothing that would have to be measured."""
 
     def _prompt(self, number: int) -> Prompt:
-        seed, group, language = self._options.seed, number % self._options.groups, self._language
+        seed, group, language = self._options.seed, number % self._options.prefix_groups, self._language
         rng, own = stream(seed, "paragraphs", number), language.prompt_words - self._prefix_words
         parts = []
         if self._prefix_words:
@@ -551,14 +570,14 @@ class Composer:
     """Puts words together that should add up to the target; only the tokenizer can tell if they do."""
 
     def __init__(self, options: Options, kit: Kit) -> None:
-        assert options.target is not None
-        self._options, self._kit, self._target = options, kit, options.target
+        assert options.approx_input_tokens is not None
+        self._options, self._kit, self._target = options, kit, options.approx_input_tokens
         rng = stream(options.seed, "words")
         self._supply = Supply(shuffled(kit.words, rng))
         self._starters = different_first(shuffled(kit.starters, rng), 0)
-        self.prefix_tokens = max(len(kit.head), exact_floor(options.overlap, options.target))
+        self.prefix_tokens = max(len(kit.head), exact_floor(options.prefix_overlap, options.approx_input_tokens))
         self.has_prefix = self.prefix_tokens > len(kit.head)
-        self.whole = options.overlap == 1
+        self.whole = options.prefix_overlap == 1
         self.lead = 0
         self._heads: list[list[Word]] = []  # of each group, or one list for all
         if self.has_prefix:
@@ -575,18 +594,18 @@ class Composer:
         for joint in [Joint(0, [])] if self.whole else joints(self._kit.words):
             fitting = [w for w in self._starters if self._supply.ways(room - joint.lead - len(w.ids))]
             parted = self.whole or different(joint.words, joint.lead) >= min(2, ask.group_prompts)
-            if parted and different(fitting, 0) >= ask.groups:
+            if parted and different(fitting, 0) >= ask.prefix_groups:
                 self._starters, self.lead = different_first(fitting, 0), joint.lead
                 self._heads = [shuffled(joint.words, stream(ask.seed, "heads"))]
                 return
         raise Refused(
-            f"this vocabulary makes no {ask.groups} distinct prefixes of exactly {self.prefix_tokens} tokens "
+            f"this vocabulary makes no {ask.prefix_groups} distinct prefixes of exactly {self.prefix_tokens} tokens "
             "- use fewer --prefix-groups or another --prefix-overlap"
         )
 
     def _plan_starts(self) -> None:
         """Without a prefix, the groups share out the first ids among themselves."""
-        groups = self._options.groups
+        groups = self._options.prefix_groups
         owner: dict[int, int] = {}
         heads: dict[int, list[Word]] = {}
         for word in self._starters:
@@ -597,13 +616,13 @@ class Composer:
     def _plan_suffix(self) -> None:
         """Which words may stand where prompts part, and the shortest target that leaves room for them."""
         ask = self._options
-        self.min_target = ask.min_tokens or self._target
-        if ask.stdev and ask.min_tokens is None:
+        self.min_target = ask.min_input_tokens or self._target
+        if ask.input_tokens_stdev and ask.min_input_tokens is None:
             shorter = range(self.prefix_tokens + 1, self._target)
             self.min_target = next(filter(self._usable, shorter), self._target)
         spread = ask.tolerated(self.min_target)
         usable = self._usable(self.min_target) or self._usable(self.min_target, spread)
-        if len(usable) < (1 if self.has_prefix else ask.groups):
+        if len(usable) < (1 if self.has_prefix else ask.prefix_groups):
             raise Refused(self._too_tight())
         self._heads = usable
 
@@ -637,19 +656,19 @@ class Composer:
             head += f" and {self._kit.tail_tokens} closing the chat template"
         return (
             f"{head}, leave {max(0, room)} to tell {self._options.group_prompts} prompts apart in each of "
-            f"{self._options.groups} group(s), and this vocabulary has too few words for that - ask for more "
+            f"{self._options.prefix_groups} group(s), and this vocabulary has too few words for that - ask for more "
             "tokens, fewer prompts or less overlap"
         )
 
     def target(self, number: int) -> int:
         """The length asked for: fixed, or drawn from a normal distribution cut at the bounds."""
         ask = self._options
-        if not ask.stdev:
+        if not ask.input_tokens_stdev:
             return self._target
         rng = stream(ask.seed, "target", number)
-        high = ask.max_tokens or MAX_TARGET_TOKENS
+        high = ask.max_input_tokens or MAX_TARGET_TOKENS
         for _ in range(MAX_TARGET_DRAWS):
-            drawn = round(rng.gauss(self._target, ask.stdev))
+            drawn = round(rng.gauss(self._target, ask.input_tokens_stdev))
             if self.min_target <= drawn <= high:
                 return drawn
         return self._target
@@ -667,8 +686,8 @@ class Composer:
 
     def head(self, number: int, take: int = 0) -> Word:
         """The word in which prompt `number` parts from the others of its group; another one for each take."""
-        heads = self._heads[0 if self.has_prefix else number % self._options.groups]
-        return heads[(number // self._options.groups + take) % len(heads)]
+        heads = self._heads[0 if self.has_prefix else number % self._options.prefix_groups]
+        return heads[(number // self._options.prefix_groups + take) % len(heads)]
 
     def suffix(self, number: int, length: int, take: int) -> tuple[str, Word]:
         """Head, the words that make it unique, random words: `length` tokens with prefix and tail.
@@ -677,7 +696,7 @@ class Composer:
         many do not fit in, all takes share one, and only the random words differ.
         """
         ask = self._options
-        heads = len(self._heads[0 if self.has_prefix else number % ask.groups])
+        heads = len(self._heads[0 if self.has_prefix else number % ask.prefix_groups])
         rounds = -(-ask.group_prompts // heads)
         for near in nearest_first(length, ask.tolerated(length)):
             for takes, nth_take in ((ATTEMPTS, take), (1, 0)):
@@ -686,7 +705,7 @@ class Composer:
                 part = self._supply.unique_part(rest, rounds * takes)
                 if part is None:
                     continue
-                unique = self._supply.nth(number // ask.groups // heads + nth_take * rounds, part)
+                unique = self._supply.nth(number // ask.prefix_groups // heads + nth_take * rounds, part)
                 filled = self._supply.fill(rest - part, stream(ask.seed, "fill", number, take))
                 return " ".join([head.text, *unique, *filled]), head
         raise Refused(self._too_tight())
@@ -757,28 +776,17 @@ def line_of(prompt: Prompt, max_tokens: Optional[int]) -> str:
 
 
 def file_stem(options: Options) -> str:
-    """Prompt count, target, overlap and tokenizer, then what else was asked for; safe for a file name."""
-    target = "natural" if options.target is None else options.target
-    safe = re.sub(r"[^\w.-]+", "-", options.tokenizer).encode("utf-8")[-80:].decode("utf-8", "ignore")
+    """Prompt count, target, overlap and tokenizer, then what else was given: other options make another file."""
+    target = "natural" if options.approx_input_tokens is None else options.approx_input_tokens
+    safe = re.sub(r"[^\w.-]+", "-", options.tokenizer_model).encode("utf-8")[-80:].decode("utf-8", "ignore")
     safe = safe.strip("-._") or "tokenizer"
-    parts = [f"requests_{options.count}_tokens{target}_overlap{float(options.overlap)}_{safe}"]
-    parts += [f"{name}{value}" for name, value in distinctions(options) if value]
+    parts = [f"requests_{options.count}_tokens{target}_overlap{float(options.prefix_overlap)}_{safe}"]
+    for name, short in NAMED_OPTIONS.items():
+        value = vars(options).get(name)
+        if value not in (None, getattr(Options, name)):
+            numbers = value if isinstance(value, tuple) else (value,)
+            parts.append(short + "-".join(f"{each:g}" if isinstance(each, float) else str(each) for each in numbers))
     return "_".join(parts)
-
-
-def distinctions(options: Options) -> list[tuple[str, Any]]:
-    """What the name tells only where it was asked for, so that other options make another file."""
-    outputs = [f"{value:g}" for value in options.output_tokens or () if value]
-    return [
-        ("", options.language if options.language != "en" else ""),
-        ("", options.count_as if options.count_as != "raw" else ""),
-        ("groups", options.groups if options.groups > 1 else 0),
-        ("stdev", f"{options.stdev:g}" if options.stdev else ""),
-        ("min", options.min_tokens),
-        ("max", options.max_tokens),
-        ("output", "-".join(outputs)),
-        ("seed", str(options.asked_seed) if options.asked_seed is not None else ""),
-    ]
 
 
 def closing_table(options: Options, tally: Tally, path: Path) -> str:
@@ -789,8 +797,8 @@ def closing_table(options: Options, tally: Tally, path: Path) -> str:
         for name, row in (("asked", asked), ("reached", reached)):
             rows.append(f"{name:<10}{row['min']:>9}{row['mean']:>12.1f}{row['max']:>9}")
         rows.append(f"exact: {tally.exact} of {tally.prompts} ({tally.exact / tally.prompts:.1%})")
-        wanted = exact_floor(options.overlap, options.target or 0)
-        where = f" in each of {options.groups} groups" if options.groups > 1 else ""
+        wanted = exact_floor(options.prefix_overlap, options.approx_input_tokens or 0)
+        where = f" in each of {options.prefix_groups} groups" if options.prefix_groups > 1 else ""
         rows.append(f"shared prefix: asked {wanted} tokens, reached {prefix['min']}{where}")
     rows.append(f"seed: {options.seed}")
     return "\n".join(rows)
@@ -798,21 +806,11 @@ def closing_table(options: Options, tally: Tally, path: Path) -> str:
 
 def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) -> dict[str, Any]:
     """What the file is and how to make it again; never the token."""
-    asked = {
-        "count": options.count,
-        "prefix_overlap": float(options.overlap),
-        "prefix_groups": options.groups,
-        "approx_input_tokens": options.target,
-        "input_tokens_stdev": options.stdev if options.target else None,
-        "min_input_tokens": options.min_tokens,
-        "max_input_tokens": options.max_tokens,
-        "tokenizer_model": options.tokenizer if options.target else None,
-        "token_tolerance": options.tolerated(options.target) if options.target else None,
-        "count_as": options.count_as if options.target else None,
-        "output_tokens": options.output_tokens,
-        "language": None if options.target else options.language,
-        "seed": options.seed,
-    }
+    target = options.approx_input_tokens
+    asked = {name: getattr(options, name) for name in Options.__annotations__ if name not in UNRECORDED_OPTIONS}
+    asked.update(prefix_overlap=float(options.prefix_overlap))
+    asked.update(token_tolerance=options.tolerated(target) if target else None)
+    asked.update(tokenizer_model=options.tokenizer_model if target else None)
     prefix = tally.prefix.describe()
     return {
         "generator": {"name": PROGRAM, "version": __version__, "python": platform.python_version()},
@@ -821,7 +819,7 @@ def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) ->
         "prompts": tally.prompts,
         "asked_tokens": tally.asked.describe(),
         "input_tokens": tally.reached.describe(),
-        "exact_prompts": tally.exact if options.target else None,
+        "exact_prompts": tally.exact if target else None,
         "prefix_tokens": prefix["min"] if prefix else None,
     }
 
@@ -967,7 +965,7 @@ def quiet_transformers() -> Any:
 
 def from_path(options: Options) -> Encoder:
     """A directory as `save_pretrained` leaves it or with a tokenizer.json alone, or such a file by itself."""
-    path = Path(options.tokenizer).expanduser()
+    path = Path(options.tokenizer_model).expanduser()
     about = {"kind": "path", "name": str(path)}
     directory = path.parent if path.name == "tokenizer.json" else path
     if directory.is_file():
@@ -979,7 +977,7 @@ def from_path(options: Options) -> Encoder:
 
 
 def from_tiktoken(options: Options) -> Encoder:
-    name = need("tiktoken.model").encoding_name_for_model(options.tokenizer)
+    name = need("tiktoken.model").encoding_name_for_model(options.tokenizer_model)
     return TiktokenEncoder(need("tiktoken").get_encoding(name), {"kind": "tiktoken", "name": name})
 
 
@@ -987,11 +985,11 @@ def from_hub(options: Options) -> Encoder:
     """First what is cached on this machine: without a network, asking the Hub takes minutes."""
     load = functools.partial(
         quiet_transformers().AutoTokenizer.from_pretrained,
-        options.tokenizer,
-        token=options.token,
+        options.tokenizer_model,
+        token=options.huggingface_token or os.environ.get(TOKEN_VARIABLES[0]) or None,
         trust_remote_code=options.trust_remote_code,
     )
-    about = {"kind": "huggingface", "name": options.tokenizer}
+    about = {"kind": "huggingface", "name": options.tokenizer_model}
     offline = need("huggingface_hub.constants").HF_HUB_OFFLINE
     try:
         cached = load(local_files_only=True)
@@ -1000,7 +998,7 @@ def from_hub(options: Options) -> Encoder:
     except Exception:
         if offline:
             raise
-    note(f"tokenizer: asking the Hugging Face Hub for {options.tokenizer}")
+    note(f"tokenizer: asking the Hugging Face Hub for {options.tokenizer_model}")
     return TransformersEncoder(load(), about)
 
 
@@ -1014,13 +1012,13 @@ def is_openai(name: str) -> bool:
 
 def load_tokenizer(options: Options) -> Encoder:
     """An existing path, else a model of OpenAI's, else a name on the Hugging Face Hub."""
-    if Path(options.tokenizer).expanduser().exists():
+    if Path(options.tokenizer_model).expanduser().exists():
         load, kind, cure = (
             from_path,
             "the path",
             "it needs a tokenizer.json, or what AutoTokenizer.from_pretrained loads",
         )
-    elif is_openai(options.tokenizer):
+    elif is_openai(options.tokenizer_model):
         load, kind, cure = from_tiktoken, "OpenAI's tokenizer", "connect, or fill tiktoken's cache (TIKTOKEN_CACHE_DIR)"
     else:
         load, kind, cure = from_hub, "no such path; the Hugging Face name", HUB_CURE
@@ -1032,9 +1030,9 @@ def load_tokenizer(options: Options) -> Encoder:
         why = reason(error)
         if "trust_remote_code" in str(error):
             why, cure = "it is loaded by code of its own repository", "read that code, then pass --trust-remote-code"
-        for secret in filter(None, (options.token, *map(os.environ.get, TOKEN_VARIABLES))):
+        for secret in filter(None, (options.huggingface_token, *map(os.environ.get, TOKEN_VARIABLES))):
             why = why.replace(secret, "***")
-        raise Refused(f"{kind} {options.tokenizer!r} does not load: {why} - {cure}") from None
+        raise Refused(f"{kind} {options.tokenizer_model!r} does not load: {why} - {cure}") from None
 
 
 # === 8. Making prompts ===
@@ -1170,8 +1168,8 @@ class ExactPrompts:
         self._options, self._kit, self._measure = options, kit, measure
         self._composer = Composer(options, kit)
         self._partings: dict[int, set[Optional[int]]] = {}  # per group, the ids seen after its prefix
-        assert options.target is not None
-        self.batch = max(1, min(MAX_BATCH_PROMPTS, BATCH_TOKENS // options.target))
+        assert options.approx_input_tokens is not None
+        self.batch = max(1, min(MAX_BATCH_PROMPTS, BATCH_TOKENS // options.approx_input_tokens))
         kept = max(16, CACHED_PREFIX_TOKENS // (self._composer.prefix_tokens + 1))
         self._shared = functools.lru_cache(maxsize=kept)(self._new_shared)
 
@@ -1191,14 +1189,14 @@ class ExactPrompts:
         for draft in pending:
             self._settle(draft)
         for draft in drafts:
-            seen = self._partings.setdefault(draft.number % self._options.groups, set())
+            seen = self._partings.setdefault(draft.number % self._options.prefix_groups, set())
             if len(seen) < 2:  # enough to know
                 seen.add(draft.parting_id)
         return [draft.best for draft in drafts if draft.best]
 
     def finish(self) -> None:
         """Every group must part right after its prefix, be it in two of its prompts."""
-        lone = self._options.count - self._options.groups  # groups up to here have a second prompt
+        lone = self._options.count - self._options.prefix_groups  # groups up to here have a second prompt
         for group, partings in self._partings.items():
             if len(partings) < 2 and group < lone and not self._composer.whole:
                 raise Refused(
@@ -1215,7 +1213,7 @@ class ExactPrompts:
                 draft.take += 1
                 continue
             if draft.best is None or abs(off) < abs((draft.best.input_tokens or 0) - draft.target):
-                group = draft.number % self._options.groups
+                group = draft.number % self._options.prefix_groups
                 draft.best = Prompt(text, group, draft.target, len(ids), self._composer.prefix_tokens)
             draft.length -= off
 
@@ -1229,7 +1227,7 @@ class ExactPrompts:
             )
 
     def _text(self, draft: Draft) -> str:
-        composer, group = self._composer, draft.number % self._options.groups
+        composer, group = self._composer, draft.number % self._options.prefix_groups
         if composer.whole:
             return self._shared(group).text
         try:
@@ -1247,7 +1245,7 @@ class ExactPrompts:
         composer = self._composer
         if composer.whole:
             return True
-        shared = self._shared(draft.number % self._options.groups).ids if composer.has_prefix else self._kit.head
+        shared = self._shared(draft.number % self._options.prefix_groups).ids if composer.has_prefix else self._kit.head
         place = composer.prefix_tokens
         return ids[:place] == shared and ids[place : place + 1] == [draft.parting_id]
 
@@ -1278,7 +1276,7 @@ def finished(draft: Draft) -> bool:
 
 def exact_maker(options: Options, encoder: Encoder) -> ExactPrompts:
     measure = encoder.chat if options.count_as == "chat" else encoder.encode
-    wanted = min(MAX_WORDS, max(MIN_WORDS, 4 * options.group_prompts, 4 * options.groups))
+    wanted = min(MAX_WORDS, max(MIN_WORDS, 4 * options.group_prompts, 4 * options.prefix_groups))
     return ExactPrompts(options, Vocabulary(encoder).kit(measure, wanted), measure)
 
 
@@ -1365,37 +1363,41 @@ def move_without_overwriting(source: Path, target: Path) -> None:
         os.unlink(source)
 
 
+class NoBar:
+    """Stands in for a progress bar where tqdm is not installed."""
+
+    def update(self, prompts: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def progress_bar(total: int) -> Any:
-    """Shown on stderr once a second has passed; None without tqdm."""
+    """Shown on stderr once a second has passed."""
     try:
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
-        return None
+        return NoBar()
     seldom = 0.2 if sys.stderr.isatty() else 10
     look = {"unit": "prompt", "file": sys.stderr, "dynamic_ncols": True}
     return tqdm(total=total, delay=PROGRESS_DELAY_S, mininterval=seldom, **look)
 
 
 def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
-    tally = Tally()
-    bar = progress_bar(options.count)
+    tally, bar, started = Tally(), progress_bar(options.count), time.monotonic()
     try:
         while tally.prompts < options.count:
-            end = min(options.count, tally.prompts + maker.batch)
-            numbers = range(tally.prompts, end)
+            numbers = range(tally.prompts, min(options.count, tally.prompts + maker.batch))
             lines = []
             for number, prompt in zip(numbers, maker.make(numbers)):
                 tally.add(prompt)
                 lines.append(line_of(prompt, drawn_output_tokens(options, number)))
             corpus.write(lines)
-            if bar is not None:
-                bar.update(len(lines))
+            bar.update(len(lines))
         maker.finish()
     finally:
-        if bar is not None:
-            if bar.format_dict["elapsed"] > PROGRESS_DELAY_S:
-                bar.delay = 0  # else a bar that was not due for its first line would leave none
-            bar.close()
+        if time.monotonic() - started > PROGRESS_DELAY_S:
+            bar.delay = 0  # else a bar that was not due for its first line would leave none
+        bar.close()
     return tally
 
 
@@ -1450,62 +1452,30 @@ def mean_and_deviation(text: str) -> tuple[float, float]:
     return value
 
 
-def option(help: str, metavar: str = "N", **about: Any) -> dict[str, Any]:
-    return {"help": help, "metavar": metavar, **about}
-
-
 SOME = whole(1, "at least 1")
-
-CORPUS_OPTIONS = {
-    "--count": option("prompts (default 100)", type=SOME, default=100),
-    "--output": option(
-        "directory of the corpus, made if missing (default outputs)", "DIR", type=Path, default=Path("outputs")
-    ),
-    "--language": option(
-        "of the paragraphs: en or ja; prompts of a length in tokens are made of the tokenizer's own words (default en)",
-        "{en,ja}",
-        choices=tuple(LANGUAGES),
-        default="en",
-    ),
-    "--prefix-overlap": option(
-        "fraction of each prompt's tokens that its group shares as prefix, 0 to 1 (default 0.0)",
-        "X",
-        type=fraction,
-        default=Decimal("0.0"),
-    ),
-    "--prefix-groups": option(
-        "distinct shared prefixes; prompts are dealt to them in turn (default 1)", type=SOME, default=1
-    ),
-}
-TOKEN_OPTIONS = {
-    "--approx-input-tokens": option(
-        "length of every prompt in tokens; without it: paragraphs, and no tokenizer is loaded", type=SOME
-    ),
-    "--input-tokens-stdev": option("spread the lengths normally around that mean", "S", type=token_number),
-    "--min-input-tokens": option("shortest length of the spread", type=SOME),
-    "--max-input-tokens": option("greatest length of the spread", type=SOME),
-    "--tokenizer-model": option(
-        "directory, tokenizer.json, OpenAI model or Hugging Face name (default gpt2)", "NAME", default="gpt2"
-    ),
-    "--token-tolerance": option(
-        "widest deviation tolerated (default: 5 tokens or 5%% of the target, whichever is more)",
-        type=whole(0, "0 or more tokens"),
-    ),
-    "--count-as": option(
-        "raw: the text alone; chat: in the tokenizer's chat template, as a server counts (default raw)",
-        "{raw,chat}",
-        choices=("raw", "chat"),
-        default="raw",
-    ),
-    "--output-tokens": option("max_tokens of each line: fixed, or mean,stdev", "N[,S]", type=mean_and_deviation),
-    "--trust-remote-code": {
-        "help": "run the code that the tokenizer's repository brings along",
-        "action": "store_true",
-    },
-    "--huggingface-token": option(
-        f"for gated repositories; better from the environment: ${', $'.join(TOKEN_VARIABLES)}", "TOKEN"
-    ),
-    "--seed": option("same seed and options: same bytes (default: a fresh one)", type=whole(0, "0 or more")),
+ARGUMENTS: dict[str, list[tuple[str, str, Any, str]]] = {  # by group: name, metavar, type or choices, help
+    "Corpus": [
+        ("--count", "N", SOME, "prompts (default 100)"),
+        ("--output", "DIR", Path, "directory, made if missing (default outputs)"),
+        ("--language", "{en,ja}", tuple(LANGUAGES), "of paragraphs (default en)"),
+        ("--prefix-overlap", "X", fraction, "share of a prompt that is its group's prefix, 0 to 1 (default 0.0)"),
+        ("--prefix-groups", "N", SOME, "distinct shared prefixes, dealt out to the prompts in turn (default 1)"),
+        ("--output-tokens", "N[,S]", mean_and_deviation, "max_tokens of each line: fixed, or mean,stdev"),
+        ("--seed", "N", whole(0, "0 or more"), "same seed and options: same bytes (default: a fresh one)"),
+    ],
+    "Lengths in tokens": [
+        ("--approx-input-tokens", "N", SOME, "length of every prompt; without it: paragraphs, no tokenizer"),
+        ("--input-tokens-stdev", "S", token_number, "spread the lengths normally around that mean"),
+        ("--min-input-tokens", "N", SOME, "shortest length of the spread"),
+        ("--max-input-tokens", "N", SOME, "greatest length of the spread"),
+        ("--token-tolerance", "N", whole(0, "0 or more"), "widest deviation (default: 5, or 5%% if more)"),
+        ("--count-as", "{raw,chat}", ("raw", "chat"), "the text alone, or in the chat template (default raw)"),
+    ],
+    "Tokenizer": [
+        ("--tokenizer-model", "NAME", str, "path, OpenAI model or Hugging Face name (default gpt2)"),
+        ("--trust-remote-code", "", bool, "run the code that the tokenizer's repository brings along"),
+        ("--huggingface-token", "TOKEN", Secret, f"for gated repositories; better: ${', $'.join(TOKEN_VARIABLES)}"),
+    ],
 }
 
 
@@ -1514,41 +1484,47 @@ def build_parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, about in CORPUS_OPTIONS.items():
-        parser.add_argument(name, **about)
-    for name, about in TOKEN_OPTIONS.items():
-        parser.add_argument(name, **about)
+    for title, arguments in ARGUMENTS.items():
+        group = parser.add_argument_group(title)
+        for name, metavar, kind, about in arguments:
+            if kind is bool:
+                group.add_argument(name, action="store_true", help=about)
+            elif isinstance(kind, tuple):
+                group.add_argument(name, metavar=metavar, choices=kind, help=about)
+            else:
+                group.add_argument(name, metavar=metavar, type=kind, help=about)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     return parser
 
 
-def parsed(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parsed(argv: Optional[Sequence[str]]) -> Options:
     """Unknown arguments are refused by name alone: the value of a misspelt option might be a token."""
-    given, unknown = build_parser().parse_known_args(argv)
+    options, unknown = build_parser().parse_known_args(argv, Options())
     if unknown:
         names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         what = f"unknown option {', '.join(names)}" if names else f"{len(unknown)} argument(s) without an option"
         raise Refused(f"{what} - see --help", 2)
-    return given
+    check_lengths(options)
+    check_sharing(options)
+    return options
 
 
-def check_lengths(given: argparse.Namespace) -> None:
+def check_lengths(ask: Options) -> None:
     """Options of a token target that contradict each other."""
-    target, least, most = given.approx_input_tokens, given.min_input_tokens, given.max_input_tokens
+    target, least, most = ask.approx_input_tokens, ask.min_input_tokens, ask.max_input_tokens
     if target is None:
-        alone = ("input_tokens_stdev", "min_input_tokens", "max_input_tokens", "token_tolerance")
-        stray = [name for name in alone if getattr(given, name) is not None]
-        stray += ["count_as"] if given.count_as != "raw" else []
+        stray = [name for name in NEED_A_LENGTH if name in vars(ask)]
         if stray:
             raise Refused(f"--{stray[0].replace('_', '-')} needs a length - add --approx-input-tokens", 2)
         return
-    if given.language != "en":
+    if "language" in vars(ask):
         raise Refused("--language is that of paragraphs; with a length the words are the tokenizer's - drop one", 2)
     if max(target, most or 0) > MAX_TARGET_TOKENS:
         raise Refused(f"{max(target, most or 0)} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
-    if (least or most) and not given.input_tokens_stdev:
+    if (least or most) and not ask.input_tokens_stdev:
         raise Refused("--min-input-tokens and --max-input-tokens bound a spread - add --input-tokens-stdev", 2)
     if least and most and least > most:
         raise Refused(f"--min-input-tokens {least} is above --max-input-tokens {most} - swap them", 2)
@@ -1556,47 +1532,23 @@ def check_lengths(given: argparse.Namespace) -> None:
         raise Refused(f"--approx-input-tokens {target} is outside its own minimum and maximum - move them apart", 2)
 
 
-def check_sharing(given: argparse.Namespace) -> None:
+def check_sharing(ask: Options) -> None:
     """Shared prefixes that cannot be."""
-    if given.prefix_groups > given.count:
-        raise Refused(f"{given.prefix_groups} groups need as many prompts - raise --count or lower --prefix-groups", 2)
-    if given.prefix_overlap == 1 and given.prefix_groups < given.count:
+    if ask.prefix_groups > ask.count:
+        raise Refused(f"{ask.prefix_groups} groups need as many prompts - raise --count or lower --prefix-groups", 2)
+    if ask.prefix_overlap == 1 and ask.prefix_groups < ask.count:
         raise Refused(
             "--prefix-overlap 1 makes the prompts of a group identical, which measures only a cache - "
             "give less than 1, or as many --prefix-groups as --count",
             2,
         )
-    if given.prefix_overlap == 1 and given.input_tokens_stdev:
+    if ask.prefix_overlap == 1 and ask.input_tokens_stdev:
         raise Refused("--prefix-overlap 1 leaves no room for a spread - drop --input-tokens-stdev", 2)
-
-
-def options_of(given: argparse.Namespace, environment: Any) -> Options:
-    check_lengths(given)
-    check_sharing(given)
-    return Options(
-        count=given.count,
-        output=given.output,
-        overlap=given.prefix_overlap,
-        groups=given.prefix_groups,
-        target=given.approx_input_tokens,
-        stdev=given.input_tokens_stdev or 0.0,
-        min_tokens=given.min_input_tokens,
-        max_tokens=given.max_input_tokens,
-        tokenizer=given.tokenizer_model,
-        tolerance=given.token_tolerance,
-        count_as=given.count_as,
-        output_tokens=given.output_tokens,
-        seed=random.SystemRandom().randrange(2**32) if given.seed is None else given.seed,
-        asked_seed=given.seed,
-        language=given.language,
-        trust_remote_code=given.trust_remote_code,
-        token=given.huggingface_token or environment.get(TOKEN_VARIABLES[0]) or None,
-    )
 
 
 def maker_of(options: Options) -> tuple[Maker, Optional[dict[str, Any]]]:
     """Who makes the prompts, and what is worth knowing of the tokenizer."""
-    if options.target is None:
+    if options.approx_input_tokens is None:
         return Paragraphs(options), None
     encoder = load_tokenizer(options)
     about = encoder.about
@@ -1606,7 +1558,9 @@ def maker_of(options: Options) -> tuple[Maker, Optional[dict[str, Any]]]:
 
 def generate(options: Options) -> str:
     """The whole run; returns the closing table."""
-    corpus = CorpusFile(options.output, file_stem(options))
+    corpus = CorpusFile(options.output, file_stem(options))  # a seed that was not given is not in the name
+    if options.seed is None:
+        options.seed = random.SystemRandom().randrange(2**32)
     corpus.refuse_if_there()
     corpus.open()
     try:
@@ -1644,7 +1598,7 @@ def end_on_signals() -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         end_on_signals()
-        show(generate(options_of(parsed(argv), os.environ)))
+        show(generate(parsed(argv)))
         return 0
     except Refused as error:
         message, code = str(error), error.exit_code
