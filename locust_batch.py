@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["locust"]
+# dependencies = [
+#     "locust",
+# ]
 # ///
 """Submit a JSONL corpus of prompts to an OpenAI-compatible server, from as many machines as it takes.
 
 This one file is a Locust test: copy it to a machine with Python 3.9+ and `pip install locust`.
-Every prompt is sent exactly once, as one non-streaming chat completion, whatever the number of
-users, processes and machines; every prompt that was sent becomes exactly one row of one CSV file.
+Every prompt is submitted once, as one non-streaming chat completion, whatever the number of users,
+processes and machines, and every prompt that was sent becomes exactly one row of one CSV file.
 
     REQUESTS_FILE=requests.jsonl OPENAI_MODEL=my-model \\
     locust -f locust_batch.py --headless --host http://127.0.0.1:8000 -u 500 -r 500
@@ -15,45 +17,27 @@ users, processes and machines; every prompt that was sent becomes exactly one ro
     locust -f locust_batch.py --headless --host http://10.0.0.9:8000 -u 500 -r 500 --master --expect-workers 4
     locust -f locust_batch.py --worker --master-host 10.0.0.1    # elsewhere: needs only this file
 
-Rooms, each using only rooms above it:
+`python locust_batch.py --help` lists the options; each is an environment variable, too: REQUESTS_FILE is
+--requests-file. `python locust_batch.py ...` is `locust -f locust_batch.py ...`.
+
+Sections, each using only sections above it:
     1. Constants                 5. Reply (pure)                  9. Results file
-    2. Types                     6. Ledger (pure)                10. Wire
-    3. Corpus (parse: pure)      7. Metrics and text (pure)      11. Desk
-    4. Request (pure)            8. Options                      12. Stations
+    2. Types                     6. Assignments (pure)           10. Connection
+    3. Corpus (pure)             7. Metrics and text (pure)      11. Coordinator
+    4. Request (pure)            8. Options                      12. Prompt source
                                                                  13. Locust
 
-Environment (each is also an option: `python locust_batch.py --help`, which else is `locust -f` of it):
-    REQUESTS_FILE         corpus, read on the master alone; default requests.jsonl
-    OPENAI_ENDPOINT_PATH  joined to --host; default /v1/chat/completions
-    OPENAI_API_KEY        bearer token; absent or empty: no Authorization header
-    OPENAI_MODEL          default gpt-4o-mini
-    SYSTEM_PROMPT         default "You are a helpful assistant."; empty: none is sent
-    RESULTS_CSV           rows are appended, header when new, directory made; default results.csv
-    MAX_TOKENS            absent: not sent; a line's own `max_tokens` or `output_tokens` wins
-    TEMPERATURE           absent: not sent
-    EXTRA_BODY            JSON object merged into every request
-    REQUEST_TIMEOUT       seconds from the first byte sent to the last received; default 600
-
-Corpus: one JSON object a line with `messages` (sent as they are), or else `text`, or else `prompt`.
-
 CSV columns (blank: not measured):
-    index                 the prompt's zero-based line in the corpus
-    prompt_tokens, completion_tokens, total_tokens   the server's own usage
-    latency_ms            first byte handed to the socket -> last byte of the body received; of a
-                          failure: until it failed. Connecting is not in it: that is done before
+    index                 number of the prompt in the corpus, from 0; blank lines do not count
+    prompt_tokens, completion_tokens   the server's own usage;  total_tokens: their sum
+    latency_ms            the request's last byte handed to the socket -> last byte of the reply; successes only
     status                success | http_error (the call failed: refused, timed out, cut off, a
                           status outside 2xx) | decode_error (2xx, but no complete answer)
-    error, error_kind     message; http_<status>, connect_refused, connect_timeout, dns_error,
-                          timeout, reset, closed, tls_error, bad_json, not_utf8, no_choices,
-                          error_body, empty, worker_lost, aborted, other
+    error, error_kind     message; its class: http_429, timeout, connect_refused, cut, bad_json, ...
     sent_s                seconds from the start of the run to sending
     finish_reason, cached_tokens, reasoning_tokens   as the server says
-    new_connection        1: the connection was opened for this request, 0: it was kept alive
+    new_connection        1: a connection was opened for it, 0: one was kept from an earlier request
     http_status           as received
-    scheduled_s, ttft_ms, tpot_ms, response_ms, queue_ms, chunks   blank here (open loop, streaming)
-
-When the first 100 requests, over all workers, have all failed alike (same status and error_kind), no
-further prompt is handed out: what is in flight ends, then the run stops, exit code 1.
 
 Exit codes: 0 every prompt was answered, 1 some prompt failed, was lost or was never sent
 (--exit-code-on-error changes it), 2 wrong usage (nothing was sent, nothing was written).
@@ -64,8 +48,10 @@ from locust import User, constant, events  # first of all: it has gevent patch w
 # isort: split
 import base64
 import csv
+import errno
 import gc
 import io
+import itertools
 import json
 import logging
 import math
@@ -73,15 +59,17 @@ import os
 import re
 import socket
 import ssl
+import struct
 import sys
 import time
 import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import IO, Any, Optional
-from urllib.parse import quote, unquote, urlsplit
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import IO, Any, NamedTuple, Optional
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 import gevent
 import gevent.socket
@@ -98,18 +86,24 @@ __version__ = "1.0.0"
 # === 1. Constants ===
 
 DEFAULT_TIMEOUT_S = 600.0
-CONNECT_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 30.0
+STALE_S = 1.0  # a kept connection that is reset later than this after the sending had not been closed before it
 DRAIN_GRACE_S = 5.0  # beyond --stop-timeout: for killing what is left and for the last rows to travel
 IDLE_S = 10.0  # prompts are left, nobody holds one and nobody has asked for so long: the run is over
 TICK_S = 0.2
-FLUSH_S = 0.2  # what a killed worker can take with it
+FLUSH_S = 0.2  # how often a worker sends its rows: what a killed worker can take with it
 
-HOPELESS = 100  # so many requests, all failed alike and none answered: no more are sent
+IDENTICAL_FAILURES_TO_STOP = 100
+SHED_LOAD = ("http_429", "http_503")  # a server that refuses some requests to serve others
 
-MAX_ERROR_CHARS = 200
-MAX_BODY_BYTES = 64 * 2**20
-MAX_TOKEN_COUNT = 2**53  # what a server may claim and still be believed, and travel as a number
+ERROR_TEXT_CHARS = 300
+ERROR_BODY_BYTES = 64 * 1024
+ERROR_LEVELS = 8  # how deep an error message may hide in an error body
+MAX_REPLY_BYTES = 256 * 2**20
+MOST_TOKENS = 2**40  # a count beyond it is no count
+LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 RECV_BYTES = 65536
+PAIR_LIMIT_S = 20e-6
 BATCH_BYTES = 256 * 1024  # one message: a few milliseconds of a worker's loop, far from a missed heartbeat
 BATCH_PROMPTS = 500
 BATCH_ROWS = 500
@@ -117,14 +111,13 @@ PARSE_LINES = 500  # lines parsed between two turns of the event loop
 SWITCH_INTERVAL_S = 0.001  # how long finished requests may keep gevent from looking at the sockets
 
 SUCCESS, HTTP_ERROR, DECODE_ERROR = "success", "http_error", "decode_error"
-NOT_AN_ENDING = ("error", "abort")  # finish reasons with which a server says that it gave up
+ABORTED_REASONS = ("abort", "error", "cancelled")  # finish reasons that mean: not finished
 LOCAL = "local"  # the one worker of a run in one process
 MESSAGE = "locust_batch."  # prefix of our own messages between master and workers
 
 COLUMNS = (
     *("index", "prompt_tokens", "completion_tokens", "total_tokens", "latency_ms", "status", "error"),
-    *("error_kind", "scheduled_s", "sent_s", "ttft_ms", "tpot_ms", "response_ms", "queue_ms"),
-    *("finish_reason", "chunks", "cached_tokens", "reasoning_tokens", "new_connection", "http_status"),
+    *("error_kind", "sent_s", "finish_reason", "cached_tokens", "reasoning_tokens", "new_connection", "http_status"),
 )
 
 IMPORTED_BY = os.getpid()  # with --processes, Locust forks its workers after importing this file
@@ -138,74 +131,102 @@ class UsageError(Exception):
     """The user can cure it: one line, exit code 2."""
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One line of the corpus; `content` is JSON: a string (the user's text) or a list (the messages)."""
+class Prompt(NamedTuple):
+    """One line of the corpus, as it stands there; it travels to the workers in this order."""
 
-    index: int
-    content: bytes
-    max_tokens: Optional[int] = None
+    number: int
+    line: str
 
 
 @dataclass(frozen=True)
 class Settings:
+    """What options and environment ask for, checked; it travels to the workers as JSON."""
+
     requests_file: str
     results_csv: str
     system_prompt: str
-    fields: Mapping[str, Any]  # of the body, all but the messages
-    authorization: Optional[str] = field(repr=False)
-    secret: str = field(repr=False)  # never to be shown
+    defaults: Mapping[str, Any]  # fields of every request body that its line and EXTRA_BODY may replace
+    extra_body: Mapping[str, Any]
+    api_key: str = field(repr=False)
+    login: str = field(repr=False)  # user:password, of --host
     tls: bool
     host: str
     port: int
-    path: str
+    path: str = field(repr=False)  # with the query
     timeout_s: float
+
+    @property
+    def authorization(self) -> str:
+        if self.api_key or not self.login:
+            return f"Bearer {self.api_key}" if self.api_key else ""
+        return "Basic " + base64.b64encode(self.login.encode()).decode()
+
+    @cached_property
+    def secrets(self) -> list[str]:
+        """What no server's words may bring back into a row, a log or the summary; longest first."""
+        query = urlsplit(self.path).query
+        pairs = [*parse_qsl(query), *(part.partition("=")[::2] for part in query.split("&"))]  # decoded, and as sent
+        named = [value for pair in [*self.extra_body.items(), *pairs] for value in secret_values(*pair)]
+        words = {self.api_key, self.login, self.login.partition(":")[2], self.authorization.partition(" ")[2], *named}
+        return sorted((word for word in words if len(word) >= LEAST_SECRET_CHARS), key=len, reverse=True)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came back over the wire, not yet understood."""
+class Reply:
+    """What came back over the connection, not yet understood."""
 
     http_status: int
     body: bytes
     encoding: str = ""
     retry_after: str = ""
+    location: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an answer, or the lack of one, amounts to."""
+    """What a reply, or the lack of one, amounts to; fields are CSV columns."""
 
     status: str
-    error_kind: Optional[str] = None
-    error: Optional[str] = None
+    error_kind: str = ""
+    error: str = ""
     prompt_tokens: Optional[int] = None
     completion_tokens: Optional[int] = None
-    total_tokens: Optional[int] = None
-    finish_reason: Optional[str] = None
+    finish_reason: str = ""
     cached_tokens: Optional[int] = None
     reasoning_tokens: Optional[int] = None
     http_status: Optional[int] = None
+
+    @property
+    def total_tokens(self) -> Optional[int]:
+        if self.prompt_tokens is None and self.completion_tokens is None:
+            return None
+        return (self.prompt_tokens or 0) + (self.completion_tokens or 0)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row. Field names are column names; the values travel between processes in this order."""
+    """A prompt that has ended: its outcome, and when, in seconds from the start of the run."""
 
     index: int
-    status: str
-    error_kind: Optional[str] = None
-    error: Optional[str] = None
-    prompt_tokens: Optional[int] = None
-    completion_tokens: Optional[int] = None
-    total_tokens: Optional[int] = None
-    finish_reason: Optional[str] = None
-    cached_tokens: Optional[int] = None
-    reasoning_tokens: Optional[int] = None
-    http_status: Optional[int] = None
-    latency_ms: Optional[float] = None
+    outcome: Outcome
     sent_s: Optional[float] = None
-    new_connection: Optional[int] = None
+    done_s: Optional[float] = None
+    new_connection: Optional[bool] = None
+    sent_again: bool = False
+
+    @property
+    def latency_ms(self) -> Optional[float]:
+        if self.outcome.status != SUCCESS or self.sent_s is None or self.done_s is None:
+            return None
+        return (self.done_s - self.sent_s) * 1000
+
+    def values(self) -> list[Any]:
+        """As a message carries it; `Record.of` reads it back."""
+        return [self.index, list(vars(self.outcome).values()), *list(vars(self).values())[2:]]
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> "Record":
+        return cls(values[0], Outcome(*values[1]), *values[2:])
 
 
 @dataclass(frozen=True)
@@ -222,7 +243,7 @@ class Plan:
 
     @property
     def share(self) -> int:
-        """Prompts that a worker's users will surely ask for: dealt before they ask."""
+        """Prompts that a worker's users will surely ask for: sent before they ask."""
         return min(self.users, self.prompts) // self.workers
 
     def sentence(self) -> str:
@@ -233,251 +254,346 @@ class Plan:
         return f"{self.prompts} prompts, {self.users} users: each takes the next prompt until none is left"
 
 
-# === 3. Corpus (parse: pure) ===
+# --- secrets ---
+
+SECRET_NAME = re.compile(r"key|token\b|secret|passw|auth|cookie|credential|bearer|\bsig", re.IGNORECASE)
+SECRET_IN_URL = re.compile(rf"(//)[^/?#]*(?=@)|([?&][^=&]*(?:{SECRET_NAME.pattern})[^=&]*=)[^&]*", re.IGNORECASE)
 
 
-def parse_line(index: int, line: bytes) -> Prompt:
-    """The prompt on one line; ValueError says what is wrong with it.
+def secret_values(name: str, value: Any) -> Iterator[str]:
+    """Every text in a JSON value that stands under a name which looks secret.
 
-    >>> parse_line(0, b'{"text": "Hi", "output_tokens": 5}')
-    Prompt(index=0, content=b'"Hi"', max_tokens=5)
+    >>> list(secret_values("a", {"api_key": ["x"], "max_tokens": 5}))
+    ['x']
+    """
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else (("", item) for item in value):
+            yield from secret_values(f"{name} {key}", item)
+    elif isinstance(value, str) and SECRET_NAME.search(name):
+        yield value
+
+
+def masked(url: str) -> str:
+    """A URL or path without the login and the secret-looking values in it.
+
+    >>> masked("https://me:pw@host/v1?api-version=2&api-key=x")
+    'https://***@host/v1?api-version=2&api-key=***'
+    """
+    return SECRET_IN_URL.sub(r"\1\2***", url)
+
+
+# === 3. Corpus (pure) ===
+
+
+def parse_line(line: str, system_prompt: str = "") -> tuple[list[dict[str, Any]], Optional[int]]:
+    """(the chat messages, the output limit) of one corpus line; ValueError says what is wrong with it.
+
+    >>> parse_line('{"text": "Hi", "output_tokens": 5}')
+    ([{'role': 'user', 'content': 'Hi'}], 5)
     """
     try:
-        item = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({error})") from None
-    if not isinstance(item, dict):
-        raise ValueError("is not a JSON object")
-    key = next((key for key in ("messages", "text", "prompt") if item.get(key) is not None), None)
-    if key is None:
-        raise ValueError("has no `text`, `prompt` or `messages`")
-    content = item[key]
-    if key == "messages":
-        if not (isinstance(content, list) and content and all(isinstance(turn, dict) for turn in content)):
-            raise ValueError("has `messages` that are not a list of objects")
-    elif not isinstance(content, str):
-        raise ValueError(f"has a `{key}` that is not a string")
-    return Prompt(index, json_bytes(content), line_max_tokens(item))
-
-
-def line_max_tokens(item: Mapping[str, Any]) -> Optional[int]:
-    for key in ("max_tokens", "output_tokens"):
-        value = item.get(key)
-        if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_TOKEN_COUNT:
-                raise ValueError(f"has a `{key}` that is not a positive whole number")
-            return value
-    return None
-
-
-def json_bytes(value: Any) -> bytes:
-    """JSON in UTF-8, short; half a surrogate pair has no UTF-8, so it travels as an escape."""
-    try:
-        return json.dumps(value, ensure_ascii=False).encode("utf-8")
+        row = json.loads(line, parse_constant=not_a_number, parse_float=finite)
+        if "\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return json.dumps(value).encode("ascii")
+        raise ValueError("half of a surrogate pair: no text that could be sent") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object but {type(row).__name__}")
+    return messages_of(row, system_prompt), limit_of(row)
 
 
-def parse_corpus(lines: Iterable[bytes], name: str) -> Iterator[Prompt]:
-    """Prompts by line; blank lines are skipped, yet counted, so that an index is always a line."""
-    for index, line in enumerate(lines):
-        stripped = line.strip().removeprefix(b"\xef\xbb\xbf")
-        if stripped:
-            try:
-                yield parse_line(index, stripped)
-            except ValueError as error:
-                raise UsageError(f"{name}: line {index + 1} {error}") from None
+def not_a_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def finite(text: str) -> float:
+    if math.isinf(float(text)):
+        raise ValueError(f"{text:.40} is too large a number")
+    return float(text)
+
+
+def messages_of(row: Mapping[str, Any], system_prompt: str) -> list[dict[str, Any]]:
+    """A key whose value is null is absent; `messages` comes before `turns`, `text` and `prompt`."""
+    key = next((key for key in ("messages", "turns", "text", "prompt") if row.get(key) is not None), None)
+    if key is None:
+        raise ValueError("no prompt: neither 'messages', 'text' nor 'prompt'")
+    if key == "turns":
+        raise ValueError("'turns' cannot be sent yet: give each prompt a line of its own")
+    messages = row[key]
+    if key != "messages":
+        if not isinstance(messages, str) or not messages:
+            raise ValueError("the prompt is not a text, or an empty one")
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
+        raise ValueError("'messages' is not a list of messages")
+    if not system_prompt or messages[0].get("role") in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def limit_of(row: Mapping[str, Any]) -> Optional[int]:
+    names = ("max_tokens", "max_completion_tokens", "output_tokens")
+    limit = next((row[name] for name in names if row.get(name) is not None), None)
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"the output limit is not a whole number of 1 or more: {limit!r:.40}")
+    return limit
+
+
+def parse_corpus(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """The checked line of each prompt; blank lines are skipped. UsageError names the line at fault."""
+    for number, raw in enumerate(lines, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            if line.strip():
+                parse_line(line)
+                yield line
+        except UnicodeDecodeError:
+            raise UsageError(f"{name}, line {number}: not UTF-8; save the corpus as UTF-8") from None
+        except ValueError as error:
+            raise UsageError(f"{name}, line {number}: {error}") from None
 
 
 # === 4. Request (pure) ===
 
 
-class Template:
-    """All of a request that does not depend on the prompt, made once; `payload` adds the prompt."""
+def request_head(settings: Settings) -> bytes:
+    """Request line and headers, up to the value of Content-Length."""
+    name = f"[{settings.host}]" if ":" in settings.host else settings.host
+    is_default_port = settings.port == (443 if settings.tls else 80)
+    lines = [
+        f"POST {settings.path} HTTP/1.1",
+        f"Host: {name}" if is_default_port else f"Host: {name}:{settings.port}",
+        f"User-Agent: locust_batch/{__version__}",
+        "Accept: application/json",
+        "Content-Type: application/json",
+        *([f"Authorization: {settings.authorization}"] if settings.authorization else []),
+        "Content-Length: ",
+    ]
+    return "\r\n".join(lines).encode("latin-1")
 
-    def __init__(self, settings: Settings) -> None:
-        name = f"[{settings.host}]" if ":" in settings.host else settings.host
-        is_default_port = settings.port == (443 if settings.tls else 80)
-        lines = [
-            f"POST {settings.path} HTTP/1.1",
-            f"Host: {name}" if is_default_port else f"Host: {name}:{settings.port}",
-            f"User-Agent: locust_batch/{__version__}",
-            "Accept: application/json",
-            "Content-Type: application/json",
-        ]
-        if settings.authorization:
-            lines.append(f"Authorization: {settings.authorization}")
-        self.head = "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
-        self.fields = dict(settings.fields)
-        self.opening = self.body_opening(None)
-        system = {"role": "system", "content": settings.system_prompt}
-        self.before_text = (json_bytes([system])[:-1] + b", " if settings.system_prompt else b"[") + (
-            b'{"role": "user", "content": '
-        )
 
-    def body_opening(self, max_tokens: Optional[int]) -> bytes:
-        own = {} if max_tokens is None else {"max_tokens": max_tokens}
-        return json_bytes({**self.fields, **own})[:-1] + b', "messages": '
-
-    def payload(self, prompt: Prompt) -> bytes:
-        """The whole request, head and body, ready for one send."""
-        opening = self.opening if prompt.max_tokens is None else self.body_opening(prompt.max_tokens)
-        if prompt.content.startswith(b"["):
-            body = opening + prompt.content + b"}"
-        else:
-            body = opening + self.before_text + prompt.content + b"}]}"
-        return self.head + b"%d\r\n\r\n" % len(body) + body
+def request_body(settings: Settings, line: str) -> bytes:
+    """What the line asks for goes before EXTRA_BODY, and that before our own defaults."""
+    messages, limit = parse_line(line, settings.system_prompt)
+    own = {} if limit is None else {"max_tokens": limit}
+    body = {**settings.defaults, **settings.extra_body, **own, "messages": messages}
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 # === 5. Reply (pure) ===
 
-ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-UNPRINTABLE = re.compile("[\x00-\x20\x7f-\xa0\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
+CONTROL = re.compile(
+    "\x1b\\[[0-9;?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+"
+)
+TAGS = re.compile(r"<(script|style).*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 
-def plain(text: str, secret: str = "") -> str:
-    """Text of a server made fit for a terminal, a log and a cell: one line, no escapes, no secret.
+def plain(text: str, limit: int = ERROR_TEXT_CHARS, secrets: Iterable[str] = ()) -> str:
+    """Text of a server as one line that is safe to print: no terminal escapes, no control characters, no secrets.
 
-    >>> plain("a\\x1b[31mred\\n key sk-1", "sk-1")
-    'ared key ***'
+    >>> plain("a\\x1b[31mred\\n key sk-1", secrets=["sk-1"])
+    'a red key ***'
     """
-    line = UNPRINTABLE.sub(" ", ESCAPES.sub("", text[: 50 * MAX_ERROR_CHARS])).strip()
-    return (line.replace(secret, "***") if secret else line)[:MAX_ERROR_CHARS]
+    line = " ".join(CONTROL.sub(" ", text[:ERROR_BODY_BYTES]).split())
+    for secret in secrets:
+        line = line.replace(secret, "***")
+    return line[:limit].rstrip()
 
 
-def read_answer(answer: Answer, secret: str = "") -> Outcome:
-    """Never raises: whatever a server sends amounts to an outcome."""
-    status = answer.http_status
+def read_reply(reply: Reply, secrets: Iterable[str] = ()) -> Outcome:
+    """What a reply amounts to. Never raises, whatever a server sends."""
+    status = reply.http_status
     try:
-        body = decompressed(answer.body, answer.encoding)
-        text = body.decode("utf-8")
-        reply = json.loads(text) if text.strip() else None
-        problem = None
+        body = decompressed(reply.body, reply.encoding)
     except zlib.error as error:
-        text, reply, problem = "", None, ("other", f"broken {answer.encoding} body: {error}")
-    except UnicodeDecodeError as error:
-        text, reply = body.decode("utf-8", "replace"), None
-        problem = ("not_utf8", f"the body is not UTF-8: {error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        reply, problem = None, ("bad_json", f"the body is not JSON: {error}")
+        return Outcome(HTTP_ERROR, "bad_http", f"broken compression: {error}", http_status=status)
+    except OverflowError as error:
+        return Outcome(HTTP_ERROR, "too_large", str(error), http_status=status)
     if not 200 <= status <= 299:
-        after = f" (Retry-After: {answer.retry_after})" if answer.retry_after else ""
-        said = plain(f"HTTP {status}{after}: {error_message(reply) or text}", secret)
+        said = plain(http_error_text(reply, body), secrets=secrets)
         return Outcome(HTTP_ERROR, f"http_{status}", said, http_status=status)
-    if problem is None:
-        problem = reply_problem(reply) if text.strip() else ("empty", "the body is empty")
+    answer, problem = decoded(body)
+    problem = problem or answer_problem(answer)
+    finish = plain(finish_of(answer), 40, secrets)
     if problem:
-        return Outcome(DECODE_ERROR, problem[0], plain(problem[1], secret), http_status=status)
-    return answered(reply, status, secret)
+        kind, message = problem
+        return Outcome(DECODE_ERROR, kind, plain(message, secrets=secrets), finish_reason=finish, http_status=status)
+    return Outcome(SUCCESS, finish_reason=finish, http_status=status, **usage_of(answer.get("usage")))
 
 
 def decompressed(body: bytes, encoding: str) -> bytes:
-    """The body of a server that compressed it though nobody asked; at most MAX_BODY_BYTES."""
+    """The body of a server that compressed it though nobody asked; OverflowError when it is too large."""
     if encoding not in ("gzip", "x-gzip", "deflate"):
         return body
-    unpacking = zlib.decompressobj(47 if "gzip" in encoding else 15)
-    unpacked = unpacking.decompress(body, MAX_BODY_BYTES)
+    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    unpacked = unpacking.decompress(body, MAX_REPLY_BYTES)
     if unpacking.unconsumed_tail:
-        raise zlib.error(f"it is larger than {MAX_BODY_BYTES // 2**20} MiB")
+        raise OverflowError(f"the reply is larger than {MAX_REPLY_BYTES >> 20} MB")
     return unpacked
 
 
-def error_message(reply: Any) -> str:
-    """The message inside an error object, in any of the forms that servers use."""
-    error = reply.get("error", reply) if isinstance(reply, dict) else None
-    message = error.get("message", error.get("detail")) if isinstance(error, dict) else error
-    return message if isinstance(message, str) else json.dumps(message) if message else ""
+def http_error_text(reply: Reply, body: bytes) -> str:
+    text = body[:ERROR_BODY_BYTES].decode("utf-8", "replace")
+    try:
+        message = error_text(json.loads(text))
+    except (ValueError, RecursionError):
+        message = None
+    message = plain(message or TAGS.sub(" ", text)) or "no message"
+    if reply.location and 300 <= reply.http_status <= 399:
+        message = f"redirects are not followed; Location: {plain(masked(reply.location))}"
+    later = f" (Retry-After: {plain(reply.retry_after, 40)})" if reply.retry_after else ""
+    return f"HTTP {reply.http_status}{later}: {message}"
 
 
-def reply_problem(reply: Any) -> Optional[tuple[str, str]]:
-    """Why a JSON reply is not a complete answer, as (kind, message); None when it is one."""
-    if not isinstance(reply, dict):
-        return "no_choices", f"the body is JSON, but a {type(reply).__name__}"
-    if reply.get("error") or reply.get("object") == "error":
-        return "error_body", error_message(reply) or "an error object"
-    choices = reply.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return "no_choices", "the reply has no choices"
-    if choices[0].get("finish_reason") in NOT_AN_ENDING:
-        return "error_body", f"the server gave up: finish_reason {choices[0]['finish_reason']}"
-    message = choices[0].get("message")
-    if not isinstance(message, dict):
+def error_text(body: Any, levels: int = ERROR_LEVELS) -> Optional[str]:
+    """The message of an error body in any of the forms servers send; None when it is no error.
+
+    >>> error_text({"error": {"message": "no such model"}}), error_text({"detail": [{"msg": "bad"}]})
+    ('no such model', 'bad')
+    """
+    if isinstance(body, list) and levels:
+        return next((text for item in body for text in [error_text(item, levels - 1)] if text), None)
+    if not isinstance(body, dict) or not levels:
+        return None
+    keys = ("error",) if body.get("choices") else ("error", "message", "detail", "msg")
+    said = next((body[key] for key in keys if body.get(key)), None)
+    if said is None or isinstance(said, str):
+        return said
+    return error_text(said, levels - 1) or glimpse(said)
+
+
+def glimpse(value: Any) -> str:
+    """The start of a value as JSON, however large or deep it is."""
+    return "".join(itertools.islice(json.JSONEncoder().iterencode(value), ERROR_TEXT_CHARS))[:ERROR_TEXT_CHARS]
+
+
+Problem = tuple[str, str]  # (error_kind, message)
+
+
+def decoded(body: bytes) -> tuple[Any, Optional[Problem]]:
+    """(the JSON value of a body, why there is none)."""
+    if not body.strip():
+        return None, ("empty_body", "an empty body")
+    try:
+        return json.loads(body.decode("utf-8")), None
+    except UnicodeDecodeError:
+        return None, ("not_utf8", "the body is not UTF-8")
+    except (ValueError, RecursionError) as error:
+        return None, ("bad_json", f"the body is not JSON ({error}): {body[:80].decode('utf-8', 'replace')}")
+
+
+def answer_problem(answer: Any) -> Optional[Problem]:
+    """Why a JSON value is not a complete answer; None when it is one."""
+    message = error_text(answer)
+    if message:
+        return "error_body", message
+    choice = choice_of(answer)
+    if choice is None:
+        return "no_choices", f"no choices in {glimpse(answer)[:120]}"
+    said = choice.get("message")
+    if not isinstance(said, dict):
         return "no_choices", "a choice without a message"
-    said = any(message.get(key) for key in ("content", "reasoning_content", "reasoning", "refusal", "tool_calls"))
-    if not said and not count(reply, "usage", "completion_tokens"):
-        return "empty", "the answer is empty"
+    if finish_of(answer) in ABORTED_REASONS:
+        return "aborted_by_server", f"finish_reason {finish_of(answer)}"
+    texts = ("content", "refusal", "tool_calls", "function_call", "reasoning_content", "reasoning")
+    if not any(said.get(key) for key in texts) and not usage_of(answer.get("usage")).get("completion_tokens"):
+        return "empty", "a reply without a token"
     return None
 
 
-def answered(reply: Any, status: int, secret: str) -> Outcome:
-    tokens_in, tokens_out = count(reply, "usage", "prompt_tokens"), count(reply, "usage", "completion_tokens")
-    total = count(reply, "usage", "total_tokens")
-    if total is None and tokens_in is not None and tokens_out is not None:
-        total = tokens_in + tokens_out
-    reason = reply["choices"][0].get("finish_reason")
-    return Outcome(
-        SUCCESS,
-        prompt_tokens=tokens_in,
-        completion_tokens=tokens_out,
-        total_tokens=total,
-        finish_reason=plain(reason, secret) if isinstance(reason, str) else None,
-        cached_tokens=count(reply, "usage", "prompt_tokens_details", "cached_tokens"),
-        reasoning_tokens=count(reply, "usage", "completion_tokens_details", "reasoning_tokens"),
-        http_status=status,
-    )
+def choice_of(answer: Any) -> Optional[dict[str, Any]]:
+    choices = answer.get("choices") if isinstance(answer, dict) and not error_text(answer) else None
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
 
 
-def count(reply: Any, *path: str) -> Optional[int]:
-    """A count of the server's, or None for anything that is not one."""
-    for key in path:
-        reply = reply.get(key) if isinstance(reply, dict) else None
-    if isinstance(reply, bool) or not isinstance(reply, int) or not 0 <= reply < MAX_TOKEN_COUNT:
-        return None
-    return reply
+def finish_of(answer: Any) -> str:
+    finish = (choice_of(answer) or {}).get("finish_reason")
+    return finish if isinstance(finish, str) else ""
 
 
-def failed_call(error: BaseException, connecting: bool, secret: str = "") -> Outcome:
-    """A call that got no answer, under its own name."""
-    kind = failure_kind(error, connecting)
-    said = {
-        "connect_timeout": "no connection in time",
-        "timeout": "no answer in time",
-        "aborted": "stopped before the answer came",
-    }.get(kind, "")
-    return Outcome(HTTP_ERROR, kind, plain(said or f"{type(error).__name__}: {error}", secret))
+def usage_of(usage: Any) -> dict[str, Any]:
+    """Token counts of a usage object, as Outcome's fields; none from one that counts nothing or is malformed."""
+    usage = usage if isinstance(usage, dict) else {}
+    prompt, completion = whole_number(usage, "prompt_tokens"), whole_number(usage, "completion_tokens")
+    if not prompt and not completion:
+        return {}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "cached_tokens": whole_number(usage.get("prompt_tokens_details"), "cached_tokens"),
+        "reasoning_tokens": whole_number(usage.get("completion_tokens_details"), "reasoning_tokens"),
+    }
 
 
-def failure_kind(error: BaseException, connecting: bool) -> str:
+def whole_number(counts: Any, name: str) -> Optional[int]:
+    value = counts.get(name) if isinstance(counts, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None
+
+
+class ConnectionFailed(Exception):
+    """A call that failed, where the cause has a name of its own: (error_kind, message)."""
+
+
+class UnreadRequest(Exception):
+    """A request on a kept connection that the server cannot have read: it may be sent again."""
+
+
+CLIENT_LIMITS = {
+    errno.EADDRNOTAVAIL: "no free local port: this machine's ephemeral ports are used up; use fewer users here",
+    errno.EMFILE: "no free file descriptor: raise `ulimit -n`",
+    errno.ENFILE: "no free file descriptor: raise `ulimit -n`",
+    errno.ENOBUFS: "no buffer space left in this machine's kernel; use fewer users",
+}
+UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
+ERROR_KINDS = (
+    (socket.gaierror, "dns_error"),
+    (ssl.SSLError, "tls_error"),
+    (ConnectionRefusedError, "connect_refused"),
+    (ConnectionError, "reset"),
+    (HTTPParseError, "bad_http"),
+)
+
+
+def failed_call(error: BaseException, http_status: Optional[int], secrets: Iterable[str]) -> Outcome:
+    """The outcome of a call that raised, perhaps after the head of a reply had come."""
+    kind, message = failure_of(error)
+    return Outcome(HTTP_ERROR, kind, plain(message, secrets=secrets), http_status=http_status)
+
+
+def failure_of(error: BaseException) -> Problem:
+    if isinstance(error, ConnectionFailed):
+        return error.args[0], error.args[1]
     if isinstance(error, gevent.GreenletExit):
-        return "aborted"
-    if isinstance(error, (gevent.Timeout, TimeoutError, socket.timeout)):
-        return "connect_timeout" if connecting else "timeout"
-    if isinstance(error, EOFError):
-        return "closed"
-    for family, kind in (
-        (socket.gaierror, "dns_error"),
-        (ssl.SSLError, "tls_error"),
-        (ConnectionRefusedError, "connect_refused"),
-        (ConnectionError, "reset"),
-    ):
+        return "aborted", "stopped before the reply had ended"
+    code = getattr(error, "errno", None)
+    reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
+    if code in CLIENT_LIMITS:
+        return "client_limit", CLIENT_LIMITS[code]
+    if code in UNREACHABLE:
+        return "unreachable", reason
+    for family, kind in ERROR_KINDS:
         if isinstance(error, family):
-            return kind
-    return "other"
+            return kind, f"not an HTTP/1 reply: {reason}" if kind == "bad_http" else reason
+    return "other", f"{type(error).__name__}: {reason}"
 
 
-# === 6. Ledger (pure) ===
+# === 6. Assignments (pure) ===
 
 
-class Ledger:
+class Assignments:
     """Where every prompt is: unsent, held by one worker, or closed. It never goes to a second worker
     once a first may have sent it.
 
-    >>> ledger = Ledger(range(4), Plan(prompts=4, users=4, workers=2))
-    >>> ledger.grant("a", urgent=0, spare=9), ledger.grant("b", urgent=3, spare=9), ledger.close("a", 0)
+    >>> prompts = Assignments(range(4), Plan(prompts=4, users=4, workers=2))
+    >>> prompts.grant("a", urgent=0, spare=9), prompts.grant("b", urgent=3, spare=9), prompts.close("a", 0)
     ([0, 1], [2, 3], True)
-    >>> ledger.close("a", 0), ledger.close("b", 1), ledger.release("a"), list(ledger.unsent)
+    >>> prompts.close("a", 0), prompts.close("b", 1), prompts.release("a"), list(prompts.unsent)
     (False, False, 1, [1])
     """
 
@@ -549,42 +665,45 @@ def percentile(values: Sequence[float], q: float) -> Optional[float]:
 class Tally:
     """The exact figures of a run, fed one record at a time."""
 
-    rows: int = 0
     successes: int = 0
     without_usage: int = 0
+    sent_again: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    tokens_total: int = 0
     first_sent_s: float = math.inf
     last_done_s: float = -math.inf
     latencies_ms: "array[float]" = field(default_factory=lambda: array("d"))
-    errors: "Counter[str]" = field(default_factory=Counter)
-    first_errors: dict[str, str] = field(default_factory=dict)
-    fates: set[str] = field(default_factory=set)
+    failures: "Counter[tuple[str, str]]" = field(default_factory=Counter)  # by status and error_kind
+    first_errors: dict[str, str] = field(default_factory=dict)  # by error_kind
 
     def add(self, record: Record) -> None:
-        self.rows += 1
-        if record.sent_s is not None and record.latency_ms is not None:
+        outcome = record.outcome
+        self.sent_again += record.sent_again
+        if record.sent_s is not None and record.done_s is not None:
             self.first_sent_s = min(self.first_sent_s, record.sent_s)
-            self.last_done_s = max(self.last_done_s, record.sent_s + record.latency_ms / 1000)
-        if record.status != SUCCESS:
-            kind = record.error_kind or "other"
-            self.errors[kind] += 1
-            self.first_errors.setdefault(kind, record.error or "")
-            self.fates.add(f"{record.status}/{kind}")
+            self.last_done_s = max(self.last_done_s, record.done_s)
+        if outcome.status != SUCCESS:
+            self.failures[outcome.status, outcome.error_kind] += 1
+            self.first_errors.setdefault(outcome.error_kind, outcome.error)
             return
         self.successes += 1
-        self.without_usage += record.total_tokens is None
-        self.tokens_in += record.prompt_tokens or 0
-        self.tokens_out += record.completion_tokens or 0
-        self.tokens_total += record.total_tokens or 0
+        self.without_usage += outcome.prompt_tokens is None or outcome.completion_tokens is None
+        self.tokens_in += outcome.prompt_tokens or 0
+        self.tokens_out += outcome.completion_tokens or 0
         if record.latency_ms is not None:
             self.latencies_ms.append(record.latency_ms)
 
     @property
-    def hopeless(self) -> bool:
-        """So many requests, and all have failed alike."""
-        return self.rows >= HOPELESS and not self.successes and len(self.fates) == 1
+    def rows(self) -> int:
+        return self.successes + sum(self.failures.values())
+
+    @property
+    def identical_failures(self) -> int:
+        """How many requests failed, if none succeeded and all failed alike, and not for too much load; else 0."""
+        if self.successes or len(self.failures) != 1:
+            return 0
+        (((_, kind), times),) = self.failures.items()
+        return 0 if kind in SHED_LOAD else times
 
     @property
     def elapsed_s(self) -> Optional[float]:
@@ -606,45 +725,59 @@ def summary_text(tally: Tally, unsent: int, results: str) -> str:
 
     line("Total time (s)", "-" if elapsed is None else f"{elapsed:.3f}", "first request sent to last reply")
     line("Requests/s", rate(tally.successes))
-    for name, tokens in (("In", tally.tokens_in), ("Out", tally.tokens_out), ("Total", tally.tokens_total)):
+    totals = {"In": tally.tokens_in, "Out": tally.tokens_out, "Total": tally.tokens_in + tally.tokens_out}
+    for name, tokens in totals.items():
         line(f"{name} tokens/s", rate(tokens), f"{tokens} tokens")
     latencies = sorted(tally.latencies_ms)
     for q in (50, 90, 99):
         value = percentile(latencies, q)
         line(f"Latency p{q} (ms)", "-" if value is None else f"{value:.3f}", f"exact, n={len(latencies)}")
-    for kind, times in tally.errors.most_common():
+    for (_, kind), times in tally.failures.most_common():
         line(f"! {kind}", str(times), f"first: {tally.first_errors[kind]}")
     if unsent:
         line("! never sent", str(unsent), "the run ended before their turn")
     if tally.without_usage:
         line("! replies without usage", str(tally.without_usage), "their tokens are in no total")
+    if tally.sent_again:
+        line("! sent again", str(tally.sent_again), "the server had closed the kept connection, unannounced")
     line("Rows", str(tally.rows), f"in {results}")
     return "\n".join(lines)
 
 
+def cell(value: Any, digits: int = 3) -> str:
+    """A value as the CSV shows it; text that a spreadsheet would run is made text again.
+
+    >>> cell(None), cell(True), cell(1.5), cell("=1+1")
+    ('', '1', '1.500', "'=1+1")
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return f"'{value}" if value[:1] in ("=", "+", "-", "@") else value
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(int(value))
+
+
 def csv_row(record: Record) -> list[str]:
-    """Cells in the order of COLUMNS; text that a spreadsheet would run is made text again."""
-    cells = {name: value for name, value in vars(record).items() if value is not None}
-    row = []
-    for column in COLUMNS:
-        cell = str(cells.get(column, ""))
-        hostile = isinstance(cells.get(column), str) and cell[:1] in tuple("=+-@|%\t")
-        row.append("'" + cell if hostile else cell)
-    return row
+    """Cells in the order of COLUMNS."""
+
+    def value(column: str) -> Any:
+        return getattr(record if hasattr(record, column) else record.outcome, column)
+
+    return [cell(value(column), 6 if column == "sent_s" else 3) for column in COLUMNS]
 
 
 # === 8. Options ===
 
 OPTIONS = (
-    ("requests_file", "requests.jsonl", "corpus, one JSON object a line: text, prompt or messages"),
+    ("requests_file", "requests.jsonl", "corpus, one JSON object a line: messages, text or prompt; max_tokens"),
     ("openai_endpoint_path", "/v1/chat/completions", "path, joined to --host"),
     ("openai_api_key", "", "bearer token; better in the environment: a process list shows options"),
     ("openai_model", "gpt-4o-mini", "model name"),
-    ("system_prompt", "You are a helpful assistant.", "system message before each text; empty: none"),
+    ("system_prompt", "You are a helpful assistant.", "system message before each prompt without one; empty: none"),
     ("results_csv", "results.csv", "rows are appended here"),
-    ("max_tokens", "", "limit of each answer; empty: not sent"),
-    ("temperature", "", "empty: not sent"),
-    ("extra_body", "", "JSON object merged into every request"),
+    ("max_tokens", "", "limit of each answer; a line's own limit wins; empty: not sent"),
+    ("temperature", "", "sampling temperature; empty: not sent"),
+    ("extra_body", "", "JSON object merged into every request; what a line asks for wins"),
     ("request_timeout", f"{DEFAULT_TIMEOUT_S:g}", "seconds that one request may take"),
 )
 
@@ -663,33 +796,36 @@ def add_options(parser: Any, **_: Any) -> None:
 
 
 def settings_from(options: Any, host: Optional[str]) -> Settings:
-    """Checks everything that can be wrong before anything is read or sent."""
-    given = {name: str(getattr(options, name, None) or "") or default for name, default, _ in OPTIONS}
-    given["system_prompt"] = str(options.system_prompt)  # the one whose emptiness means something
-    target = urlsplit(target_url(host))
-    secret = given["openai_api_key"].strip()
-    if not secret.isprintable() or not secret.isascii():
+    """Checks everything that can be wrong before anything is read or sent; raises UsageError."""
+    given = {name: utf8(getattr(options, name, None)) or default for name, default, _ in OPTIONS}
+    given["system_prompt"] = utf8(options.system_prompt)  # the one whose emptiness means something
+    target = target_of(host)
+    api_key = given["openai_api_key"].strip()
+    if not api_key.isprintable() or not api_key.isascii():
         raise UsageError("--openai-api-key holds a character that no header can carry")
-    userinfo = unquote(target.netloc.rpartition("@")[0])
-    basic = "Basic " + base64.b64encode(userinfo.encode()).decode() if userinfo else None
-    endpoint = given["openai_endpoint_path"].strip().lstrip("/")
     tls = target.scheme == "https"
     return Settings(
         requests_file=given["requests_file"],
         results_csv=given["results_csv"],
         system_prompt=given["system_prompt"],
-        fields=body_fields(given),
-        authorization=f"Bearer {secret}" if secret else basic,
-        secret=secret,
+        defaults=default_fields(given),
+        extra_body=parsed_extra_body(given["extra_body"].strip() or "{}"),
+        api_key=api_key,
+        login=unquote(target.netloc.rpartition("@")[0]),
         tls=tls,
         host=target.hostname or "",
         port=target.port or (443 if tls else 80),
-        path=quote(target.path.rstrip("/") + "/" + endpoint, safe="/?&=%:@,;+$!*'()~"),
-        timeout_s=number(given, "request_timeout", float, 0.001) or DEFAULT_TIMEOUT_S,
+        path=joined_path(target.path, given["openai_endpoint_path"].strip(), target.query),
+        timeout_s=number_of(given, "request_timeout", float, 0.001) or DEFAULT_TIMEOUT_S,
     )
 
 
-def target_url(host: Optional[str]) -> str:
+def utf8(value: Any) -> str:
+    """What was given, as UTF-8 also where the locale is not; empty for nothing."""
+    return str(value or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def target_of(host: Optional[str]) -> SplitResult:
     if not host:
         raise UsageError("no server: give it with --host, e.g. --host http://127.0.0.1:8000")
     try:
@@ -697,63 +833,75 @@ def target_url(host: Optional[str]) -> str:
         name = target.hostname or ""
         if target.scheme in ("http", "https") and target.port != 0 and re.fullmatch(r"[^\s\x00-\x1f/]+", name):
             name.encode("idna")
-            return host
+            return target
     except ValueError:
         pass
     raise UsageError("--host is not a URL like http://127.0.0.1:8000 or https://api.example.com")
 
 
-def body_fields(given: Mapping[str, str]) -> dict[str, Any]:
-    fields_: dict[str, Any] = {"model": given["openai_model"]}
-    limit, temperature = number(given, "max_tokens", int, 1), number(given, "temperature", float, 0)
-    if limit is not None:
-        fields_["max_tokens"] = limit
-    if temperature is not None:
-        fields_["temperature"] = temperature
+def joined_path(base: str, endpoint: str, query: str) -> str:
+    """The path of --host, then the endpoint's, then the queries of both.
+
+    >>> joined_path("/openai/", "/v1/chat/completions", "api-version=2")
+    '/openai/v1/chat/completions?api-version=2'
+    """
+    path, _, own_query = endpoint.lstrip("/").partition("?")
+    queries = "&".join(part for part in (query, own_query) if part)
+    return quote(f"{base.rstrip('/')}/{path}" + (f"?{queries}" if queries else ""), safe="/?&=%:@,;+$!*'()~")
+
+
+def default_fields(given: Mapping[str, str]) -> dict[str, Any]:
+    limit, temperature = number_of(given, "max_tokens", int, 1), number_of(given, "temperature", float, 0)
+    fields = {"model": given["openai_model"], "max_tokens": limit, "temperature": temperature}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def parsed_extra_body(text: str) -> dict[str, Any]:
     try:
-        extra = json.loads(given["extra_body"].strip() or "{}")
+        extra = json.loads(text)
+        json.dumps(extra, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--extra-body is not JSON: {error}") from None
+        raise UsageError(f"--extra-body is not JSON that can be sent: {error}") from None
     if not isinstance(extra, dict):
         raise UsageError("--extra-body is not a JSON object")
     if "messages" in extra or extra.get("stream"):
         raise UsageError("--extra-body may not hold `messages` (they come from the corpus) or `stream`")
-    return {**fields_, **extra}
+    return extra
 
 
-def number(given: Mapping[str, str], name: str, kind: type, least: float) -> Any:
+def number_of(given: Mapping[str, str], name: str, kind: type, least: float) -> Any:
     """None when not given."""
     text = given[name].strip()
     try:
         value = kind(text) if text else None
         if value is None or (math.isfinite(value) and value >= least):
             return value
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     option = "--" + name.replace("_", "-")
     raise UsageError(f"{option} is not a {'whole ' if kind is int else ''}number of at least {least:g}")
 
 
-def load_corpus(path: str) -> dict[int, Prompt]:
-    """Every prompt by its index; turns the event loop now and then, so that no heartbeat is missed."""
-    corpus: dict[int, Prompt] = {}
+def load_corpus(path: str) -> list[str]:
+    """The line of every prompt; turns the event loop now and then, so that no heartbeat is missed."""
+    corpus: list[str] = []
     try:
         with open(path, "rb") as file:
-            for prompt in parse_corpus(file, path):
-                corpus[prompt.index] = prompt
+            for line in parse_corpus(file, path):
+                corpus.append(line)
                 if len(corpus) % PARSE_LINES == 0:
                     gevent.sleep(0)
     except OSError as error:
-        raise UsageError(f"--requests-file {path}: {error.strerror or error}") from None
+        raise UsageError(f"cannot read --requests-file {path}: {error.strerror or error}") from None
     if not corpus:
-        raise UsageError(f"--requests-file {path}: holds no prompt")
+        raise UsageError(f"{path} holds no prompt; one JSON object per line with 'text', 'prompt' or 'messages'")
     return corpus
 
 
 # === 9. Results file ===
 
 
-class Sheet:
+class ResultsFile:
     """The CSV, opened before any load; whole rows only, flushed with every delivery."""
 
     def __init__(self, path: str) -> None:
@@ -775,7 +923,9 @@ class Sheet:
         header = next(csv.reader([self.file.readline()]), [])
         if tuple(header) != COLUMNS:
             self.file.close()
-            raise ValueError("has other columns; name a new file, or move this one away")
+            missing = ", ".join(column for column in COLUMNS if column not in header)
+            differs = f"lacks the columns {missing}" if missing else "has other columns"
+            raise ValueError(f"{differs}; name a new file, or move this one away")
         last = self.file.seek(0, os.SEEK_END)
         with open(self.path, "rb") as tail:
             tail.seek(last - 1)
@@ -803,93 +953,182 @@ class Sheet:
             logger.error("cannot close %s", self.path)
 
 
-# === 10. Wire ===
+# === 10. Connection ===
 
 
 class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
-    """Keeps the first final message; a 1xx is not one, and what follows it is not ours."""
+    """Reads HTTP; keeps the first final message: a 1xx is not one, and what follows it is not ours."""
 
-    answer: Optional[Answer] = None
+    reply: Optional[Reply] = None
     reusable = False
     received = 0
 
     def _on_message_begin(self) -> None:
         super()._on_message_begin()
-        if self.answer is not None:  # the rest of it would be taken for the next answer
+        if self.reply is not None:  # the rest of it would be taken for the next reply
             self.reusable = False
 
     def _on_message_complete(self) -> None:
         super()._on_message_complete()
-        if self.answer is None and self.get_code() >= 200:
-            self.answer = Answer(
-                self.get_code(),
-                bytes(self._body_buffer),
-                str(self.get("content-encoding") or "").strip().lower(),
-                str(self.get("retry-after") or "").strip(),
+        if self.reply is None and self.get_code() >= 200:
+            encoding, retry_after, location = (
+                str(self.get(name) or "").strip() for name in ("content-encoding", "retry-after", "location")
             )
+            self.reply = Reply(self.get_code(), bytes(self._body_buffer), encoding.lower(), retry_after, location)
             self.reusable = self.should_keep_alive()
 
     def take(self, data: bytes) -> bool:
-        """Feed what arrived (nothing: the server has closed); True when the answer is complete."""
+        """Feed what arrived (nothing: the server has closed); True when the reply is complete."""
         self.received += len(data)
         try:
             self.feed(data)
         except HTTPParseError:
-            if self.answer is None and not data:
-                raise EOFError("the connection was closed inside the reply") from None
-            if self.answer is None:
+            if self.reply is None and data:
                 raise
             self.reusable = False
-        if self.answer is None and not data:
-            raise EOFError("the connection was closed before a reply")
-        if self.received > MAX_BODY_BYTES:  # counted with headers and interim answers, which may be endless, too
-            raise ValueError(f"the reply is larger than {MAX_BODY_BYTES // 2**20} MiB")
-        return self.answer is not None
+        if self.reply is None and not data:
+            if self.received:
+                size = len(self._body_buffer)
+                raise ConnectionFailed("cut", f"the connection was closed within the reply, after {size} bytes")
+            raise ConnectionFailed("closed", "the server closed the connection without a reply")
+        if self.received > MAX_REPLY_BYTES:  # counted with headers and interim replies, which may be endless, too
+            raise ConnectionFailed("too_large", f"the reply is larger than {MAX_REPLY_BYTES >> 20} MB")
+        return self.reply is not None
 
 
-class Wire:
-    """One user's connection. It is opened before the clock starts; nothing is ever sent twice."""
+SO_TIMESTAMPNS = 35  # Linux, the common architectures; the socket module does not name it
+TIMESPEC = struct.Struct("@ll")
+ANCILLARY_BYTES = 64
+
+
+def clock_pair() -> tuple[float, int]:
+    """(perf_counter in s, wall clock in ns) of one moment; read again where something came between the two."""
+    for _ in range(3):
+        now_s, wall_ns = time.perf_counter(), time.time_ns()
+        if time.perf_counter() - now_s < PAIR_LIMIT_S:
+            break
+    return now_s, wall_ns
+
+
+class Connection:
+    """One user's connection, opened before the clock starts and kept for the user's next prompt."""
 
     def __init__(self, settings: Settings, context: Any) -> None:
         self.settings = settings
         self.context = context
         self.sock: Any = None
-        self.fresh: Optional[bool] = None
+        self.stamped = False  # by the kernel
+        self.refused = False  # the server's side took no more bytes of the request
+        self.reset_call()
+
+    def reset_call(self) -> None:
+        """What is known of one call: stamps of time.perf_counter."""
         self.sent: Optional[float] = None
         self.done: Optional[float] = None
+        self.is_new: Optional[bool] = None
+        self.http_status: Optional[int] = None  # of a reply that did not become complete
+        self.sent_again = False
 
-    def call(self, payload: bytes) -> Answer:
-        """One request and its answer; `sent` and `done` are stamped as near to the socket as can be."""
-        self.fresh = self.sent = self.done = None
-        reused = self.sock is not None and not self.is_stale()
-        if not reused:
-            self.close()
-            self.open()
-        self.fresh = not reused
+    def call(self, payload: bytes) -> Reply:
+        """One request and its reply. A request goes out a second time only if the server cannot have read it."""
+        self.reset_call()
+        if self.sock is not None and not self.is_stale():
+            self.is_new = False
+            try:
+                return self.exchange(payload)
+            except UnreadRequest:
+                self.sent_again = True
+        self.close()
+        self.open()
+        self.is_new = True
+        return self.exchange(payload)
+
+    def exchange(self, payload: bytes) -> Reply:
         parser = ReplyParser("POST")
         try:
-            with gevent.Timeout(self.settings.timeout_s):
-                self.sent = time.perf_counter()
-                self.sock.sendall(payload)
-                finished = False
-                while not finished:
-                    data = self.sock.recv(RECV_BYTES)
-                    self.done = time.perf_counter()
-                    finished = parser.take(data)
-                    if len(data) == RECV_BYTES and not finished:
-                        gevent.sleep(0)  # more is there already: else neither others nor the time-out had a turn
-        except BaseException:
+            with gevent.Timeout(self.settings.timeout_s) as limit:
+                self.send(payload)
+                self.receive(parser)
+        except BaseException as error:
             self.done = time.perf_counter()
+            if parser.headers_complete and parser.get_code() >= 200:
+                self.http_status = parser.get_code()
+            unread = not self.is_new and not parser.received and self.was_reset(error)
             self.close()
+            if unread:
+                raise UnreadRequest from None
+            if error is limit:
+                raise ConnectionFailed("timeout", f"no complete reply within {self.settings.timeout_s:g} s") from None
             raise
         if not parser.reusable:
             self.close()
-        assert parser.answer is not None
-        return parser.answer
+        assert parser.reply is not None
+        return parser.reply
+
+    def send(self, payload: bytes) -> None:
+        """Stamps `sent` before each piece is handed over, so that in the end it is the last byte's."""
+        rest = memoryview(payload)
+        self.refused = False
+        self.sock.settimeout(0.0)  # else gevent would wait for room after the stamp
+        try:
+            while rest:
+                self.sent = time.perf_counter()
+                try:
+                    count = self.sock.send(rest)
+                except BlockingIOError:
+                    count = 0
+                rest = rest[count:]
+                if not count:
+                    gevent.socket.wait_write(self.sock.fileno())
+        except (ConnectionError, ssl.SSLEOFError):
+            self.refused = True  # it has stopped listening: perhaps it has said why
+        finally:
+            self.sock.settimeout(None)
+
+    def receive(self, parser: ReplyParser) -> None:
+        """Stamps `done` with every arrival."""
+        finished = False
+        while not finished:
+            data = self.read()
+            finished = parser.take(data)
+            if len(data) == RECV_BYTES and not finished:
+                gevent.sleep(0)  # more is there already: else neither others nor the time-out had a turn
+
+    def read(self) -> bytes:
+        """What has arrived; `done` is when the kernel says it has, on Linux and without TLS, else now."""
+        if not self.stamped:
+            data: bytes = self.sock.recv(RECV_BYTES)
+            self.done = time.perf_counter()
+            return data
+        data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, ANCILLARY_BYTES)
+        self.done, wall_ns = clock_pair()
+        for level, kind, stamp in ancillary:
+            if (level, kind, len(stamp)) == (socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC.size):
+                seconds, nanoseconds = TIMESPEC.unpack(stamp)
+                age_s = (wall_ns - seconds * 10**9 - nanoseconds) / 1e9
+                if 0 <= age_s <= self.done - (self.sent or 0.0):  # else the wall clock was set meanwhile
+                    self.done -= age_s
+        return data
+
+    def was_reset(self, error: BaseException) -> bool:
+        """Whether the server's side has refused the request: it was closed before it had read all of it.
+
+        A server that has read everything ends its connection in order, however it fails. One that has not
+        answers with a reset, within one round trip: at once, or right behind the end that was under way.
+        """
+        ended = isinstance(error, ConnectionFailed) and error.args[0] == "closed"
+        reset = self.refused or isinstance(error, ConnectionError)
+        while (ended or reset) and time.perf_counter() - (self.sent or 0.0) < STALE_S:
+            if reset or self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                return True
+            gevent.sleep(STALE_S / 200)
+        return False
 
     def open(self) -> None:
         address = (self.settings.host, self.settings.port)
-        with gevent.Timeout(min(CONNECT_TIMEOUT_S, self.settings.timeout_s)):
+        limit_s = min(CONNECT_TIMEOUT_S, self.settings.timeout_s)
+        too_late = ConnectionFailed("connect_timeout", f"no connection within {limit_s:g} s")
+        with gevent.Timeout(limit_s, too_late):
             sock = gevent.socket.create_connection(address)
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -899,6 +1138,9 @@ class Wire:
                 sock.close()
                 raise
         self.sock = sock
+        self.stamped = sys.platform == "linux" and self.context is None
+        if self.stamped:
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
 
     def is_stale(self) -> bool:
         """The server has closed the idle connection, or sent what nobody asked for."""
@@ -919,7 +1161,7 @@ class Wire:
             self.sock = None
 
 
-# === 11. Desk ===
+# === 11. Coordinator ===
 
 
 @dataclass
@@ -928,13 +1170,14 @@ class Run:
 
     number: int
     settings: Settings
-    corpus: dict[int, Prompt]
-    ledger: Ledger
-    sheet: Sheet
+    corpus: list[str]
+    assignments: Assignments
+    results: ResultsFile
     zero: float
-    heard: float
+    heard: float  # when a worker last sent anything
     tally: Tally = field(default_factory=Tally)
-    ramped: bool = False
+    informed: set[str] = field(default_factory=set)  # workers that have got the settings
+    all_users_started: bool = False
     given_up: bool = False
     ending: bool = False
     closed: bool = False
@@ -945,34 +1188,44 @@ class Run:
         return not (self.given_up or self.ending)
 
 
-class Desk:
-    """Corpus, ledger, results and summary: in the one process of a small run, or on the master."""
+class Coordinator:
+    """Deals out the corpus and collects the results: in the one process of a small run, or on the master."""
 
     def __init__(self, environment: Any) -> None:
         self.environment = environment
         self.runner = environment.runner
         self.options = environment.parsed_options
         self.distributed = isinstance(self.runner, MasterRunner)
-        self.prepared: Optional[tuple[Settings, dict[int, Prompt], Sheet]] = None
+        self.prepared: Optional[tuple[Settings, list[str], ResultsFile]] = None
         self.run: Optional[Run] = None
         self.runs = 0
-        self.greeted: set[str] = set()  # workers that can take our messages: Locust counts them in earlier
-        if self.distributed:
-            self.runner.register_message(MESSAGE + "hello", lambda msg, **_: self.greeted.add(msg.node_id))
-            self.runner.register_message(MESSAGE + "want", self.on_want)
-            self.runner.register_message(MESSAGE + "rows", self.on_rows)
-            self.runner.register_message(MESSAGE + "released", self.on_released)
-        gevent.spawn(self.tick)
+        self.host = ""
+        self.listening: set[str] = set()  # workers that can take our messages: Locust counts them in earlier
+        self.server_url()
+        self.runner.register_message(MESSAGE + "hello", lambda msg, **_: self.listening.add(msg.node_id))
+        self.runner.register_message(MESSAGE + "want", self.on_want)
+        self.runner.register_message(MESSAGE + "rows", self.on_rows)
+        self.runner.register_message(MESSAGE + "released", self.on_released)
+        gevent.spawn(self.watch_for_the_end)
 
-    def prepare(self) -> tuple[Settings, dict[int, Prompt], Sheet]:
+    def server_url(self) -> str:
+        """What was given as --host. Locust, whose pages and reports show it, is left with a masked form."""
+        given = self.environment.host or ""
+        if given != masked(self.host):
+            self.host = given
+        if self.host:
+            self.environment.host = masked(self.host)
+        return self.host
+
+    def prepare(self) -> tuple[Settings, list[str], ResultsFile]:
         """Everything that can fail, in an order that writes nothing if it does."""
-        settings = settings_from(self.options, self.environment.host)
+        settings = settings_from(self.options, self.server_url())
         corpus = load_corpus(settings.requests_file)
-        return settings, corpus, Sheet(settings.results_csv)
+        return settings, corpus, ResultsFile(settings.results_csv)
 
     def begin(self) -> None:
-        """A run starts: deal each worker the prompts that its users will surely ask for."""
-        settings, corpus, sheet = self.prepared or self.prepare()
+        """A run starts: send each worker the prompts that its users will surely ask for."""
+        settings, corpus, results = self.prepared or self.prepare()
         self.prepared = None
         self.runs += 1
         workers = self.live_workers()
@@ -980,15 +1233,15 @@ class Desk:
         logger.info(plan.sentence())
         self.environment.process_exit_code = None
         now = time.perf_counter()
-        self.run = Run(self.runs, settings, corpus, Ledger(corpus, plan), sheet, zero=now, heard=now)
-        if self.distributed:
-            for worker in self.greeted.intersection(workers):
-                self.deal(worker, {"ticket": 0, "urgent": 0, "spare": self.stock()})
+        assignments = Assignments(range(len(corpus)), plan)
+        self.run = Run(self.runs, settings, corpus, assignments, results, zero=now, heard=now)
+        for worker in self.listening.intersection(workers):
+            self.deal(worker, {"ask": 0, "urgent": 0, "spare": self.stock()})
 
     def stock(self) -> int:
         """Prompts that a worker keeps at hand; with one each, what a second of the ramp-up needs."""
         assert self.run is not None
-        plan = self.run.ledger.plan
+        plan = self.run.assignments.plan
         rate = getattr(self.runner, "spawn_rate", None) or self.options.spawn_rate or 1
         return min(plan.share, math.ceil(rate / plan.workers)) if plan.one_each else plan.share
 
@@ -1006,42 +1259,38 @@ class Desk:
 
     def deal(self, worker: str, want: Mapping[str, int]) -> None:
         """Answer a worker, in messages of bounded size; the last one says that it is the answer."""
-        run = self.run
-        indices: list[int] = []
-        if run is not None and run.dealing:
-            indices = run.ledger.grant(worker, want["urgent"], want["spare"])
-        for part in self.parts(indices):
-            self.runner.send_message(MESSAGE + "prompts", self.header(part, -1, 1), worker)
-        left = len(run.ledger.unsent) if run is not None and run.dealing else 0
+        run = self.run if self.run is not None and self.run.dealing else None
+        if run is None:
+            nothing = {"run": 0, "prompts": [], "ask": want["ask"], "left": 0, "more": 0, "all_users_started": False}
+            self.runner.send_message(MESSAGE + "prompts", nothing, worker)
+            return
+        indices = run.assignments.grant(worker, want["urgent"], want["spare"])
+        left = len(run.assignments.unsent)
+        for part in self.parts(run, indices):
+            self.send_prompts(run, worker, {"prompts": part, "ask": 0, "left": 1, "more": 1})
         more = left if len(indices) >= want["urgent"] + want["spare"] else 0
-        answer = {**self.header([], want["ticket"], left), "more": more}
-        self.runner.send_message(MESSAGE + "prompts", answer, worker)
+        self.send_prompts(run, worker, {"prompts": [], "ask": want["ask"], "left": left, "more": more})
 
-    def header(self, prompts: list[list[Any]], ticket: int, left: int) -> dict[str, Any]:
-        run = self.run
-        if run is None or not run.dealing:
-            return {"run": 0, "prompts": [], "ticket": ticket, "left": 0, "more": 0, "ramped": False}
-        return {
+    def send_prompts(self, run: Run, worker: str, answer: Mapping[str, Any]) -> None:
+        """The first message of a run brings the settings along."""
+        header: dict[str, Any] = {
             "run": run.number,
             "at_s": time.perf_counter() - run.zero,
-            "one_each": run.ledger.plan.one_each,
+            "one_each": run.assignments.plan.one_each,
             "stock": self.stock(),
-            "prompts": prompts,
-            "ticket": ticket,
-            "left": left,
-            "more": 1,
-            "ramped": run.ramped,
+            "all_users_started": run.all_users_started,
         }
+        if worker not in run.informed:
+            run.informed.add(worker)
+            header["settings"] = json.dumps(asdict(run.settings))
+        self.runner.send_message(MESSAGE + "prompts", {**header, **answer}, worker)
 
-    def parts(self, indices: Iterable[int]) -> Iterator[list[list[Any]]]:
-        assert self.run is not None or not indices
-        part: list[list[Any]] = []
+    def parts(self, run: Run, indices: Iterable[int]) -> Iterator[list[Prompt]]:
+        part: list[Prompt] = []
         size = 0
         for index in indices:
-            prompt = self.run.corpus[index] if self.run else None
-            assert prompt is not None
-            part.append([prompt.index, prompt.content, prompt.max_tokens])
-            size += len(prompt.content)
+            part.append(Prompt(index, run.corpus[index]))
+            size += len(run.corpus[index])
             if size >= BATCH_BYTES or len(part) >= BATCH_PROMPTS:
                 yield part
                 part, size = [], 0
@@ -1052,11 +1301,11 @@ class Desk:
 
     def on_rows(self, environment: Any, msg: Any, **_: Any) -> None:
         if self.run is not None and msg.data["run"] == self.run.number:
-            self.add(msg.node_id, [Record(*values) for values in msg.data["rows"]])
+            self.add(msg.node_id, [Record.of(values) for values in msg.data["rows"]])
 
     def on_released(self, environment: Any, msg: Any, **_: Any) -> None:
         if self.run is not None and msg.data["run"] == self.run.number:
-            self.run.ledger.release(msg.node_id)
+            self.run.assignments.release(msg.node_id)
             self.run.heard = time.perf_counter()
 
     def add(self, worker: str, records: Sequence[Record]) -> None:
@@ -1064,31 +1313,30 @@ class Desk:
         if run is None or run.closed:
             return
         run.heard = time.perf_counter()
-        fresh = [record for record in records if run.ledger.close(worker, record.index)]
+        fresh = [record for record in records if run.assignments.close(worker, record.index)]
         if fresh:
-            run.sheet.add(fresh)
+            run.results.add(fresh)
             for record in fresh:
                 run.tally.add(record)
-            if not run.ledger.unsent and not run.ledger.holders():
+            if not run.assignments.unsent and not run.assignments.holders():
                 self.end()
-            elif run.dealing and run.tally.hopeless:
+            elif run.dealing and run.tally.identical_failures >= IDENTICAL_FAILURES_TO_STOP:
                 self.give_up(run)
 
     # Ending
 
     def give_up(self, run: Run) -> None:
-        """No new prompts; `tick` ends the run when nothing is in flight any more."""
+        """No new prompts; the run ends when nothing is in flight any more."""
         run.given_up = True
-        (fate,) = run.tally.fates
-        logger.error("stopped: the first %d requests all failed alike (%s)", run.tally.rows, fate)
-        if self.distributed:
-            self.halt(run, CONNECT_TIMEOUT_S + run.settings.timeout_s)
+        (failure,) = run.tally.failures
+        logger.error("stopped: the first %d requests all failed alike (%s)", run.tally.rows, "/".join(failure))
+        self.halt(run, CONNECT_TIMEOUT_S + run.settings.timeout_s)
 
     def halt(self, run: Run, grace_s: float) -> None:
         """Workers take no more prompts, and give back what they have not sent."""
         self.runner.send_message(MESSAGE + "halt", {"run": run.number, "grace_s": grace_s})
 
-    def tick(self) -> None:
+    def watch_for_the_end(self) -> None:
         while True:
             gevent.sleep(TICK_S)
             if self.run is not None and not self.run.ending and self.is_over(self.run):
@@ -1097,9 +1345,10 @@ class Desk:
     def is_over(self, run: Run) -> bool:
         """Nobody who is alive holds a prompt, and none is left, or none is dealt, or nobody is left to take one."""
         live = self.live_workers()
-        if any(worker in live for worker in run.ledger.holders()):
+        if any(worker in live for worker in run.assignments.holders()):
             return False
-        return not run.ledger.unsent or run.given_up or (run.ramped and time.perf_counter() - run.heard > IDLE_S)
+        idle = run.all_users_started and time.perf_counter() - run.heard > IDLE_S
+        return not run.assignments.unsent or run.given_up or idle
 
     def end(self) -> None:
         if self.run is not None and not self.run.ending:
@@ -1120,226 +1369,162 @@ class Desk:
         if run is None or run.closed:
             return
         run.ending = True
-        if not self.distributed or not run.ledger.holders():
+        if not run.assignments.holders():
             return
         self.halt(run, self.environment.stop_timeout)
         deadline = time.perf_counter() + self.environment.stop_timeout + DRAIN_GRACE_S
         try:
             while time.perf_counter() < deadline:
                 live = self.live_workers()
-                if not any(worker in live for worker in run.ledger.holders()):
+                if not any(worker in live for worker in run.assignments.holders()):
                     return
                 gevent.sleep(TICK_S / 4)
         except KeyboardInterrupt:
-            logger.warning("interrupted again: not waiting for the workers")
+            logger.warning("interrupted again: not waiting for what is in flight")
+            self.environment.stop_timeout = 0.0
 
     def close(self) -> None:
         """The last rows, the summary, the exit code; once per run."""
         run = self.run
         if run is None or run.closed:
             return
-        if not self.distributed:
-            run.ledger.release(LOCAL)
-        lost = [
-            Record(index, HTTP_ERROR, "worker_lost", "its worker did not report it; the server may have seen it")
-            for index in run.ledger.lost()
-        ]
+        outcome = Outcome(HTTP_ERROR, "process_lost", "its worker did not report it; the server may have seen it")
+        lost = [Record(index, outcome) for index in run.assignments.lost()]
         run.closed = run.ending = True
         if lost:
-            run.sheet.add(lost)
+            run.results.add(lost)
         for record in lost:
             run.tally.add(record)
-        run.sheet.close()
-        unsent = len(run.ledger.unsent)
-        if run.tally.errors or unsent or run.sheet.unwritten:
+        run.results.close()
+        unsent = len(run.assignments.unsent)
+        if run.tally.failures or unsent or run.results.unwritten:
             self.environment.process_exit_code = self.options.exit_code_on_error
-        self.show(run, unsent)
+        self.print_summary(run, unsent)
         if self.distributed and self.options.headless and not self.live_workers():
             gevent.spawn(self.runner.quit)  # Locust alone would wait for a worker to come back
 
-    def show(self, run: Run, unsent: int) -> None:
-        text = summary_text(run.tally, unsent, run.sheet.path)
-        if run.sheet.unwritten:
-            text += f"\n  ! {run.sheet.unwritten} rows could not be written"
+    def print_summary(self, run: Run, unsent: int) -> None:
+        text = summary_text(run.tally, unsent, run.results.path)
+        if run.results.unwritten:
+            text += f"\n  ! {run.results.unwritten} rows could not be written"
         try:
             print(text, file=sys.stderr if self.options.json else sys.stdout, flush=True)
         except OSError:  # nobody reads it any more; Python shall not complain at exit either
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-# === 12. Stations ===
+# === 12. Prompt source ===
 
 
-class Station:
-    """Where a process's users get their prompts and leave their records."""
+class PromptSource:
+    """Where a process's users get their prompts and leave their records.
+
+    Both travel in Locust's own messages, sent by one greenlet; in a run of one process Locust hands them to
+    the coordinator at once. Nothing here relies on Locust's events at the start of a run: for a late worker,
+    they come too early. Users who find no prompt at hand wait until the coordinator has answered their ask.
+    New prompts are asked for before the last is taken, so that in the steady state nobody waits.
+    """
+
+    settings: Settings
+    head: bytes
+    context: Any = None
+    one_each = False
 
     def __init__(self, environment: Any) -> None:
-        self.environment = environment
-        self.ramped = Event()  # all users are there: who has finished a prompt may take another, or leave
-        self.settings: Optional[Settings] = None
-        self.template: Optional[Template] = None
-        self.context: Any = None
+        self.runner = environment.runner
+        self.run = 0
         self.zero = 0.0
         self.in_flight = 0
+        self.at_hand: deque[Prompt] = deque()
+        self.stock = self.left = self.more = 0
+        self.asks = self.asks_sent = self.asks_answered = 0
+        self.halted = False
+        self.rows: list[Record] = []
+        self.rows_at_once = BATCH_ROWS if isinstance(self.runner, WorkerRunner) else 1
+        self.all_users_started = Event()  # who has finished a prompt may take another, or leave
+        self.prompts_arrived = Event()
+        self.something_to_send = Event()
+        self.runner.register_message(MESSAGE + "prompts", self.on_prompts)
+        self.runner.register_message(MESSAGE + "halt", self.on_halt)
+        self.own_key = utf8(environment.parsed_options.openai_api_key).strip()
+        self.runner.send_message(MESSAGE + "hello")
+        gevent.spawn(self.send_messages)
 
-    def configure(self, settings: Settings) -> None:
-        self.settings = settings
-        self.template = Template(settings)
+    def begin(self, header: Mapping[str, Any]) -> None:
+        """The first message of a run; time is counted from the coordinator's start of it, on our own clock."""
+        self.run, self.one_each, self.stock = header["run"], header["one_each"], header["stock"]
+        self.zero = time.perf_counter() - header["at_s"]
+        self.at_hand.clear()
+        self.halted = False
+        self.all_users_started.clear()
+        settings = Settings(**json.loads(header["settings"]))
+        self.settings = replace(settings, api_key=settings.api_key or self.own_key)
+        self.head = request_head(self.settings)
         self.context = gevent.ssl.create_default_context() if settings.tls else None
         gc.collect()
         gc.freeze()  # no collection during the run walks through the corpus and through Locust
-
-    @property
-    def one_each(self) -> bool:
-        raise NotImplementedError
-
-    def take(self) -> Optional[Prompt]:
-        """The next prompt; None when there is none for this user."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Users on their way out get out: Locust stumbles over greenlets that have just died."""
-        self.ramped.set()
-        users = self.environment.runner.user_greenlets
-        until = time.perf_counter() + TICK_S
-        while users and time.perf_counter() < until:
-            gevent.sleep(TICK_S / 10)
-
-    def deliver(self, record: Record) -> None:
-        raise NotImplementedError
-
-
-class LocalStation(Station):
-    """At the desk itself."""
-
-    def __init__(self, environment: Any, desk: Desk) -> None:
-        super().__init__(environment)
-        self.desk = desk
-
-    @property
-    def one_each(self) -> bool:
-        return self.desk.run is not None and self.desk.run.ledger.plan.one_each
-
-    def take(self) -> Optional[Prompt]:
-        run = self.desk.run
-        if run is None or not run.dealing:
-            return None
-        granted = run.ledger.grant(LOCAL, urgent=1, spare=0)
-        return run.corpus[granted[0]] if granted else None
-
-    def deliver(self, record: Record) -> None:
-        self.desk.add(LOCAL, [record])
-
-
-class RemoteStation(Station):
-    """On a worker: prompts and rows travel in Locust's own messages, sent by one greenlet, the courier.
-    Nothing here relies on Locust's events at the start of a run: for a late worker, they come too early.
-
-    A user who finds the pool empty draws a ticket and waits until the desk has answered it. The pool is
-    refilled before it is empty, so that in the steady state nobody waits.
-    """
-
-    def __init__(self, environment: Any) -> None:
-        super().__init__(environment)
-        self.runner = environment.runner
-        self.run = 0
-        self.each = False
-        self.pool: deque[Prompt] = deque()
-        self.stock = self.left = self.more = 0
-        self.tickets = self.asked = self.answered = 0
-        self.halted = False
-        self.outbox: list[Record] = []
-        self.news = Event()
-        self.errand = Event()
-        self.runner.register_message(MESSAGE + "prompts", self.on_prompts)
-        self.runner.register_message(MESSAGE + "halt", self.on_halt)
-        self.own_key = environment.parsed_options.openai_api_key
-        self.runner.send_message(MESSAGE + "hello")
-        gevent.spawn(self.courier)
-
-    @property
-    def one_each(self) -> bool:
-        return self.each
-
-    def begin(self, header: Mapping[str, Any]) -> None:
-        """The first message of a run; time is counted from the desk's start of it, on our own clock."""
-        self.run, self.each, self.stock = header["run"], header["one_each"], header["stock"]
-        self.zero = time.perf_counter() - header["at_s"]
-        self.pool.clear()
-        self.settings = None
-        self.halted = False
-        self.ramped.clear()
-
-    def configure_as_told(self) -> None:
-        """The first user is here, so Locust has brought the master's options."""
-        options = self.environment.parsed_options
-        options.openai_api_key = options.openai_api_key or self.own_key
-        self.configure(settings_from(options, self.environment.host))
 
     def on_prompts(self, environment: Any, msg: Any, **_: Any) -> None:
         data = msg.data
         if data["run"] and data["run"] != self.run:
             self.begin(data)
-        self.pool.extend(Prompt(*values) for values in data["prompts"])
+        self.at_hand.extend(Prompt(*values) for values in data["prompts"])
         self.left, self.more = data["left"], data["more"]
-        self.answered = max(self.answered, data["ticket"])
-        if data["ramped"]:
-            self.ramped.set()
-        self.tell()
+        self.asks_answered = max(self.asks_answered, data["ask"])
+        if data["all_users_started"]:
+            self.all_users_started.set()
+        self.wake_waiting_users()
 
-    def tell(self) -> None:
-        told, self.news = self.news, Event()
-        told.set()
+    def wake_waiting_users(self) -> None:
+        arrived, self.prompts_arrived = self.prompts_arrived, Event()
+        arrived.set()
 
     def take(self) -> Optional[Prompt]:
+        """The next prompt; None when there is none for this user."""
         while not self.halted:
-            if self.pool:
-                if self.settings is None:
-                    self.configure_as_told()
-                prompt = self.pool.popleft()
-                if self.more and len(self.pool) <= self.stock // 2:
-                    self.errand.set()
+            if self.at_hand:
+                prompt = self.at_hand.popleft()
+                if self.more and len(self.at_hand) <= self.stock // 2:
+                    self.something_to_send.set()
                 return prompt
-            self.tickets += 1
-            ticket = self.tickets
-            self.errand.set()
-            while self.answered < ticket and not self.halted:
-                self.news.wait()
-            if not self.pool and not self.left:
+            self.asks += 1
+            own_ask = self.asks
+            self.something_to_send.set()
+            while self.asks_answered < own_ask and not self.halted:
+                self.prompts_arrived.wait()
+            if not self.at_hand and not self.left:
                 return None
         return None
 
     def deliver(self, record: Record) -> None:
-        self.outbox.append(record)
-        if len(self.outbox) >= BATCH_ROWS:
-            self.errand.set()
+        self.rows.append(record)
+        if len(self.rows) >= self.rows_at_once:
+            self.something_to_send.set()
 
-    def courier(self) -> None:
+    def send_messages(self) -> None:
         while True:
-            self.errand.wait(FLUSH_S)
-            self.errand.clear()
+            self.something_to_send.wait(FLUSH_S)
+            self.something_to_send.clear()
             try:
-                self.flush()
-                self.ask()
+                self.send_rows()
+                self.ask_for_prompts()
             except RPCError as error:
                 logger.error("no way to the master for now: %s", error)
 
-    def ask(self) -> None:
-        spare = max(0, self.stock - len(self.pool)) if self.more and len(self.pool) <= self.stock // 2 else 0
-        tickets = self.tickets
-        if tickets == self.asked and not spare:
-            return
-        self.more = 0  # until the answer says otherwise
-        want = {"ticket": tickets, "urgent": tickets - self.asked, "spare": spare}
-        self.runner.send_message(MESSAGE + "want", want)
-        self.asked = tickets
+    def ask_for_prompts(self) -> None:
+        low = self.more and len(self.at_hand) <= self.stock // 2
+        spare = max(0, self.stock - len(self.at_hand)) if low else 0
+        urgent = self.asks - self.asks_sent
+        if urgent or spare:
+            self.more = 0  # until the answer says otherwise
+            self.asks_sent = self.asks
+            self.runner.send_message(MESSAGE + "want", {"ask": self.asks, "urgent": urgent, "spare": spare})
 
-    def flush(self) -> None:
-        while self.outbox:
-            rows = self.outbox[:BATCH_ROWS]
-            message = {"run": self.run, "rows": [list(vars(record).values()) for record in rows]}
-            self.runner.send_message(MESSAGE + "rows", message)
-            del self.outbox[: len(rows)]
+    def send_rows(self) -> None:
+        while self.rows:
+            rows = self.rows[:BATCH_ROWS]
+            self.runner.send_message(MESSAGE + "rows", {"run": self.run, "rows": [row.values() for row in rows]})
+            del self.rows[: len(rows)]
 
     def on_halt(self, environment: Any, msg: Any, **_: Any) -> None:
         if msg.data["run"] == self.run:
@@ -1355,18 +1540,22 @@ class RemoteStation(Station):
         self.release()
 
     def close(self) -> None:
+        """Users on their way out get out: Locust stumbles over greenlets that have just died."""
         self.halted = True
-        self.tell()
-        super().close()
+        self.wake_waiting_users()
+        self.all_users_started.set()
+        until = time.perf_counter() + TICK_S
+        while self.runner.user_greenlets and time.perf_counter() < until:
+            gevent.sleep(TICK_S / 10)
 
     def release(self) -> None:
-        """All rows, then: what the desk still has under our name was never sent."""
+        """All rows, then: what the coordinator still has under our name was never sent."""
         try:
-            self.flush()
+            self.send_rows()
             self.runner.send_message(MESSAGE + "released", {"run": self.run})
         except RPCError as error:
             logger.error("no way to the master: %s", error)
-        self.pool.clear()
+        self.at_hand.clear()
 
 
 # === 13. Locust ===
@@ -1377,80 +1566,71 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
 
     wait_time = constant(0)
 
-    station: Station
-    wire: Optional[Wire] = None
+    source: PromptSource
+    connection: Optional[Connection] = None
 
     def on_start(self) -> None:
-        while not hasattr(self.environment, "batch_station"):  # a late worker has users before its init event
+        while not hasattr(self.environment, "prompt_source"):  # a late worker has users before its init event
             gevent.sleep(TICK_S / 10)
-        self.station = self.environment.batch_station
+        self.source = self.environment.prompt_source
 
     def on_stop(self) -> None:
-        if self.wire is not None:
-            self.wire.close()
+        if self.connection is not None:
+            self.connection.close()
 
     def next_prompt(self) -> None:
-        prompt = self.station.take()
+        prompt = self.source.take()
         if prompt is None:
             raise StopUser()
-        self.station.in_flight += 1
+        self.source.in_flight += 1
         try:
             self.submit(prompt)
         except Exception as error:  # ours, not the server's: but no prompt goes without its row
-            logger.exception("prompt %d", prompt.index)
-            self.station.deliver(Record(prompt.index, HTTP_ERROR, "other", plain(repr(error))))
+            logger.exception("prompt %d", prompt.number)
+            self.source.deliver(Record(prompt.number, Outcome(HTTP_ERROR, "other", plain(repr(error)))))
         finally:
-            self.station.in_flight -= 1
-        if self.station.one_each:
-            self.station.ramped.wait()  # else Locust would replace us while it is still adding users
+            self.source.in_flight -= 1
+        if self.source.one_each:
+            self.source.all_users_started.wait()  # else Locust would replace us while it is still adding users
 
     tasks = [next_prompt]  # noqa: RUF012
 
     def submit(self, prompt: Prompt) -> None:
         """Whatever happens from here on, the prompt gets exactly one record."""
-        station, settings = self.station, self.station.settings
-        assert settings is not None
-        assert station.template is not None
-        payload = station.template.payload(prompt)
-        wire = self.wire = self.wire or Wire(settings, station.context)
-        answer, stopped, began = None, None, time.perf_counter()
+        source, secrets = self.source, self.source.settings.secrets
+        body = request_body(source.settings, prompt.line)
+        connection = self.connection = self.connection or Connection(source.settings, source.context)
+        reply, stopped, began = None, None, time.perf_counter()
         try:
-            answer = wire.call(payload)
-            gevent.sleep(0)  # others' answers are stamped before this one is understood
-        except gevent.GreenletExit as error:
-            stopped = error
-        except (Exception, gevent.Timeout) as error:
-            outcome = failed_call(error, wire.sent is None, settings.secret)
-        if answer is not None:
-            outcome = read_answer(answer, settings.secret)
-        elif stopped is not None:
-            outcome = failed_call(stopped, wire.sent is None)
-        took_ms = ((wire.done or time.perf_counter()) - (wire.sent or began)) * 1000
-        self.tell_locust(outcome, took_ms, len(answer.body) if answer else 0)
-        station.deliver(self.record(prompt.index, outcome, took_ms))
+            reply = connection.call(source.head + b"%d\r\n\r\n" % len(body) + body)
+            gevent.sleep(0)  # others' replies are stamped before this one is understood
+        except (Exception, gevent.GreenletExit) as error:
+            stopped = error if isinstance(error, gevent.GreenletExit) else None
+            outcome = failed_call(error, connection.http_status, secrets)
+        if reply is not None:
+            outcome = read_reply(reply, secrets)
+        self.report_to_locust(outcome, began, len(reply.body) if reply else 0)
+        source.deliver(self.record(prompt.number, outcome))
         if stopped is not None:
             raise stopped
 
-    def record(self, index: int, outcome: Outcome, took_ms: float) -> Record:
-        assert self.wire is not None
-        sent = self.wire.sent
-        return Record(
-            index,
-            **vars(outcome),
-            latency_ms=None if sent is None else round(took_ms, 3),
-            sent_s=None if sent is None else round(sent - self.station.zero, 6),
-            new_connection=None if self.wire.fresh is None else int(self.wire.fresh),
-        )
+    def record(self, index: int, outcome: Outcome) -> Record:
+        connection, zero = self.connection, self.source.zero
+        assert connection is not None
+        sent, done = connection.sent, connection.done or time.perf_counter()
+        sent_s, done_s = (None, None) if sent is None else (sent - zero, done - zero)
+        return Record(index, outcome, sent_s, done_s, connection.is_new, connection.sent_again)
 
-    def tell_locust(self, outcome: Outcome, took_ms: float, length: int) -> None:
+    def report_to_locust(self, outcome: Outcome, began: float, length: int) -> None:
         """Locust's own statistics. Token rows are logged past its total, which is of requests alone."""
-        assert self.station.settings is not None
-        if outcome.error_kind == "aborted":
+        connection = self.connection
+        if connection is None or outcome.error_kind == "aborted":
             return
+        took_s = (connection.done or time.perf_counter()) - (connection.sent or began)
         self.environment.events.request.fire(
             request_type="POST",
-            name=self.station.settings.path,
-            response_time=took_ms,
+            name=masked(self.source.settings.path),
+            response_time=took_s * 1000,
             response_length=length,
             exception=RuntimeError(outcome.error_kind) if outcome.error_kind else None,
             context={},
@@ -1463,19 +1643,19 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
 
 
 def on_init(environment: Any, runner: Any, **_: Any) -> None:
+    """Locust is ready: one coordinator for the run, and a prompt source where there are users."""
     gevent.setswitchinterval(SWITCH_INTERVAL_S)
-    if isinstance(runner, WorkerRunner):
-        set_up_worker(environment)
-        return
-    desk = Desk(environment)
-    environment.batch_station = LocalStation(environment, desk)
+    coordinator = None if isinstance(runner, WorkerRunner) else Coordinator(environment)
     options = environment.parsed_options
-    if options.headless or options.autostart:
+    if coordinator and (options.headless or options.autostart):
         try:
-            desk.prepared = desk.prepare()
+            coordinator.prepared = coordinator.prepare()
         except UsageError as error:
             leave(runner, options, error)
-    set_up_desk(environment, desk)
+    if not isinstance(runner, MasterRunner):
+        set_up_source(environment)  # before the coordinator: rows are delivered before the run is closed
+    if coordinator:
+        set_up_coordinator(environment, coordinator)
 
 
 def leave(runner: Any, options: Any, error: UsageError) -> None:
@@ -1489,48 +1669,33 @@ def leave(runner: Any, options: Any, error: UsageError) -> None:
     raise SystemExit(2)
 
 
-def set_up_desk(environment: Any, desk: Desk) -> None:
-    station = environment.batch_station
-
+def set_up_coordinator(environment: Any, coordinator: Coordinator) -> None:
     def on_test_start(**_: Any) -> None:
-        desk.run = None
-        station.ramped.clear()
+        coordinator.run = None
         try:
-            desk.begin()
+            coordinator.begin()
         except UsageError as error:
             logger.error("locust_batch: %s", error)
             gevent.spawn_later(TICK_S, environment.runner.stop)
-            return
-        assert desk.run is not None
-        station.zero = desk.run.zero
-        station.configure(desk.run.settings)
 
     def on_spawning_complete(**_: Any) -> None:
-        station.ramped.set()
-        if desk.run is not None:
-            desk.run.ramped = True
-
-    def on_test_stopping(**_: Any) -> None:
-        desk.on_stopping()
-        station.close()
+        if coordinator.run is not None:
+            coordinator.run.all_users_started = True
 
     def on_quitting(**_: Any) -> None:
-        if desk.run is None or desk.run.closed:
+        if coordinator.run is None or coordinator.run.closed:
             return
         try:
-            if desk.distributed:
-                environment.runner.stop(send_stop_to_client=False)
-            else:
-                environment.runner.stop()
+            environment.runner.stop(**({"send_stop_to_client": False} if coordinator.distributed else {}))
         except KeyboardInterrupt:
             environment.stop_timeout = 0.0
             environment.runner.user_greenlets.kill(timeout=DRAIN_GRACE_S)
-            desk.close()
+            environment.events.test_stop.fire(environment=environment)
 
     environment.events.test_start.add_listener(on_test_start)
     environment.events.spawning_complete.add_listener(on_spawning_complete)
-    environment.events.test_stopping.add_listener(on_test_stopping)
-    environment.events.test_stop.add_listener(lambda **_: desk.close())
+    environment.events.test_stopping.add_listener(lambda **_: coordinator.on_stopping())
+    environment.events.test_stop.add_listener(lambda **_: coordinator.close())
     environment.events.quitting.add_listener(on_quitting)
 
 
@@ -1541,20 +1706,15 @@ def leave_with_parent(runner: Any) -> None:
     runner.quit()
 
 
-def set_up_worker(environment: Any) -> None:
-    station = environment.batch_station = RemoteStation(environment)
-    if os.getpid() != IMPORTED_BY:
-        gevent.spawn(leave_with_parent, environment.runner)
-
-    def on_quitting(**_: Any) -> None:
-        """This worker alone is told to go: its unsent prompts go back, before Locust says goodbye."""
-        if station.run:
-            environment.runner.stop()
-            station.release()
-
-    environment.events.spawning_complete.add_listener(lambda **_: station.ramped.set())
-    environment.events.test_stopping.add_listener(lambda **_: station.close())
-    environment.events.quitting.add_listener(on_quitting)
+def set_up_source(environment: Any) -> None:
+    source = environment.prompt_source = PromptSource(environment)
+    environment.events.spawning_complete.add_listener(lambda **_: source.all_users_started.set())
+    environment.events.test_stopping.add_listener(lambda **_: source.close())
+    environment.events.test_stop.add_listener(lambda **_: source.release())
+    if isinstance(environment.runner, WorkerRunner):  # told to go: its prompts go back before Locust says goodbye
+        environment.events.quitting.add_listener(lambda **_: environment.runner.stop())
+        if os.getpid() != IMPORTED_BY:
+            gevent.spawn(leave_with_parent, environment.runner)
 
 
 def main(arguments: list[str]) -> None:

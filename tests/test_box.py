@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import os
@@ -13,14 +12,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import Demo
-from tests.fault_server import FAULTS, FaultServer, fault_prompt
-from tests.test_faults import CONCURRENCY, GOOD_PROMPT, Outcome, checked, fate, rows_of, run
+from tests.support.checked_runs import CONCURRENCY, GOOD_PROMPT, checked, run
+from tests.support.demo import Demo
+from tests.support.faults import FAULTS, FaultServer, fault_prompt
+from tests.support.processes import needs_proc
+from tests.support.program import SCRIPT, Outcome, Running, run_script, words_of
+from tests.support.tables import assert_whole, fate, rows_of, write_corpus
 
 pytest.importorskip("openai")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files, signals and terminals")
@@ -43,48 +45,21 @@ def slow() -> Iterator[Demo]:
     server.stop()
 
 
-class Program:
-    """The script in a process of its own, to be looked at, and disturbed, while it runs."""
+SIZES = {"prompt_tokens": 16, "output_tokens": 2, "concurrency": CONCURRENCY}
+COLUMNS = len(bench.CSV_COLUMNS)
+
+
+class Program(Running):
+    """The script under small load, its stderr checked."""
 
     def __init__(self, server: Demo, folder: Path, *options: str, **popen: Any) -> None:
-        self.csv = folder / "rows.csv"
-        self.jsonl = folder / "summary.jsonl"
-        words = ["--api-base", server.url, "--model", "demo", "--prompt-tokens", "16", "--output-tokens", "2"]
-        words += ["--concurrency", str(CONCURRENCY), "--summary-jsonl", str(self.jsonl)]
-        if "--results-csv" not in options:
-            words += ["--results-csv", str(self.csv)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        self.process = subprocess.Popen([sys.executable, bench.THIS_FILE, *words, *options], **{**pipes, **popen})
-
-    def finished_rows(self) -> int:
-        return max(0, self.csv.read_bytes().count(b"\n") - 1) if self.csv.exists() else 0
-
-    def wait_until(self, condition: Callable[[], Any], patience_s: float = 30.0) -> None:
-        until = time.monotonic() + patience_s
-        while not condition():
-            assert time.monotonic() < until
-            assert self.process.poll() is None
-            time.sleep(0.01)
+        super().__init__(folder, *server.target, *words_of(**SIZES), *options, **popen)
 
     def outcome(self) -> Outcome:
-        try:
-            out, err = self.process.communicate(timeout=60)
-        finally:
-            self.process.kill()
-        printed, said = ((stream or b"").decode("utf-8", "replace") for stream in (out, err))
-        return checked(Outcome(self.process.returncode, rows_of(self.csv), printed, said, 0.0))
+        return checked(super().outcome())
 
     def summary(self) -> Any:
         return json.loads(self.jsonl.read_text(encoding="utf-8"))
-
-
-def assert_whole(path: Path) -> None:
-    """Every line ends, and has every cell."""
-    data = path.read_bytes()
-    assert data.endswith(b"\n")
-    rows = list(csv.reader(data.decode("utf-8").splitlines()))
-    assert {len(row) for row in rows} == {len(bench.CSV_COLUMNS)}
-    assert len({row[0] for row in rows}) == len(rows)
 
 
 # --- disks and directories ---
@@ -129,7 +104,7 @@ def test_a_disk_that_fills_up_keeps_whole_rows_and_the_run_says_what_it_lost(
     got = program.outcome()
     assert got.code == 0
     kept = rows_of(tiny_disk / "rows.csv")
-    assert_whole(tiny_disk / "rows.csv")
+    assert_whole(tiny_disk / "rows.csv", COLUMNS)
     assert 0 < len(kept) < 300
     assert f"WARNING: {300 - len(kept)} rows could not be written" in got.out
     assert "Requests (ok/err): 300/0" in got.out
@@ -139,11 +114,11 @@ def test_an_output_directory_that_vanishes_is_told(slow: Demo, tmp_path: Path) -
     folder = tmp_path / "gone"
     folder.mkdir()
     program = Program(slow, folder, "--total-requests", "25")
-    program.wait_until(lambda: program.finished_rows() > 2)
+    program.wait_for_rows(3)
     shutil.rmtree(folder)
     got = program.outcome()
     assert got.code == 0
-    assert "rows.csv has been removed or replaced: its 25 rows are lost" in got.out
+    assert "rows.csv has been removed or replaced: its 25 rows are lost" in " ".join(got.out.split())  # wrapped
     assert "WARNING: the summary could not be written" in got.err
     assert "Requests (ok/err): 25/0" in got.out
 
@@ -166,24 +141,15 @@ def test_a_reader_that_leaves_after_one_line(quick: Demo, tmp_path: Path) -> Non
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=str)
 def test_without_standard_streams(closed: Sequence[int], quick: Demo, tmp_path: Path) -> None:
     line = f'exec "$0" "$@" {" ".join(f"{number}>&-" for number in closed)}'
-    words = ["--api-base", quick.url, "--model", "demo", "--total-requests", "20", "--concurrency", "5"]
-    words += [
-        "--prompt-tokens",
-        "16",
-        "--output-tokens",
-        "2",
-        "--results-csv",
-        "rows.csv",
-        "--summary-jsonl",
-        "s.jsonl",
-    ]
-    shell = ["sh", "-c", line, sys.executable, bench.THIS_FILE]
+    outputs = {"results_csv": "rows.csv", "summary_jsonl": "s.jsonl"}
+    words = [*quick.target, *words_of(**SIZES, **outputs, total_requests=20)]
+    shell = ["sh", "-c", line, sys.executable, str(SCRIPT)]
     done = subprocess.run([*shell, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert len(rows_of(tmp_path / "rows.csv")) == 20
     assert json.loads((tmp_path / "s.jsonl").read_text())["completed"] == 20
-    assert_whole(tmp_path / "rows.csv")
+    assert_whole(tmp_path / "rows.csv", COLUMNS)
 
 
 def test_a_terminal_of_20_columns(slow: Demo, tmp_path: Path) -> None:
@@ -205,7 +171,7 @@ def test_a_terminal_of_20_columns(slow: Demo, tmp_path: Path) -> None:
         shown += data
     os.close(ours)
     assert program.outcome().code == 0
-    lines = [line for line in shown.decode().replace("\n", "\r").split("\r") if line.startswith("Progress")]
+    lines = [line for line in shown.decode().replace("\n", "\r").split("\r") if "ETA" in line]
     assert len(lines) >= 2
     assert all(len(line) < 20 for line in lines)
 
@@ -219,7 +185,7 @@ def test_a_locale_of_ascii(tmp_path: Path) -> None:
     with FaultServer({"accents": accents}) as server:
         words = ["--api-base", server.api_base, "--model", "mod\u00e8le", "--requests-file", str(corpus)]
         words += ["--results-csv", str(tmp_path / "r\u00e9sultats.csv"), "--warmup", "0"]
-        command = [sys.executable, bench.THIS_FILE, *words]
+        command = [sys.executable, str(SCRIPT), *words]
         done = subprocess.run(command, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 0
     assert b"Traceback" not in done.stderr
@@ -261,18 +227,11 @@ def test_a_demo_with_more_streams_than_one_process_may_open(tmp_path: Path) -> N
     """The simulated server has the connections of all client processes."""
     resource = pytest.importorskip("resource")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    words = ["--demo", "--demo-engine", '{"ttft_ms":50,"gap_ms":0}', "--concurrency", "300", "--processes", "4"]
-    words += ["--total-requests", "300", "--prompt-tokens", "16", "--output-tokens", "2", "--timeout", "20"]
-    done = subprocess.run(
-        [sys.executable, bench.THIS_FILE, *words],
-        capture_output=True,
-        text=True,
-        preexec_fn=limited(150, hard),
-        timeout=60,
-        check=False,
-    )
-    assert "Requests (ok/err): 300/0" in done.stdout, done.stderr
-    assert done.returncode == 0
+    engine = ["--demo", "--demo-engine", '{"ttft_ms":50,"gap_ms":0}', "--processes", "4", "--timeout", "20"]
+    words = [*engine, *words_of(**{**SIZES, "concurrency": 300, "total_requests": 300})]
+    got = run_script(*words, preexec_fn=limited(150, hard))
+    assert "Requests (ok/err): 300/0" in got.out, got.err
+    assert got.code == 0
 
 
 @pytest.mark.parametrize("target", ["asyncio.create_subprocess_exec", "subprocess.Popen"])
@@ -311,22 +270,24 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 @pytest.mark.parametrize(("times", "processes"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_a_signal_under_load(name: str, times: int, processes: int, slow: Demo, tmp_path: Path) -> None:
     """Once: what is in flight is waited for. Twice: it is recorded as aborted. Reported either way."""
+    served = len(slow.truth()["requests"])
     program = Program(slow, tmp_path, "--total-requests", "100000", "--processes", str(processes))
-    program.wait_until(lambda: program.finished_rows() > 5)
+    program.wait_for_rows(6)
     before = program.finished_rows()
-    for _ in range(times):
-        program.process.send_signal(getattr(signal, name))
-        time.sleep(0.01)
+    program.send(name, times)
     got = program.outcome()
     assert got.code == 130
     assert len(got.rows) >= before
-    assert_whole(program.csv)
+    assert_whole(program.csv, COLUMNS)
     ok = [fate(row) for row in got.rows].count("success/")
     aborted = [fate(row) for row in got.rows].count("http_error/aborted")
     assert ok + aborted == len(got.rows)
     assert aborted <= (CONCURRENCY if times > 1 else 0)
     assert f"Requests (ok/err): {ok}/{aborted}" in got.out
     assert f"WARNING: interrupted: {len(got.rows)} of 100000 requests were made" in got.out
+    if times == 1:  # everything that was sent was waited for, the warm-up included
+        truth = slow.truth()
+        assert (len(truth["requests"]) - served, truth["in_flight"]) == (ok + CONCURRENCY, 0)
     summary = program.summary()
     assert (summary["completed"], summary["failed"], summary["interrupted"]) == (ok, aborted, True)
 
@@ -338,14 +299,12 @@ def test_a_signal_during_the_warm_up(name: str, times: int, processes: int, tmp_
     try:
         program = Program(server, tmp_path, "--processes", str(processes))
         program.wait_until(lambda: server.truth()["in_flight"] > 0)
-        for _ in range(times):
-            program.process.send_signal(getattr(signal, name))
-            time.sleep(0.01)
+        program.send(name, times)
         got = program.outcome()
         assert server.truth()["peak_in_flight"] <= CONCURRENCY
     finally:
         server.stop()
-    assert got.code == 130
+    assert (got.code, got.out) == (130, "")
     assert "nothing to report" in got.err
     assert not program.csv.exists()
     assert not program.jsonl.exists()
@@ -357,10 +316,10 @@ def test_a_second_signal_ends_the_drain(name: str, tmp_path: Path) -> None:
     try:
         program = Program(server, tmp_path, "--warmup", "0")
         program.wait_until(lambda: server.truth()["in_flight"] == CONCURRENCY)
-        program.process.send_signal(getattr(signal, name))
+        program.send(name)
         time.sleep(0.2)
         assert program.process.poll() is None  # it drains
-        program.process.send_signal(getattr(signal, name))
+        program.send(name)
         got = program.outcome()
         assert not server.truth()["requests"]  # no reply was waited for
     finally:
@@ -393,7 +352,7 @@ def test_a_signal_during_the_report_lets_it_end(name: str, quick: Demo, monkeypa
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_is_killed_has_lost_no_finished_row(processes: int, slow: Demo, tmp_path: Path) -> None:
     program = Program(slow, tmp_path, "--total-requests", "100000", "--processes", str(processes))
-    program.wait_until(lambda: program.finished_rows() > 20)
+    program.wait_for_rows(21)
     program.process.kill()
     program.process.wait()
     served = [row["number"] for row in slow.truth()["requests"]]
@@ -401,44 +360,49 @@ def test_what_is_killed_has_lost_no_finished_row(processes: int, slow: Demo, tmp
     got = program.outcome()
     assert got.code == -signal.SIGKILL
     assert len(got.rows) > 20
-    assert_whole(program.csv)
+    assert_whole(program.csv, COLUMNS)
     assert {fate(row) for row in got.rows} == {"success/"}
 
 
+@needs_proc
 def test_a_process_that_does_not_obey_is_ended(slow: Demo, tmp_path: Path) -> None:
     program = Program(slow, tmp_path, "--total-requests", "100000", "--processes", "2")
-    program.wait_until(lambda: program.finished_rows() > 5)
-    pid = program.process.pid
-    shard = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-    os.kill(shard, signal.SIGSTOP)
-    for _ in range(2):
-        program.process.send_signal(signal.SIGINT)
-        time.sleep(0.01)
+    program.wait_for_rows(6)
+    os.kill(program.children[0], signal.SIGSTOP)
+    program.send("SIGINT", 2)
     got = program.outcome()
     assert got.code == 130
     assert "process 0 died" in got.err
     assert "Requests (ok/err):" in got.out
 
 
+@needs_proc
 def test_a_demo_server_that_dies_is_an_error_and_no_crash(tmp_path: Path) -> None:
-    words = ["--demo", "--demo-engine", '{"ttft_ms": 100, "gap_ms": 0}', "--concurrency", "5", "--prompt-tokens", "16"]
-    words += ["--total-requests", "100000", "--output-tokens", "2", "--results-csv", "rows.csv"]
-    pipes: dict[str, Optional[int]] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    program = subprocess.Popen([sys.executable, bench.THIS_FILE, *words], cwd=tmp_path, text=True, **pipes)  # type: ignore[call-overload]
-    path = tmp_path / "rows.csv"
-    until = time.monotonic() + 30
-    while not (path.exists() and path.read_bytes().count(b"\n") > 5) and time.monotonic() < until:
-        time.sleep(0.02)
-    pid = program.pid
-    os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]), signal.SIGKILL)
-    time.sleep(0.3)
-    program.send_signal(signal.SIGINT)
-    out, err = program.communicate(timeout=60)
-    assert program.returncode == 130
-    assert "Traceback" not in err
-    assert "does not tell the truth" in out
-    assert "connect_refused" in out
-    assert_whole(path)
+    engine = ["--demo", "--demo-engine", '{"ttft_ms": 100, "gap_ms": 0}', "--total-requests", "100000"]
+    program = Running(tmp_path, *engine, *words_of(**SIZES))
+    program.wait_for_rows(6)
+    os.kill(program.children[0], signal.SIGKILL)
+    program.wait_until(lambda: "connect_refused" in program.csv.read_text(encoding="utf-8"))
+    program.send("SIGINT")
+    got = program.outcome()
+    assert got.code == 130
+    assert "Traceback" not in got.err
+    assert "does not tell what it measured" in got.out
+    assert "connect_refused" in got.out
+    assert_whole(program.csv, COLUMNS)
+
+
+def test_under_nohup_a_run_outlives_its_terminal(slow: Demo, tmp_path: Path) -> None:
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = Program(slow, tmp_path, "--total-requests", "25")
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    program.wait_for_rows(6)
+    program.send("SIGHUP")
+    got = program.outcome()
+    assert got.code == 0, got.err
+    assert "Requests (ok/err): 25/0" in got.out
 
 
 # --- when a run stops by itself ---
@@ -483,15 +447,13 @@ def test_a_server_that_fails_everything_is_not_hammered(streamed: bool, transpor
 
 
 def test_nor_by_several_processes(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text((json.dumps({"text": BAD}) + "\n") * 100_000)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [BAD])
     with FaultServer(ACTS) as server:
-        words = ["--api-base", server.api_base, "--model", "m", "--requests-file", str(corpus), "--warmup", "0"]
-        command = [sys.executable, bench.THIS_FILE, *words, "--processes", "2", "--concurrency", "8"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        words = ["--api-base", server.api_base, "--model", "m", "--requests-file", corpus, "--warmup", "0"]
+        got = run_script(*words, "--total-requests", "100000", "--processes", "2", "--concurrency", "8")
         asked = server.seen["status_400_object"]
-    assert done.returncode == 1
-    assert "all failed alike" in done.stdout
+    assert got.code == 1
+    assert "all failed alike" in got.out
     assert 100 <= asked < 50_000  # the order to end takes its time, the load does not go on
 
 

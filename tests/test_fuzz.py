@@ -13,12 +13,14 @@ import itertools
 import json
 import os
 import socket
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import online_bench_openai_async as bench
-from tests.fault_server import (
+from tests.support.replies import (
     ANSWER,
     COUNTS,
     DONE,
@@ -89,39 +91,38 @@ def cuts(data: bytes, places: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in zip(ends, ends[1:])]
 
 
-def comparable(answer: bench.Answer) -> Any:
+def comparable(answer: bench.Reply) -> Any:
     """All but what depends on the packets: how many there were."""
     return dataclasses.replace(answer, gaps_ms=list(answer.gaps_ms), content_reads=0, merged_reads=0)
 
 
-def assert_sound(answer: bench.Answer) -> None:
+def assert_sound(answer: bench.Reply) -> None:
     assert answer.failure is None or answer.failure.status in STATUSES[1:]
     assert answer.failure is None or answer.failure.kind
     assert answer.failure is None or "\n" not in answer.failure.message
     for count in (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens, answer.reasoning_tokens):
         assert count is None or 0 <= count <= bench.MOST_TOKENS
     # What follows in a run must take it, too.
-    reply_ = bench.Reply(answer, ready_ns=0, sent_ns=1, end_ns=2)
-    record = bench.record_of(bench.Job(0), reply_, 0)
+    record = bench.Record(bench.Job(0), dataclasses.replace(answer, sent_ns=1, end_ns=2), 0)
     tally = bench.Tally()
     tally.add(record)
     tally.summary()
-    assert all("\n" not in cell(record) for cell in bench.CSV_COLUMNS.values())
+    assert all("\n" not in column.cell(record) for column in bench.CSV_COLUMNS.values())
 
 
 @settings
 @hypothesis.given(data=st.one_of(SOUP, VALUES.map(lambda value: json.dumps(value).encode()), st.binary(max_size=99)))
 def test_a_whole_reply_is_read_or_refused(data: bytes) -> None:
-    assert_sound(bench.read_whole([(1, data)]))
+    assert_sound(bench.read_reply(False, [(1, data)]))
 
 
 @settings
 @hypothesis.given(value=VALUES)
 def test_any_json_is_an_answer_or_a_failure(value: Any) -> None:
-    assert_sound(bench.read_completion(value))
-    assert_sound(bench.read_completion(completion(choices=[value], usage=value)))
-    assert_sound(bench.read_stream([(1, b"data: " + json.dumps(value).encode() + b"\n\n")]))
-    assert_sound(bench.read_stream([(1, piece([value], usage=value) + piece(delta(finish="stop")))]))
+    for body in (value, completion(choices=[value], usage=value)):
+        assert_sound(bench.read_reply(False, [(1, json.dumps(body).encode())]))
+    assert_sound(bench.read_reply(True, [(1, b"data: " + json.dumps(value).encode() + b"\n\n")]))
+    assert_sound(bench.read_reply(True, [(1, piece([value], usage=value) + piece(delta(finish="stop")))]))
 
 
 @settings
@@ -130,30 +131,30 @@ def test_any_json_is_an_answer_or_a_failure(value: Any) -> None:
 )
 def test_a_stream_says_the_same_however_it_is_cut(data: bytes, end: bytes, mark: bool, places: list[int]) -> None:
     data = (b"\xef\xbb\xbf" if mark else b"") + data.replace(b"\n", end)
-    whole = bench.read_stream([(7, data)])
+    whole = bench.read_reply(True, [(7, data)])
     assert_sound(whole)
-    assert comparable(bench.read_stream([(7, part) for part in cuts(data, places)])) == comparable(whole)
+    assert comparable(bench.read_reply(True, [(7, part) for part in cuts(data, places)])) == comparable(whole)
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
 def test_a_stream_says_the_same_cut_anywhere(end: bytes) -> None:
     """Every one and every two cuts of a short stream, and byte by byte."""
     data = (b": hi\n" + ONE + b"event: x\n" + TWO + FINISH + DONE).replace(b"\n", end)
-    whole = comparable(bench.read_stream([(7, data)]))
+    whole = comparable(bench.read_reply(True, [(7, data)]))
     assert whole.finish_reason == "stop"
     assert whole.chunks == 2
     for place in range(len(data)):
-        assert comparable(bench.read_stream([(7, data[:place]), (7, data[place:])])) == whole
+        assert comparable(bench.read_reply(True, [(7, data[:place]), (7, data[place:])])) == whole
     seams = [at for at in range(len(data)) if data[at : at + 1] in b"\r\n:{"]
     for places in itertools.combinations(seams, 2):
-        assert comparable(bench.read_stream([(7, part) for part in cuts(data, list(places))])) == whole
-    assert comparable(bench.read_stream([(7, data[at : at + 1]) for at in range(len(data))])) == whole
+        assert comparable(bench.read_reply(True, [(7, part) for part in cuts(data, list(places))])) == whole
+    assert comparable(bench.read_reply(True, [(7, data[at : at + 1]) for at in range(len(data))])) == whole
 
 
 def test_an_event_bears_the_stamp_of_its_last_byte() -> None:
     data = ONE + TWO
     parts = [(at, data[at : at + 1]) for at in range(len(data))]
-    answer = bench.read_stream(parts)
+    answer = bench.read_reply(True, parts)
     assert (answer.first_ns, answer.last_ns) == (len(ONE) - 1, len(data) - 1)
 
 
@@ -161,7 +162,7 @@ def test_a_large_event_in_small_packets_is_looked_through_once() -> None:
     """Time that grows with the square of its size would be minutes here."""
     event = piece(delta(content="x" * 4_000_000))
     parts = [(1, event[at : at + 100]) for at in range(0, len(event), 100)]
-    assert bench.read_stream([*parts, (2, FINISH)]).chunks == 1
+    assert bench.read_reply(True, [*parts, (2, FINISH)]).chunks == 1
 
 
 DELTA = st.one_of(st.just({}), st.fixed_dictionaries({"content": st.text(max_size=5)}))
@@ -189,9 +190,9 @@ def test_the_fast_scan_tells_only_what_json_would(choices: list[Any], more: dict
     event = b"data: " + json.dumps(body, separators=(",", ":")).encode()
     if not bench.is_plain_content(event):
         return
-    reader = bench.StreamReader()
-    reader._payload(1, event[len(b"data: ") :], b"")
-    said = reader.answer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "is_plain_content", lambda event: False)
+        said = bench.read_stream([(1, event + b"\n\n")])
     assert (said.chunks, said.finish_reason, said.has_usage) == (1, None, False)
     assert said.visible_ns == 1
 
@@ -234,11 +235,10 @@ HTTP_SCRAPS = (
     *(reply("200 OK", ANSWER), STREAM_HEAD, chunk(ONE), chunk(FINISH), head("204 No Content"), b"X: " + b"y" * 9_000),
 )
 REPLIES = st.lists(st.one_of(st.sampled_from(HTTP_SCRAPS), st.binary(max_size=9)), min_size=1, max_size=7).map(b"".join)
-needs_httptools = pytest.mark.skipif(bool(bench.StopwatchWire.missing()), reason=bench.StopwatchWire.missing())
 
 
-class OnePair(bench.StopwatchWire):
-    """A wire whose connections are pairs of sockets: what the far end says is already there, then it closes."""
+class OnePair(bench.Stopwatch):
+    """A stopwatch whose connections are pairs of sockets: what the far end says is already there, then it closes."""
 
     said: list[bytes]
     far: set[socket.socket]
@@ -256,50 +256,63 @@ class OnePair(bench.StopwatchWire):
                 theirs.sendall(data)
 
 
+@pytest.fixture(params=["httptools", "h11"])
+def parser(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Either parser of HTTP."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "h11":
+            patch.setitem(sys.modules, "httptools", None)
+        else:
+            pytest.importorskip("httptools")
+        yield
+
+
 async def performed(parts: list[bytes], streamed: bool) -> list[bench.Reply]:
     """Two requests, one after the other: what the first reply leaves behind must not end the second badly."""
     timeouts = bench.Timeouts(1.0, 0.5, 0.5, 1.0)
-    wire = OnePair(bench.Origin("127.0.0.1", 9, False), timeouts, streamed)
-    wire.said, wire.far = parts, set()
+    stopwatch = OnePair(bench.Origin("127.0.0.1", 9, False), timeouts, streamed)
+    stopwatch.said, stopwatch.far = parts, set()
+    permits = bench.Permits(1)
+    permits.open(0)
     replies = []
     try:
         for _ in range(2):
-            exchange = bench.Exchange(bench.READERS[streamed]())
+            call = bench.Call(bench.READERS[streamed], permits)
+            call.payload = b"POST / HTTP/1.1\r\n\r\n"
+            failure = None
             try:
-                await wire.perform(exchange, b"POST / HTTP/1.1\r\n\r\n")
-            except bench.WireError as error:
-                exchange.failure = error.failure
-            replies.append(bench.reply_of(exchange))
+                await stopwatch.perform(call)
+            except bench.CallError as error:
+                failure = error.failure
+            replies.append(call.end(failure))
     finally:
-        await wire.aclose()
-        for sock in wire.far:
+        stopwatch.close()
+        for sock in stopwatch.far:
             sock.close()
     return replies
 
 
-@needs_httptools
 @settings
 @hypothesis.given(data=REPLIES, places=st.lists(st.integers(0, 1 << 20), max_size=4), streamed=st.booleans())
-def test_the_stopwatch_raises_nothing_but_its_own(data: bytes, places: list[int], streamed: bool) -> None:
+def test_the_stopwatch_raises_nothing_but_its_own(parser: None, data: bytes, places: list[int], streamed: bool) -> None:
     unasked = []
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda _, context: unasked.append(context))
     try:
         for reply_ in loop.run_until_complete(performed(cuts(data, places), streamed)):
-            assert_sound(reply_.answer)
+            assert_sound(reply_)
     finally:
         loop.close()
     assert not unasked
 
 
-@needs_httptools
-def test_the_stopwatch_reads_a_stream_cut_anywhere() -> None:
+def test_the_stopwatch_reads_a_stream_cut_anywhere(parser: None) -> None:
     """Held packets, digested at whatever place, say what the reader alone says."""
     data = STREAM_HEAD + b"".join(map(chunk, GOOD_EVENTS)) + b"0\r\n\r\n"
     loop = asyncio.new_event_loop()
     try:
         for place in range(1, len(data), 17):
             first = loop.run_until_complete(performed([data[:place], data[place:]], True))[0]
-            assert (first.answer.failure, first.answer.chunks, first.answer.prompt_tokens) == (None, 3, 7)
+            assert (first.failure, first.chunks, first.prompt_tokens) == (None, 3, 7)
     finally:
         loop.close()

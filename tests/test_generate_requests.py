@@ -23,7 +23,7 @@ import pytest
 import generate_requests as gen
 
 pytest.importorskip("transformers")
-from tests.tokenizer_fixtures import BUILDERS, CHAT_TEMPLATE, LATIN, TokenizerShelf, spaced_text
+from tests.support.tokenizer_shelf import BUILDERS, CHAT_TEMPLATE, LATIN, TokenizerShelf, spaced_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "generate_requests.py"

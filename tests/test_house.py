@@ -1,9 +1,10 @@
-"""The order of the house: one file that runs alone, rooms in order, docs that agree with the code."""
+"""The order of the house: one file that runs alone, sections in order, docs that agree with the code."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib.util
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import ROOT, SCRIPT
+from tests.support.program import ROOT, SCRIPT
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -22,20 +23,21 @@ PURE = re.compile(r"# === (\d+)\. .*\(pure\) ===")
 BANNER = re.compile(r"^# === (\d+)\. ([A-Z][\w ]*?)(?: \(.*\))? ===$", re.MULTILINE)
 
 
-def rooms() -> list[tuple[int, str, int]]:
+@functools.cache
+def sections() -> list[tuple[int, str, int]]:
     """(number, name, first line) of each banner."""
     return [(int(m[1]), m[2], SOURCE[: m.start()].count("\n") + 1) for m in BANNER.finditer(SOURCE)]
 
 
-def room_at(line: int) -> int:
-    return max(number for number, _, first in rooms() if first <= line)
+def section_at(line: int) -> int:
+    return max(number for number, _, first in sections() if first <= line)
 
 
 def defined() -> dict[str, int]:
-    """Every name that the module defines at its top level, with its room."""
+    """Every name that the module defines at its top level, with its section."""
     names: dict[str, int] = {}
     for node in ast.parse(SOURCE).body:
-        if node.lineno < rooms()[0][2]:
+        if node.lineno < sections()[0][2]:
             continue
         targets = []
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -43,7 +45,7 @@ def defined() -> dict[str, int]:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 targets += [leaf.id for leaf in ast.walk(target) if isinstance(leaf, ast.Name)]
-        names.update({name: room_at(node.lineno) for name in targets})
+        names.update({name: section_at(node.lineno) for name in targets})
     return names
 
 
@@ -67,40 +69,40 @@ def bound_in(node: ast.AST) -> set[str]:
     return stored | {leaf.arg for leaf in ast.walk(node) if isinstance(leaf, ast.arg)}
 
 
-def test_the_banners_number_the_rooms_in_order() -> None:
-    assert [number for number, _, _ in rooms()] == list(range(1, 14))
+def test_the_banners_number_the_sections_in_order() -> None:
+    assert [number for number, _, _ in sections()] == list(range(1, 14))
 
 
-def test_a_room_uses_only_rooms_above_it() -> None:
+def test_a_section_uses_only_sections_above_it() -> None:
     home = defined()
     below = {
-        f"line {name.lineno}: room {room_at(name.lineno)} uses {name.id} of room {home[name.id]}"
+        f"line {name.lineno}: section {section_at(name.lineno)} uses {name.id} of section {home[name.id]}"
         for node in ast.parse(SOURCE).body
-        if node.lineno >= rooms()[0][2]
+        if node.lineno >= sections()[0][2]
         for name in evaluated(node)
-        if name.id in home and home[name.id] > room_at(name.lineno) and name.id not in bound_in(node)
+        if name.id in home and home[name.id] > section_at(name.lineno) and name.id not in bound_in(node)
     }
     assert not below
 
 
-def test_the_docstring_lists_the_rooms_as_the_banners_do() -> None:
+def test_the_docstring_lists_the_sections_as_the_banners_do() -> None:
     listed = re.findall(r"^ +(\d+)\. (.+)$", bench.__doc__ or "", re.MULTILINE)
-    assert [(int(number), name) for number, name in listed] == [(number, name) for number, name, _ in rooms()]
+    assert [(int(number), name) for number, name in listed] == [(number, name) for number, name, _ in sections()]
 
 
-def test_every_room_but_the_constants_has_its_test_file() -> None:
-    for _, name, _ in rooms()[1:]:
+def test_every_section_but_the_constants_has_its_test_file() -> None:
+    for _, name, _ in sections()[1:]:
         assert (ROOT / "tests" / f"test_{name.lower().replace(' ', '_')}.py").exists(), name
 
 
-def test_pure_rooms_touch_nothing() -> None:
+def test_pure_sections_touch_nothing() -> None:
     pure = {int(match[1]) for match in PURE.finditer(SOURCE)}
-    assert {3, 5, 6} <= pure
+    assert {3, 5, 6, 7} <= pure
     forbidden = {"open", "print", "time", "asyncio", "sys", "subprocess", "socket"}
     touched = [
         f"line {name.lineno}: {name.id}"
         for name in evaluated(ast.parse(SOURCE))
-        if name.id in forbidden and room_at(name.lineno) in pure
+        if name.id in forbidden and section_at(name.lineno) in pure
     ]
     assert not touched
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SCRIPT
+from tests.support.program import SCRIPT
 
 VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
 CLIENTS = {"oldest": "openai==1.0.0", "newest": "openai"}

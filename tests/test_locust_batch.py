@@ -1,16 +1,12 @@
-"""locust_batch.py: its pure rooms in this process, and real Locust processes against a real-socket server."""
+"""locust_batch.py: its pure sections in this process, and real Locust processes against a real-socket server."""
 
 import ast
-import contextlib
-import csv
 import doctest
 import importlib.util
 import json
-import os
 import random
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,21 +16,19 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "locust_batch.py"
-SERVER = ROOT / "tests" / "locust_server.py"
+from tests.support.locust_runs import SCRIPT, WAIT_S, Bench, LocustServer, forked, needs_locust
+from tests.support.processes import free_port, wait_until
+from tests.support.program import ROOT
+from tests.support.tables import rows_of
+
 CANARY = "sk-canary-9f3b7c"
-WAIT_S = 50
-
-needs_locust = pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed")
 
 
-# --- The pure rooms: imported without Locust, which would patch this whole process for gevent ---
+# --- The pure sections: imported without Locust, which would patch this whole process for gevent ---
 
 
 class Anything:
@@ -108,50 +102,21 @@ def test_percentile_is_the_inclusive_quantile_of_the_statistics_module(lb):
     assert lb.percentile([7.0], 99) == 7.0
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        (b"{", "is not JSON"),
-        (b"[1]", "is not a JSON object"),
-        (b"[" * 100_000, "is not JSON"),
-        (b'"\xff"', "is not UTF-8"),
-        (b"{}", "has no `text`, `prompt` or `messages`"),
-        (b'{"text": 5}', "has a `text` that is not a string"),
-        (b'{"messages": []}', "has `messages` that are not"),
-        (b'{"messages": ["x"]}', "has `messages` that are not"),
-        (b'{"text": "x", "max_tokens": 0}', "has a `max_tokens` that is not a positive"),
-        (b'{"text": "x", "output_tokens": true}', "has a `output_tokens` that is not a positive"),
-    ],
-)
-def test_a_broken_line_is_named_with_its_number(lb, line, complaint):
-    with pytest.raises(lb.UsageError, match=re.escape(f"c.jsonl: line 3 {complaint}")):
-        list(lb.parse_corpus([b'{"text": "a"}\n', b"\n", line], "c.jsonl"))
-
-
-def test_blank_lines_are_no_prompts_but_are_counted(lb):
-    lines = [b'\xef\xbb\xbf{"text": "a"}\r\n', b"\n", b"  \n", b'{"prompt": ""}']
-    assert [(prompt.index, prompt.content) for prompt in lb.parse_corpus(lines, "c")] == [
-        (0, b'"a"'),
-        (3, b'""'),
-    ]
-
-
 def body_of(lb, settings, line, **given):
-    payload = lb.Template(settings(**given)).payload(lb.parse_line(0, json.dumps(line).encode()))
-    head, _, body = payload.partition(b"\r\n\r\n")
-    assert f"Content-Length: {len(body)}".encode() in head
-    return head.decode(), json.loads(body)
+    wanted = settings(**given)
+    return lb.request_head(wanted).decode(), json.loads(lb.request_body(wanted, json.dumps(line)))
 
 
 def test_request_holds_what_was_asked_for_and_nothing_else(lb, settings):
-    head, body = body_of(lb, settings, {"text": 'say "\ud83d\ude00" \ud800'})
+    head, body = body_of(lb, settings, {"text": 'say "\ud83d\ude00"'})
     assert head.startswith("POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n")
+    assert head.endswith("\r\nContent-Length: ")
     assert "authorization" not in head.lower()
     assert body == {
         "model": "gpt-4o-mini",
         "messages": [
             {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": 'say "\U0001f600" \ud800'},
+            {"role": "user", "content": 'say "\U0001f600"'},
         ],
     }
 
@@ -166,9 +131,22 @@ def test_request_options(lb, settings):
     assert body == {"model": "gpt-4o-mini", "max_tokens": 3, "temperature": 1, "min_p": 0.1}
 
 
-def test_messages_are_sent_as_they_are(lb, settings):
-    messages = [{"role": "user", "content": [{"type": "text", "text": "é"}]}]
-    assert body_of(lb, settings, {"messages": messages, "text": "not this"})[1]["messages"] == messages
+def test_a_query_of_the_host_goes_to_the_end_of_the_path(lb, settings):
+    wanted = settings("https://me:p%40ss@h/openai/?api-version=2&key=SECRET%2B1", openai_endpoint_path="/chat?a=b")
+    assert lb.request_head(wanted).startswith(b"POST /openai/chat?api-version=2&key=SECRET%2B1&a=b HTTP/1.1\r\n")
+    assert lb.masked(wanted.path) == "/openai/chat?api-version=2&key=***&a=b"
+    assert {"SECRET+1", "SECRET%2B1", "p@ss", "me:p@ss"} <= set(wanted.secrets)
+    assert "2" not in wanted.secrets
+
+
+def test_what_a_server_repeats_of_a_secret_is_blanked(lb, settings):
+    wanted = settings(
+        "http://h?sig=QUERY-SECRET", openai_api_key=CANARY, extra_body='{"a": [{"auth": "EXTRA-SECRET"}]}'
+    )
+    said = f"no {CANARY}, QUERY-SECRET or EXTRA-SECRET"
+    for status, reply in ((401, {"error": said}), (200, {"error": {"message": said}})):
+        outcome = lb.read_reply(lb.Reply(status, json.dumps(reply).encode()), wanted.secrets)
+        assert outcome.error.endswith("no ***, *** or ***")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +166,8 @@ def test_messages_are_sent_as_they_are(lb, settings):
         {"extra_body": "[]"},
         {"extra_body": '{"stream": true}'},
         {"extra_body": '{"messages": []}'},
+        {"extra_body": '{"a": NaN}'},
+        {"extra_body": '{"a": "\\ud800"}'},
         {"openai_api_key": "a\r\nX-Evil: 1"},
     ],
     ids=str,
@@ -200,120 +180,89 @@ def test_wrong_settings_are_refused(lb, settings, given):
 GOOD = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "kind"),
-    [
-        (200, GOOD, None),
-        (200, {**GOOD, "error": None}, None),
-        (200, {"choices": [{"message": {"content": None, "tool_calls": [{}]}}]}, None),
-        (200, {"choices": [{"message": {"content": "", "reasoning_content": "hm"}}]}, None),
-        (200, {"choices": [{"message": {"content": ""}}], "usage": {"completion_tokens": 1}}, None),
-        (200, {"choices": [{"message": {"content": ""}}]}, "empty"),
-        (200, {"choices": [{"message": None}]}, "no_choices"),
-        (200, {"choices": [{}], "usage": {"completion_tokens": 1}}, "no_choices"),
-        (200, {"choices": [{"finish_reason": "abort", "message": {"content": "h"}}]}, "error_body"),
-        (200, {**GOOD, "error": {"message": "x"}}, "error_body"),
-        (200, {"object": "error", "message": "x"}, "error_body"),
-        (200, {"error": "x"}, "error_body"),
-        (200, {"choices": None}, "no_choices"),
-        (200, {"choices": ["x"]}, "no_choices"),
-        (200, [], "no_choices"),
-        (200, None, "no_choices"),
-        (200, b"", "empty"),
-        (204, b"", "empty"),
-        (200, b"{", "bad_json"),
-        (200, b"[" * 100_000, "bad_json"),
-        (200, b'"\xff"', "not_utf8"),
-        (302, b"", "http_302"),
-        (429, b'{"error": {"message": "slow"}}', "http_429"),
-        (500, b"\xff" * 1000, "http_500"),
-        (503, b"[" * 100_000, "http_503"),
-    ],
-)
-def test_what_an_answer_amounts_to(lb, status, body, kind):
-    outcome = lb.read_answer(lb.Answer(status, body if isinstance(body, bytes) else json.dumps(body).encode()))
-    assert (outcome.error_kind, outcome.http_status) == (kind, status)
-    assert outcome.status == ("success" if kind is None else "decode_error" if status < 300 else "http_error")
-    assert (outcome.error is None) == (kind is None)
-
-
 @pytest.mark.parametrize("bad", [None, -1, 1.5, "7", True, [], 10**30])
 def test_a_count_that_is_none_is_left_blank(lb, bad):
     reply = {**GOOD, "usage": {"prompt_tokens": bad, "completion_tokens": 2, "total_tokens": bad}}
-    outcome = lb.read_answer(lb.Answer(200, json.dumps(reply).encode()))
-    assert (outcome.prompt_tokens, outcome.completion_tokens, outcome.total_tokens) == (None, 2, None)
+    outcome = lb.read_reply(lb.Reply(200, json.dumps(reply).encode()))
+    assert (outcome.prompt_tokens, outcome.completion_tokens, outcome.total_tokens) == (None, 2, 2)
 
 
-def test_a_hundred_failures_alike_and_no_success_are_hopeless(lb):
-    refused, timed_out = (lb.Record(0, "http_error", kind, "x") for kind in ("connect_refused", "timeout"))
+def test_failures_count_as_identical_while_nothing_else_has_happened(lb):
+    success = lb.Outcome("success")
+    refused, timed_out, shed = (
+        lb.Outcome("http_error", kind, "x") for kind in ("connect_refused", "timeout", "http_429")
+    )
 
-    def hopeless(*records):
+    def identical(*outcomes):
         tally = lb.Tally()
-        for record in records:
-            tally.add(record)
-        return tally.hopeless
+        for outcome in outcomes:
+            tally.add(lb.Record(0, outcome))
+        return tally.identical_failures
 
-    assert hopeless(*[refused] * 100)
-    assert not hopeless(*[refused] * 99)
-    assert not hopeless(*[refused] * 200, timed_out)
-    assert not hopeless(lb.Record(0, "success"), *[refused] * 200)
+    assert identical(*[refused] * 100) == 100
+    assert identical(*[refused] * 200, timed_out) == 0
+    assert identical(success, *[refused] * 200) == 0
+    assert identical(*[shed] * 200) == 0, "it refuses some to serve others"
 
 
-def test_broken_compression_and_a_bomb(lb):
-    assert lb.read_answer(lb.Answer(200, b"\x1f\x8bnonsense", "gzip")).error_kind == "other"
-    bomb = lb.read_answer(lb.Answer(200, lb.zlib.compress(b" " * (lb.MAX_BODY_BYTES + 10**6)), "deflate"))
-    assert (bomb.error_kind, bomb.error) == ("other", "broken deflate body: it is larger than 64 MiB")
+def test_a_compressed_reply_beyond_the_limit(lb):
+    bomb = lb.zlib.compress(b" " * (lb.MAX_REPLY_BYTES + 10**6))
+    outcome = lb.read_reply(lb.Reply(200, bomb, "deflate"))
+    assert (outcome.error_kind, outcome.error) == ("too_large", "the reply is larger than 256 MB")
 
 
 def test_text_of_a_server_is_one_line_without_secret_or_escape(lb):
-    assert lb.plain("x\x1b]0;title\x07\x1b[2Jy\u202e\r\n\tz\x00 sk-1 \ud800", "sk-1") == "xy z ***"
-    assert len(lb.plain("x" * 10**6)) == lb.MAX_ERROR_CHARS
+    said = lb.plain("x\x1b[2Jy\u202e\r\n\tz\x00 sk-1 \ud800", secrets=["sk-1"])
+    assert said == "x y z ***"
+    assert len(lb.plain("x" * 10**6)) == lb.ERROR_TEXT_CHARS
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "|x", "%x"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x"])
 def test_a_cell_is_never_a_formula(lb, text):
-    record = lb.Record(3, "http_error", "other", text, finish_reason=text, latency_ms=1.5)
+    record = lb.Record(3, lb.Outcome("http_error", "other", text, finish_reason=text), sent_s=1.5, done_s=2.0)
     row = dict(zip(lb.COLUMNS, lb.csv_row(record)))
     assert row["error"] == row["finish_reason"] == "'" + text
-    assert (row["index"], row["latency_ms"], row["ttft_ms"]) == ("3", "1.5", "")
+    assert (row["index"], row["sent_s"], row["latency_ms"]) == ("3", "1.500000", "")
 
 
-def test_ledger_gives_every_prompt_to_one_worker_at_a_time(lb):
+def test_assignments_gives_every_prompt_to_one_worker_at_a_time(lb):
     rng = random.Random(1)
     for _ in range(200):
         prompts, workers = rng.randrange(1, 60), rng.randrange(1, 6)
         plan = lb.Plan(prompts, rng.randrange(1, 80), workers)
-        ledger = lb.Ledger(range(prompts), plan)
+        assignments = lb.Assignments(range(prompts), plan)
         holder: dict[int, int] = {}
         closed = []
-        while ledger.unsent or holder:
+        while assignments.unsent or holder:
             worker = rng.randrange(workers)
             if rng.random() < 0.05:
                 back = [index for index, owner in holder.items() if owner == worker]
-                assert ledger.release(worker) == len(back)
+                assert assignments.release(worker) == len(back)
                 holder = {index: owner for index, owner in holder.items() if owner != worker}
-            for index in ledger.grant(worker, rng.randrange(3), rng.randrange(9)):
+            for index in assignments.grant(worker, rng.randrange(3), rng.randrange(9)):
                 assert index not in holder
                 assert index not in closed
                 holder[index] = worker
             for index in rng.sample(sorted(holder), min(2, len(holder))):
-                assert ledger.close(holder[index], index)
-                assert not ledger.close(holder.pop(index), index)
+                assert assignments.close(holder[index], index)
+                assert not assignments.close(holder.pop(index), index)
                 closed.append(index)
         assert sorted(closed) == list(range(prompts))
 
 
-def test_ledger_with_one_each_never_deals_a_worker_more_than_its_users_take(lb):
+def test_assignments_with_one_each_never_deals_a_worker_more_than_its_users_take(lb):
     for prompts, users, workers in ((500, 500, 3), (10, 50, 4), (3, 3, 5), (500, 600, 7)):
         plan = lb.Plan(prompts, users, workers)
-        ledger = lb.Ledger(range(prompts), plan)
-        dealt = [len(ledger.grant(worker, 0, 10_000)) for worker in range(workers)]
+        assignments = lb.Assignments(range(prompts), plan)
+        dealt = [len(assignments.grant(worker, 0, 10_000)) for worker in range(workers)]
         assert max(dealt) <= plan.share <= users // workers
-        taken = sum(len(ledger.grant(worker, users // workers + 1 - dealt[worker], 0)) for worker in range(workers))
+        taken = sum(
+            len(assignments.grant(worker, users // workers + 1 - dealt[worker], 0)) for worker in range(workers)
+        )
         assert sum(dealt) + taken == prompts
 
 
-def room_of_lines():
+def sections():
     source = SCRIPT.read_text("utf-8")
     banners = [
         (number, re.findall(r"^# === (\d+)\. (.+) ===$", line)[0])
@@ -323,23 +272,23 @@ def room_of_lines():
     return source, banners
 
 
-def test_rooms_are_the_docstring_s_and_use_only_rooms_above():
-    source, banners = room_of_lines()
+def test_sections_are_the_docstring_s_and_use_only_sections_above():
+    source, banners = sections()
     tree = ast.parse(source)
-    rooms = (ast.get_docstring(tree) or "").split("Rooms,")[1].split("Environment")[0]
-    listed = re.findall(r"(\d+)\. (.+?)(?:  |\n|$)", rooms)
-    assert sorted(listed, key=lambda room: int(room[0])) == [banner for _, banner in banners]
+    part = (ast.get_docstring(tree) or "").split("Sections,")[1].split("\n\n")[0]
+    listed = re.findall(r"(\d+)\. (.+?)(?:  |\n|$)", part)
+    assert sorted(listed, key=lambda section: int(section[0])) == [banner for _, banner in banners]
 
-    def room(line):
+    def section(line):
         return sum(start <= line for start, _ in banners)
 
     homes = {
-        target.id if isinstance(target, ast.Name) else target.name: room(node.lineno)
+        target.id if isinstance(target, ast.Name) else target.name: section(node.lineno)
         for node in tree.body
         for target in getattr(node, "targets", [node])
         if isinstance(target, (ast.Name, ast.FunctionDef, ast.ClassDef))
     }
-    used = [(node.id, room(node.lineno)) for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    used = [(node.id, section(node.lineno)) for node in ast.walk(tree) if isinstance(node, ast.Name)]
     assert [(name, where) for name, where in used if homes.get(name, 0) > where] == []
     pure = [name for name, where in used if "pure" in banners[where - 1][1][1]]
     assert {"open", "print", "time", "os", "sys"}.isdisjoint(pure)
@@ -348,37 +297,12 @@ def test_rooms_are_the_docstring_s_and_use_only_rooms_above():
 # --- Real Locust processes ---
 
 
-class Server:
-    """tests/locust_server.py, and the latest truth it told."""
-
-    def __init__(self, *arguments):
-        command = [sys.executable, str(SERVER), *arguments]
-        pipe = subprocess.PIPE
-        self.process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.url = f"http://127.0.0.1:{int(next(iter(self.process.stdout or ())))}"
-
-    def truth(self):
-        with urllib.request.urlopen(self.url + "/truth", timeout=WAIT_S) as reply:
-            return json.load(reply)
-
-    def wait_for(self, requests):
-        deadline = time.monotonic() + WAIT_S
-        while sum(self.truth()["texts"].values()) < requests:
-            assert time.monotonic() < deadline, "the load did not arrive"
-            time.sleep(0.05)
-
-    def stop(self):
-        self.process.stdin.close()
-        self.process.wait(WAIT_S)
-        self.process.stdout.close()
-
-
 @pytest.fixture
 def serve():
     servers = []
 
     def start(*arguments):
-        servers.append(Server(*arguments))
+        servers.append(LocustServer(*arguments))
         return servers[-1]
 
     yield start
@@ -386,75 +310,11 @@ def serve():
         server.stop()
 
 
-def table(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-class Bench:
-    """A directory with a corpus, and Locust processes started in it."""
-
-    command = ("-m", "locust", "-f", str(SCRIPT))
-
-    def __init__(self, path):
-        self.path = path
-        self.results = path / "out" / "results.csv"
-        self.started = []
-
-    def corpus(self, texts):
-        lines = (json.dumps({"text": text}) + "\n" for text in texts)
-        (self.path / "requests.jsonl").write_text("".join(lines), "utf-8")
-
-    def start(self, *arguments, **environment):
-        home = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
-        number = len(self.started)
-        with (self.path / f"{number}.out").open("wb") as out, (self.path / f"{number}.err").open("wb") as err:
-            process = subprocess.Popen(
-                [sys.executable, *self.command, *map(str, arguments)],
-                cwd=self.path,
-                env={**home, "RESULTS_CSV": str(self.results), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-            )
-        self.started.append(process)
-        return process
-
-    def finish(self, process):
-        """(exit code, stdout, stderr)"""
-        code = process.wait(WAIT_S)
-        number = self.started.index(process)
-        return code, *((self.path / f"{number}.{name}").read_text("utf-8") for name in ("out", "err"))
-
-    def run(self, server, users, *arguments, **environment):
-        load = ("--headless", "--host", server.url, "-u", users, "-r", users)
-        return self.finish(self.start(*load, *arguments, **environment))
-
-    def rows(self):
-        return table(self.results)
-
-    def close(self):
-        for process in self.started:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-
-
 @pytest.fixture
 def bench(tmp_path):
     bench = Bench(tmp_path)
     yield bench
     bench.close()
-
-
-def forked(processes):
-    port = free_port()
-    return "--processes", processes, "--master-bind-port", port, "--master-port", port
-
-
-def free_port():
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return probe.getsockname()[1]
 
 
 TEXTS = [f"prompt {index} " + "word " * (index % 5) for index in range(500)]
@@ -473,7 +333,7 @@ def check_complete(bench, server, texts, summary):
     quantiles = statistics.quantiles(latencies, n=100, method="inclusive")
     for q in (50, 90, 99):
         (shown,) = re.findall(rf"Latency p{q} \(ms\) +([\d.]+)", summary)
-        assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.00051)
+        assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.0011)
     assert f"{len(texts)} of {len(texts)} prompts answered, 0 not" in summary
     return rows, truth
 
@@ -484,7 +344,7 @@ def late_by(rows, truth, texts):
 
 @needs_locust
 def test_one_process(bench, serve):
-    server = serve("--delay-ms", "200")
+    server = serve("--delay-ms", "200", "--together", "500")
     bench.corpus(TEXTS)
     code, out, err = bench.run(server, 500, "--csv", bench.path / "own", OPENAI_API_KEY=CANARY)
     rows, truth = check_complete(bench, server, TEXTS, out)
@@ -492,11 +352,11 @@ def test_one_process(bench, serve):
     assert truth["most"] == 500, "all prompts are in flight at once when users = prompts"
     assert truth["authorization"] == {f"Bearer {CANARY}": 500}
     assert all(row["new_connection"] == "1" and row["cached_tokens"] == "2" for row in rows)
-    assert all(row["ttft_ms"] == row["queue_ms"] == row["error"] == "" for row in rows)
+    assert all(row["error"] == "" for row in rows)
     late = late_by(rows, truth, TEXTS)
     assert min(late) > -1
     assert statistics.median(late) < statistics.median(truth["took_ms"].values()) / 2
-    own = {row["Name"]: row for row in table(bench.path / "own_stats.csv")}
+    own = {row["Name"]: row for row in rows_of(bench.path / "own_stats.csv")}
     assert {name: int(row["Request Count"]) for name, row in own.items()} == {
         "/v1/chat/completions": 500,
         "prompt_tokens": 500,
@@ -511,7 +371,7 @@ def test_forked_workers(bench, serve):
     bench.corpus(TEXTS)
     code, out, err = bench.run(server, 500, *forked(3), "--json")
     check_complete(bench, server, TEXTS, err)
-    assert {entry["name"]: entry["num_requests"] for entry in json.loads(out.split("[]\n")[-1])} == {
+    assert {entry["name"]: entry["num_requests"] for entry in json.loads(max(out.split("[]\n"), key=len))} == {
         "/v1/chat/completions": 500,
         "prompt_tokens": 500,
         "completion_tokens": 500,
@@ -554,9 +414,11 @@ def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, ser
     bench.corpus(texts)
     master, workers, port = start_many(bench, server, 16, 4, "--stop-timeout", 5)
     server.wait_for(20)
+    server.ask("pause")  # however long the late one takes to start
     late = start_worker(bench, port)
+    wait_until(lambda: "(index 4) reported as ready" in (bench.path / "0.err").read_text("utf-8"), WAIT_S)
+    server.ask("resume")
     workers[1].send_signal(signal.SIGTERM)
-    wait_until(lambda: "(index 4) reported as ready" in (bench.path / "0.err").read_text("utf-8"))
     assert workers[1].wait(WAIT_S) == 0
     server.wait_for(150)
     workers[0].kill()
@@ -565,13 +427,13 @@ def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, ser
     rows, truth = bench.rows(), server.truth()
     assert sorted(int(row["index"]) for row in rows) == list(range(300))
     kinds = Counter(row["error_kind"] for row in rows)
-    assert set(kinds) == {"", "worker_lost"}
-    assert 1 <= kinds["worker_lost"] <= 20, "what the killed one held, and no more"
+    assert set(kinds) == {"", "process_lost"}
+    assert 1 <= kinds["process_lost"] <= 20, "what the killed one held, and no more"
     assert max(truth["texts"].values()) == 1
     answered = {texts[int(row["index"])] for row in rows if row["status"] == "success"}
     assert answered <= truth["texts"].keys()
-    assert f"{300 - kinds['worker_lost']} of 300 prompts answered" in out
-    assert re.search(rf"! worker_lost +{kinds['worker_lost']}  ", out)
+    assert f"{300 - kinds['process_lost']} of 300 prompts answered" in out
+    assert re.search(rf"! process_lost +{kinds['process_lost']}  ", out)
     assert (code, "Traceback" in err) == (1, False)
 
 
@@ -583,7 +445,7 @@ def test_fewer_and_more_users_than_prompts(bench, serve):
     rows, truth = check_complete(bench, server, texts, out)
     assert "each takes the next prompt until none is left" in err
     assert (code, truth["most"], truth["connections"]) == (0, 3, 3 + 1)
-    assert statistics.median(late_by(rows, truth, texts)) < statistics.median(truth["took_ms"].values()) / 2
+    assert min(late_by(rows, truth, texts)) > -1
     assert Counter(row["new_connection"] for row in rows) == {"1": 3, "0": 47}
 
     server = serve("--delay-ms", "5")
@@ -600,14 +462,14 @@ FAULTS = {
     "http_302": "http_302",
     "reset": "reset",
     "closed": "closed",
-    "truncated": "closed",
-    "garbage": "other",
+    "truncated": "cut",
+    "garbage": "bad_http",
     "bad_json": "bad_json",
     "not_utf8": "not_utf8",
     "no_choices": "no_choices",
     "null": "no_choices",
     "error_body": "error_body",
-    "empty": "empty",
+    "empty": "empty_body",
     "hang": "timeout",
     "no_usage": "",
     "mad_usage": "",
@@ -637,12 +499,12 @@ def test_faults_are_counted_under_their_names_and_show_no_secret(bench, serve):
     for row in rows:
         fault = [*FAULTS, ""][int(row["index"]) % (len(FAULTS) + 1)]
         kind = FAULTS.get(fault, "")
-        outside = kind.startswith("http_") or kind in ("reset", "closed", "other", "timeout")
+        outside = kind.startswith("http_") or kind in ("reset", "closed", "cut", "bad_http", "timeout")
         assert (row["error_kind"], fault) == (kind, fault)
         assert row["status"] == ("success" if not kind else "http_error" if outside else "decode_error")
         assert (row["total_tokens"] == "") == (bool(kind) or "usage" in fault)
         assert not re.search(r"[\x00-\x1f\x7f]", row["error"])
-        assert float(row["latency_ms"]) < 2000
+        assert (row["latency_ms"] == "") == bool(kind)
     assert "(Retry-After: 7)" in next(row["error"] for row in rows if row["error_kind"] == "http_429")
     assert next(row["error"] for row in rows if row["error_kind"] == "error_body").startswith("'=cmd")
     assert re.search(r"! http_429 +3  first: HTTP 429 \(Retry-After: 7\): refused Bearer \*\*\* red line\n", out)
@@ -655,10 +517,11 @@ STALE = """
 import json, sys, time, types
 import locust_batch as lb
 settings = lb.settings_from(types.SimpleNamespace(**{n: d for n, d, _ in lb.OPTIONS}), sys.argv[1])
-wire = lb.Wire(settings, None)
+connection = lb.Connection(settings, None)
 for text in ("[fault:just_closes]", "a", "b"):
-    wire.call(lb.Template(settings).payload(lb.parse_line(0, json.dumps({"text": text}).encode())))
-    print(wire.fresh)
+    body = lb.request_body(settings, json.dumps({"text": text}))
+    connection.call(lb.request_head(settings) + b"%d\\r\\n\\r\\n" % len(body) + body)
+    print(connection.is_new)
     time.sleep(0.3)
 """
 
@@ -684,14 +547,14 @@ def test_no_server_at_all(bench):
 
 BAD_INPUT = {
     "missing corpus": ({"REQUESTS_FILE": "nothing.jsonl"}, "nothing.jsonl: No such file"),
-    "empty corpus": ({"REQUESTS_FILE": "empty.jsonl"}, "empty.jsonl: holds no prompt"),
-    "broken corpus": ({"REQUESTS_FILE": "broken.jsonl"}, "broken.jsonl: line 2 is not JSON"),
+    "empty corpus": ({"REQUESTS_FILE": "empty.jsonl"}, "empty.jsonl holds no prompt"),
+    "broken corpus": ({"REQUESTS_FILE": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
     "no host": ({"HOST": ""}, "no server: give it with --host"),
     "bad host": ({"HOST": "localhost"}, "--host is not a URL"),
     "bad JSON": ({"EXTRA_BODY": "{"}, "--extra-body is not JSON"),
     "not a number": ({"MAX_TOKENS": "lots"}, "--max-tokens is not a whole number"),
     "unwritable results": ({"RESULTS_CSV": "empty.jsonl/r.csv"}, "--results-csv empty.jsonl/r.csv"),
-    "other results": ({"RESULTS_CSV": "broken.jsonl"}, "has other columns"),
+    "other results": ({"RESULTS_CSV": "broken.jsonl"}, "broken.jsonl: lacks the columns index, prompt_tokens"),
     "forked": ({"REQUESTS_FILE": "nothing.jsonl", "PROCESSES": "2"}, "nothing.jsonl: No such file"),
 }
 
@@ -721,9 +584,9 @@ def test_bad_input_is_one_line_and_writes_nothing(bench):
 def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, serve):
     server = serve("--fault", "hang")
     bench.corpus(TEXTS[:50])
-    code, out, err = bench.run(server, 4, "--run-time", "1s", *forked(2))
+    code, out, err = bench.run(server, 4, "--run-time", "3s", *forked(2))
     assert [row["error_kind"] for row in bench.rows()] == ["aborted"] * 4
-    assert all(float(row["latency_ms"]) > 0 for row in bench.rows())
+    assert all(row["latency_ms"] == "" and float(row["sent_s"]) > 0 for row in bench.rows())
     assert re.search(r"! never sent +46  ", out)
     assert (code, "Traceback" in err) == (1, False)
 
@@ -732,9 +595,11 @@ def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, ser
 def test_run_time_with_stop_timeout_lets_what_is_in_flight_finish(bench, serve):
     server = serve("--delay-ms", "1500")
     bench.corpus(TEXTS[:50])
-    code, out, _ = bench.run(server, 4, "--run-time", "1s", "--stop-timeout", "20s", *forked(2))
-    assert [row["status"] for row in bench.rows()] == ["success"] * 4
-    assert "4 of 50 prompts answered, 46 not" in out
+    code, out, _ = bench.run(server, 4, "--run-time", "2s", "--stop-timeout", "20s", *forked(2))
+    rows = bench.rows()
+    assert {row["status"] for row in rows} == {"success"}
+    assert len(rows) == sum(server.truth()["texts"].values())
+    assert f"{len(rows)} of 50 prompts answered, {50 - len(rows)} not" in out
     assert code == 1
 
 
@@ -815,16 +680,6 @@ def stop(url):
 def web_names(url):
     with urllib.request.urlopen(url + "/stats/requests", timeout=WAIT_S) as reply:
         return {row["name"] for row in json.load(reply)["stats"]}
-
-
-def wait_until(check):
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        with contextlib.suppress(OSError):
-            if check():
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @needs_locust

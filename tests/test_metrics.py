@@ -1,8 +1,7 @@
-"""Room 5: the numbers, against brute force and the standard library."""
+"""Section 6, Metrics: the numbers, against brute force and the standard library."""
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 import random
 import statistics
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import make_config, make_record
+from tests.support.records import health, make_config, make_record, summary_of
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
@@ -35,13 +34,6 @@ def test_describe_agrees_with_the_standard_library() -> None:
     assert told.mean == pytest.approx(statistics.fmean(sample))
     assert told.std == pytest.approx(statistics.pstdev(sample))
     assert told.max == max(sample)
-
-
-def summary_of(*records: bench.Record) -> bench.Summary:
-    tally = bench.Tally()
-    for record in records:
-        tally.add(record)
-    return tally.summary()
 
 
 def test_a_run_counts_from_its_first_send_to_its_last_completion() -> None:
@@ -97,12 +89,7 @@ def test_replies_without_usage_are_counted_and_said() -> None:
     summary = summary_of(make_record(0, has_usage=False, prompt_tokens=None, completion_tokens=None))
     assert summary.without_usage == 1
     assert summary.completion_tokens == 0
-    assert any("no usage" in line for line in bench.warnings_of(summary, make_config(), []))
-
-
-def health(**changes: Any) -> bench.Health:
-    calm = bench.Health(10.0, 3.0, 0.1, 1.0, 2.0, 0.5, 64, 0, "stopwatch (uvloop)", True)
-    return dataclasses.replace(calm, **changes)
+    assert any("no usage" in warning.text for warning in bench.warnings_of(summary, make_config(), []))
 
 
 @pytest.mark.parametrize(
@@ -124,12 +111,25 @@ def test_the_verdict_on_the_client(changes: dict[str, Any], bound: bool) -> None
 
 
 def test_slow_hands_bind_the_client_whatever_its_cpu() -> None:
-    slow = summary_of(*(make_record(n, ready_s=0.8) for n in range(10)))  # 200 ms before each send of 500 ms
+    slow = summary_of(*(make_record(n, free_s=0.8) for n in range(10)))  # 200 ms before each send of 500 ms
     assert "to send" in (bench.client_bound(slow, [health()]) or "")
 
 
-def test_short_answers_and_long_prompts_are_pointed_out() -> None:
+def test_short_replies_and_long_prompts_are_pointed_out_with_their_cure() -> None:
     config = make_config(output_tokens=50, prompt_tokens=20)
-    lines = " ".join(bench.warnings_of(summary_of(make_record()), config, []))
-    assert "answers of 5.0 tokens" in lines
-    assert "try --prompt-tokens 40" in lines
+    found = bench.warnings_of(summary_of(make_record()), config, [])
+    assert [warning.text.split(",")[0] for warning in found] == [
+        "the server counted 10.0 prompt tokens on average",
+        "replies of 5.0 tokens on average",
+    ]
+    assert found[0].cure.startswith("--prompt-tokens 40;")
+    assert "ignore_eos" in found[1].cure
+
+
+def test_every_warning_says_what_to_do() -> None:
+    """All rules at once: a bad run, and each line of it with a cure."""
+    bad = make_record(has_usage=False, cached_tokens=5, merged_reads=3, reconnects=1, free_s=0.5)
+    config = make_config(output_tokens=50, prompt_tokens=20)
+    found = bench.warnings_of(summary_of(bad), config, [health()])
+    assert len(found) == len(bench.WARNINGS)
+    assert all(warning.cure for warning in found)

@@ -1,4 +1,4 @@
-"""Room 11: the pool in virtual time, then real servers' views of it."""
+"""Section 11, Runner: the pool in virtual time, then real servers' views of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, Callable
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import Demo, Outcome, in_virtual_time
+from tests.support.demo import Demo
+from tests.support.program import Outcome
+from tests.support.virtual_time import in_virtual_time
 
 
 class Collected:
@@ -28,8 +30,9 @@ class Server:
         self.peak = 0
         self.served = 0
 
-    async def __call__(self, request: bench.Request) -> bench.Reply:
+    async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
         loop = asyncio.get_running_loop()
+        free_ns = await permits.wait()
         start = loop.time()
         self.in_flight += 1
         self.served += 1
@@ -41,8 +44,9 @@ class Server:
             failure = bench.Failure("http_error", "aborted", "stopped")
         finally:
             self.in_flight -= 1
+            permits.release(int(loop.time() * 1e9))
         start_ns, end_ns = int(start * 1e9), int(loop.time() * 1e9)
-        return bench.Reply(bench.Answer(failure=failure), start_ns, start_ns, end_ns)
+        return bench.Reply(free_ns=free_ns, sent_ns=start_ns, end_ns=end_ns, failure=failure)
 
 
 def numbered(index: int) -> bench.Request:
@@ -61,8 +65,10 @@ def run_pool(
     async def main() -> Any:
         stop, sink = bench.Stop(), Collected()
         script(stop)
-        load = bench.Load(bench.closed_loop(jobs), numbered, server, [sink], concurrency)
-        await bench.Pool(load, stop).drain()
+        pool = bench.Pool(bench.Load(bench.ClosedLoop(jobs), numbered, server, [sink], concurrency), stop)
+        await pool.prepare()
+        assert server.served == 0
+        await pool.drain(0)
         return sink.records, asyncio.get_running_loop().time()
 
     return in_virtual_time(main())
@@ -74,12 +80,12 @@ def test_workers_keep_exactly_the_concurrency_in_flight(concurrency: int) -> Non
     records, took = run_pool(16, concurrency, server)
     assert server.peak == min(concurrency, 16)
     assert took == pytest.approx(-(-16 // concurrency))
-    assert sorted(record.index for record in records) == list(range(16))
+    assert sorted(record.job.index for record in records) == list(range(16))
 
 
 def test_records_come_in_order_of_completion() -> None:
     records, _ = run_pool(3, 3, Server(lambda index: 3.0 - index))
-    assert [record.index for record in records] == [2, 1, 0]
+    assert [record.job.index for record in records] == [2, 1, 0]
 
 
 def at(seconds: float, *presses: str) -> Callable[[bench.Stop], None]:
@@ -102,8 +108,8 @@ def test_a_drain_has_its_limit_and_what_is_left_is_recorded() -> None:
     records, took = run_pool(100, 4, Server(lambda index: 60.0 if index == 1 else 2.0), at(3.0, "press"))
     assert took == pytest.approx(3.0 + bench.DRAIN_GRACE_S)
     aborted = [record for record in records if not record.ok]
-    assert [(record.index, record.error_kind) for record in aborted] == [(1, "aborted")]
-    assert aborted[0].end_s - (aborted[0].sent_s or 0) == pytest.approx(8.0)
+    assert [(record.job.index, record.error_kind) for record in aborted] == [(1, "aborted")]
+    assert aborted[0].busy_ms == pytest.approx(8000)
 
 
 def test_the_second_stop_ends_at_once() -> None:
@@ -114,15 +120,19 @@ def test_the_second_stop_ends_at_once() -> None:
 
 def test_a_run_that_only_fails_stops_by_itself() -> None:
     class Refusing(Server):
-        async def __call__(self, request: bench.Request) -> bench.Reply:
+        async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
+            await permits.wait()
             await asyncio.sleep(1.0)
+            permits.release(0)
             self.served += 1
-            return bench.Reply(bench.Answer(failure=bench.Failure("http_error", "http_500", "no")), 0, 0, 0)
+            return bench.Reply(end_ns=0, failure=bench.Failure("http_error", "http_500", "no"))
 
     async def main() -> tuple[int, str]:
         stop, tally, server = bench.Stop(), bench.Tally(), Refusing(lambda index: 1.0)
         sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, None)]
-        await bench.Pool(bench.Load(bench.closed_loop(5000), numbered, server, sinks, 10), stop).drain()
+        pool = bench.Pool(bench.Load(bench.ClosedLoop(5000), numbered, server, sinks, 10), stop)
+        await pool.prepare()
+        await pool.drain(0)
         return server.served, stop.reason
 
     served, reason = in_virtual_time(main())
@@ -131,12 +141,13 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
 
 
 def test_a_defect_of_ours_is_raised_and_not_swallowed() -> None:
-    async def broken(request: bench.Request) -> bench.Reply:
+    async def broken(request: bench.Request, permits: bench.Permits) -> bench.Reply:
         raise ZeroDivisionError
 
     async def main() -> None:
-        load = bench.Load(bench.closed_loop(3), numbered, broken, [], 2)
-        await bench.Pool(load, bench.Stop()).drain()
+        pool = bench.Pool(bench.Load(bench.ClosedLoop(3), numbered, broken, [], 2), bench.Stop())
+        await pool.prepare()
+        await pool.drain(0)
 
     with pytest.raises(ZeroDivisionError):
         in_virtual_time(main())

@@ -6,16 +6,18 @@ import base64
 import csv
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
 
 import online_bench_openai_async as bench
-from tests.fault_server import FAULTS, Call, FaultServer, as_json, delta, fault_prompt, piece, reply, streams
+from tests.support import program
+from tests.support.faults import FAULTS, FaultServer, fault_prompt, streams
+from tests.support.processes import command_line_of, is_alive, needs_proc, wait_until
+from tests.support.replies import as_json, delta, piece, reply
+from tests.support.server import Call
+from tests.support.tables import write_corpus
 
 pytest.importorskip("openai")
 
@@ -76,17 +78,13 @@ SOME_FAULTS = ("status_400_object", "closes_without_reply", "null", "stream_erro
 
 def run_script(words: list[str], folder: Path, env: Optional[dict[str, str]] = None) -> tuple[int, str]:
     """The exit code and every byte that was written, files included."""
-    done = subprocess.run(
-        [sys.executable, bench.THIS_FILE, *words],
-        capture_output=True,
-        cwd=folder,
-        env={**os.environ, **(env or {})},
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    files = [path.read_bytes() for path in sorted(folder.glob("*out*"))]
-    return done.returncode, b"\n".join([done.stdout, done.stderr, *files]).decode("utf-8", "replace")
+    done = program.run_script(*words, cwd=folder, env=env)
+    return done.code, written_by(done, folder)
+
+
+def written_by(done: program.Outcome, folder: Path) -> str:
+    files = [path.read_bytes().decode("utf-8", "replace") for path in sorted(folder.glob("*out*"))]
+    return "\n".join([done.out, done.err, *files])
 
 
 def assert_silent(text: str) -> None:
@@ -102,7 +100,7 @@ def test_no_secret_is_ever_written(way: str, transport: str, streamed: bool, tmp
     """Every fault that could say a secret, and some that happen anyhow, in two processes."""
     acts = {**ECHOES, **{name: FAULTS[name].act for name in SOME_FAULTS}}
     prompts = [prompt for name in acts for prompt in ("a good one", fault_prompt(name))]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+    write_corpus(tmp_path / "corpus.jsonl", prompts)
     with FaultServer(acts) as server:
         base = f"http://{LOGIN}@127.0.0.1:{server.port}/v1"
         words = ["--model", "m", "--requests-file", "corpus.jsonl", "--concurrency", "4", "--transport", transport]
@@ -142,11 +140,15 @@ def test_no_secret_is_ever_written(way: str, transport: str, streamed: bool, tmp
     ],
     ids=lambda words: words[-1][:12] if len(words) < 4 else f"{words[-2]}-{words[-1][:6]}",
 )
-def test_no_message_about_the_command_line_shows_one(words: list[str], tmp_path: Path) -> None:
-    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"http://{LOGIN}@127.0.0.1:1/v1"}
-    code, text = run_script(words, tmp_path, env)
-    assert code == (0 if words[0] in ("--help", "--version") else 2)
-    assert_silent(text)
+def test_no_message_about_the_command_line_shows_one(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://{LOGIN}@127.0.0.1:1/v1")
+    monkeypatch.chdir(tmp_path)
+    done = program.cli(*words)
+    assert done.code == (0 if words[0] in ("--help", "--version") else 2)
+    assert_silent(written_by(done, tmp_path))
 
 
 @pytest.mark.parametrize("status", ["401 no", "302 Elsewhere"])
@@ -160,7 +162,7 @@ def test_the_list_of_models_shows_none_and_is_asked_of_no_other_server(status: s
     with FaultServer({}) as other, FaultServer({}, models) as server:
         base = f"http://{LOGIN}@127.0.0.1:{server.port}/v1"
         code, text = run_script(["--api-base", base, "--api-key", KEY], tmp_path)
-        assert other.seen["connections"] == 0
+        assert other.connections == 0
     assert code == 2
     assert "--model is missing" in text
     assert_silent(text)
@@ -173,7 +175,7 @@ def test_the_login_of_the_url_is_sent_by_every_transport(tmp_path: Path) -> None
         heard.append(call.authorization)
         call.send(reply("401 No", b""))
 
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": fault_prompt("listen")}))
+    write_corpus(tmp_path / "corpus.jsonl", [fault_prompt("listen")])
     with FaultServer({"listen": listen}) as server:
         for transport in ("stopwatch", "sdk"):
             words = ["--model", "m", "--requests-file", "corpus.jsonl", "--warmup", "0", "--transport", transport]
@@ -184,58 +186,27 @@ def test_the_login_of_the_url_is_sent_by_every_transport(tmp_path: Path) -> None
 # --- the processes that we start ---
 
 
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_for(condition: Any, patience_s: float = 20.0) -> Any:
-    until = time.monotonic() + patience_s
-    while time.monotonic() < until:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError("it did not happen in time")
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+@needs_proc
 def test_children_carry_no_key_listen_on_loopback_and_end_with_their_parent(tmp_path: Path) -> None:
     """SIGKILL leaves the parent no chance to clear up: the leash does."""
     words = ["--demo", "--demo-engine", '{"ttft_ms": 200, "gap_ms": 0}', "--processes", "2", "--concurrency", "4"]
-    words += ["--total-requests", "100000", "--output-tokens", "2", "--api-key", KEY, "--results-csv", "out.csv"]
-    parent = subprocess.Popen(
-        [sys.executable, bench.THIS_FILE, *words, "--extra-body", json.dumps({"api_key": FIELD})],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    words += ["--total-requests", "100000", "--output-tokens", "2", "--api-key", KEY]
+    parent = program.Running(tmp_path, *words, "--extra-body", json.dumps({"api_key": FIELD}))
     try:
-        out = tmp_path / "out.csv"
-        wait_for(lambda: out.exists() and out.read_bytes().count(b"\n") > 5)
-        pids = children(parent.pid)
-        lines = [command_line(pid) for pid in pids]
+        parent.wait_for_rows(5)
+        pids = parent.children
+        lines = [command_line_of(pid) for pid in pids]
         assert sum("--shard" in line for line in lines) == 2
-        assert sum("--demo-server" in line for line in lines) == 1
+        assert sum("demo_server.py" in line for line in lines) == 1
         for line in lines:
             assert_silent(line)
-        server = next(pid for pid, line in zip(pids, lines) if "--demo-server" in line)
+        server = next(pid for pid, line in zip(pids, lines) if "demo_server.py" in line)
         assert listening_addresses(server) == {"127.0.0.1"}
     finally:
-        parent.kill()
-        parent.wait()
-    wait_for(lambda: not any(map(is_alive, pids)))
-    assert out.read_bytes().endswith(b"\n")
+        parent.process.kill()
+        parent.outcome()
+    wait_until(lambda: not any(map(is_alive, pids)))
+    assert parent.csv.read_bytes().endswith(b"\n")
 
 
 def listening_addresses(pid: int) -> set[str]:
@@ -268,7 +239,7 @@ def test_server_text_is_harmless_cells_and_no_command_to_a_terminal(tmp_path: Pa
 
     acts = {"as_status": as_status, "as_answer": as_answer}
     prompts = [f"{fault_prompt(name)} {at}" for name in acts for at in range(len(NASTY))]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+    write_corpus(tmp_path / "corpus.jsonl", prompts)
     with FaultServer(acts) as server:
         words = ["--api-base", server.api_base, "--model", "m", "--requests-file", "corpus.jsonl", "--warmup", "0"]
         _, written = run_script([*words, "--results-csv", "out.csv", "--summary-jsonl", "out.jsonl"], tmp_path)

@@ -1,13 +1,10 @@
-"""Room 12: several processes, one run."""
+"""Section 12, Shards: several processes, one run."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from array import array
 from pathlib import Path
 from typing import Any, Callable
@@ -15,16 +12,17 @@ from typing import Any, Callable
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import SCRIPT, Demo, make_record, rows_of, run_script
+from tests.support.demo import Demo
+from tests.support.processes import children_of, command_line_of, needs_proc
+from tests.support.program import Running, run_script
+from tests.support.records import make_record
+from tests.support.tables import rows_of
 
 
-def test_a_record_crosses_the_pipe_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr(bench, "tell", told.append)
-    record = make_record(3, gaps_ms=array("f", [1.5, 2.5]), first_s=None)
-    bench.PipeSink().add(record)
-    (message,) = told
-    again = bench.record_from(json.loads(json.dumps(message))["record"])
+@pytest.mark.parametrize("failed", [{}, {"status": "http_error", "error_kind": "timeout", "error": "late"}])
+def test_a_record_crosses_the_pipe_unchanged(failed: dict[str, str]) -> None:
+    record = make_record(3, gaps_ms=array("f", [1.5, 2.5]), first_s=None, **failed)
+    again = bench.record_from(json.loads(json.dumps(bench.record_line(record))))
     assert again == record
 
 
@@ -33,10 +31,10 @@ def test_a_record_crosses_the_pipe_unchanged(monkeypatch: pytest.MonkeyPatch) ->
 def test_any_number_of_processes_makes_the_same_run(
     demo: Callable[..., Demo], tmp_path: Path, processes: int, mode: list[str]
 ) -> None:
-    server = demo(ttft_ms=20, gap_ms=1)
+    server = demo(ttft_ms=60, gap_ms=1)
     path = tmp_path / "r.csv"
     sizes = ["--concurrency", "10", "--total-requests", "50", "--prompt-tokens", "32", "--output-tokens", "6"]
-    target = ["--api-base", server.url, "--model", "demo", "--seed", "5", "--results-csv", str(path), *mode]
+    target = [*server.target, "--seed", "5", "--results-csv", str(path), *mode]
     done = run_script(*target, *sizes, "--processes", str(processes))
     assert done.code == 0, done.err
     rows = rows_of(path)
@@ -53,79 +51,49 @@ def test_any_number_of_processes_makes_the_same_run(
         assert float(done.out.split(f"{name} latency: ")[1].split()[0]) == pytest.approx(exact, abs=0.06)
 
 
-def children_of(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in listed.stdout.split()]
-
-
-def start_sharded(url: str, path: Path) -> subprocess.Popen[str]:
+def start_sharded(server: Demo, folder: Path, *options: str, **popen: Any) -> Running:
     sizes = ["--concurrency", "8", "--total-requests", "400", "--prompt-tokens", "16", "--output-tokens", "1"]
-    target = ["--api-base", url, "--model", "demo", "--results-csv", str(path), "--processes", "2", *sizes]
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *target], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return Running(folder, *server.target, *sizes, "--processes", "2", *options, **popen)
 
 
-def wait_for_rows(path: Path, count: int) -> None:
-    for _ in range(600):
-        if path.exists() and len(path.read_bytes().splitlines()) > count:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{count} rows did not come within 30 s")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid")
+@needs_proc
 def test_a_process_that_dies_is_reported_and_its_jobs_are_errors(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    path = tmp_path / "r.csv"
-    process = start_sharded(demo(ttft_ms=50, gap_ms=0).url, path)
-    wait_for_rows(path, 20)
-    os.kill(children_of(process.pid)[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
-    rows = rows_of(path)
-    assert sorted(int(row["index"]) for row in rows) == list(range(400))
-    lost = [row for row in rows if row["error_kind"] == "process_lost"]
+    program = start_sharded(demo(ttft_ms=50, gap_ms=0), tmp_path)
+    program.wait_for_rows(21)
+    os.kill(program.children[0], signal.SIGKILL)
+    done = program.outcome()
+    assert [int(row["index"]) for row in done.rows] == list(range(400))
+    lost = [row for row in done.rows if row["error_kind"] == "process_lost"]
     assert 0 < len(lost) < 200
     assert len({int(row["index"]) % 2 for row in lost}) == 1  # the stripe of the one that died
-    assert f"Requests (ok/err): {400 - len(lost)}/{len(lost)}" in out
-    assert "died" in err
-    assert "Traceback" not in err
+    assert f"Requests (ok/err): {400 - len(lost)}/{len(lost)}" in done.out
+    assert "died" in done.err
+    assert "Traceback" not in done.err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid")
+@needs_proc
 def test_ctrl_c_drains_all_processes_and_leaves_none(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    path = tmp_path / "r.csv"
-    process = start_sharded(demo(ttft_ms=100, gap_ms=0).url, path)
-    wait_for_rows(path, 20)
-    children = children_of(process.pid)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    rows = rows_of(path)
-    assert 20 <= len(rows) < 400
-    assert {row["status"] for row in rows} == {"success"}
-    assert f"Requests (ok/err): {len(rows)}/0" in out
+    program = start_sharded(demo(ttft_ms=100, gap_ms=0), tmp_path)
+    program.wait_for_rows(21)
+    children = program.children
+    program.send("SIGINT")
+    done = program.outcome()
+    assert done.code == 130, done.err
+    assert 20 <= len(done.rows) < 400
+    assert {row["status"] for row in done.rows} == {"success"}
+    assert f"Requests (ok/err): {len(done.rows)}/0" in done.out
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
 
 
+@needs_proc
 def test_a_key_is_in_no_process_list(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    if not Path("/proc/self/cmdline").exists():
-        pytest.skip("needs /proc")
-    path = tmp_path / "r.csv"
     env = {**os.environ, "OPENAI_API_KEY": "sk-canary"}
-    sizes = ["--concurrency", "4", "--total-requests", "100", "--prompt-tokens", "16", "--output-tokens", "1"]
-    target = ["--api-base", demo(ttft_ms=50, gap_ms=0).url, "--model", "demo", "--results-csv", str(path)]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *target, *sizes, "--processes", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
-    wait_for_rows(path, 4)
-    shown = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children_of(process.pid))
-    assert b"--shard" in shown
-    assert b"canary" not in shown
-    out, err = process.communicate(timeout=60)
-    assert "canary" not in out + err + path.read_text()
+    program = start_sharded(demo(ttft_ms=50, gap_ms=0), tmp_path, "--total-requests", "100", env=env)
+    program.wait_for_rows(4)
+    shown = " ".join(map(command_line_of, children_of(program.pid)))
+    assert "--shard" in shown
+    assert "canary" not in shown
+    done = program.outcome()
+    assert "canary" not in done.out + done.err + program.csv.read_text()

@@ -1,18 +1,17 @@
-"""Room 8: the kernel's clock, and what happens on the wire."""
+"""Section 9, Stopwatch: the kernel's clock, and what happens on the wire."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 import sys
 import time
-from typing import Any, Callable, Optional
+from typing import Any, Callable, ClassVar, Optional
 
 import pytest
 
 import online_bench_openai_async as bench
-from tests.wire import Script, says
+from tests.support.server import ScriptedServer, behind_tls, says, server_context
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -24,19 +23,32 @@ class Arrivals:
     """A reader that keeps what it is fed."""
 
     complete = False
+    made: ClassVar[list[Arrivals]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, reply: bench.Reply) -> None:
+        self.reply = reply
         self.fed: list[tuple[int, bytes]] = []
+        self.made.append(self)
 
     def feed(self, stamp_ns: int, data: bytes) -> None:
         self.fed.append((stamp_ns, data))
 
-    def answer(self) -> bench.Answer:
-        return bench.Answer()
+    def finish(self) -> None:
+        """It only keeps."""
 
     @property
     def body(self) -> bytes:
         return b"".join(data for _, data in self.fed)
+
+
+@pytest.fixture(params=["httptools", "h11"], autouse=True)
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds with either parser of HTTP."""
+    Arrivals.made.clear()
+    if request.param == "h11":
+        monkeypatch.setitem(sys.modules, "httptools", None)
+    else:
+        pytest.importorskip("httptools")
 
 
 LIMITS = bench.Timeouts(connect_s=5, first_byte_s=None, idle_s=None, total_s=10)
@@ -47,75 +59,70 @@ def exchange_with(
     count: int = 1,
     limits: bench.Timeouts = LIMITS,
     meanwhile: Optional[Callable[[], Any]] = None,
-) -> tuple[list[bench.Exchange], list[Optional[bench.WireError]]]:
-    """`count` requests one after the other over one wire; the exchanges and what they raised."""
+    origin: Optional[bench.Origin] = None,
+) -> tuple[list[Arrivals], list[Optional[bench.Failure]]]:
+    """`count` requests one after the other over one stopwatch; what arrived, and how each failed."""
 
-    async def main() -> tuple[list[bench.Exchange], list[Optional[bench.WireError]]]:
-        wire = bench.StopwatchWire(bench.Origin("127.0.0.1", port, False), limits, streamed=True)
-        exchanges: list[bench.Exchange] = []
-        errors: list[Optional[bench.WireError]] = []
+    async def main() -> list[Optional[bench.Failure]]:
+        stopwatch = bench.Stopwatch(origin or bench.Origin("127.0.0.1", port, False), limits, streamed=True)
+        permits = bench.Permits(1)
+        permits.open(time.perf_counter_ns())
+        failures: list[Optional[bench.Failure]] = []
         for _ in range(count):
-            exchange = bench.Exchange(Arrivals())
-            payload = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+            call = bench.Call(Arrivals, permits)
+            call.payload = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
             if meanwhile:
                 asyncio.get_running_loop().call_later(0.01, meanwhile)
             try:
-                await wire.perform(exchange, payload)
-                errors.append(None)
-            except bench.WireError as error:
-                errors.append(error)
-            exchanges.append(exchange)
-        await wire.aclose()
-        return exchanges, errors
+                await stopwatch.perform(call)
+                failures.append(call.end(None).failure)
+            except bench.CallError as error:
+                failures.append(call.end(error.failure).failure)
+        stopwatch.close()
+        return failures
 
-    result: tuple[list[bench.Exchange], list[Optional[bench.WireError]]] = asyncio.run(main())
-    return result
-
-
-def body_of(exchange: bench.Exchange) -> bytes:
-    reader = exchange.reader
-    assert isinstance(reader, Arrivals)
-    return reader.body
+    failures = asyncio.run(main())
+    return list(Arrivals.made), failures
 
 
 @linux_only
-def test_a_blocked_event_loop_does_not_move_the_stamps(script: Callable[..., Script]) -> None:
+def test_a_blocked_event_loop_does_not_move_the_stamps(script: Callable[..., ScriptedServer]) -> None:
     """The loop sleeps through all five chunks; the kernel does not."""
     chunks = [b"5\r\n%d.abc\r\n" % n for n in range(5)]
     server = script(says(CHUNKED, *chunks, b"0\r\n\r\n", gap_s=0.02))
     (exchange,), errors = exchange_with(server.port, meanwhile=lambda: time.sleep(0.3))
     assert errors == [None]
-    stamps = [stamp for stamp, data in exchange.reader.fed]  # type: ignore[attr-defined]
+    stamps = [stamp for stamp, data in exchange.fed]
     # read after 300 ms, in one piece or a few: never stamped with the time of that read
-    assert exchange.sent_ns is not None
-    assert (stamps[-1] - exchange.sent_ns) / 1e6 < 250
-    assert exchange.kernel_reads == exchange.reads
+    assert exchange.reply.sent_ns is not None
+    assert (stamps[-1] - exchange.reply.sent_ns) / 1e6 < 250
+    assert exchange.reply.kernel_reads == exchange.reply.reads
 
 
 @linux_only
-def test_stamps_lie_between_sending_and_reading(script: Callable[..., Script]) -> None:
+def test_stamps_lie_between_sending_and_reading(script: Callable[..., ScriptedServer]) -> None:
     server = script(says(CHUNKED + b"2\r\nhi\r\n", b"2\r\nho\r\n0\r\n\r\n", gap_s=0.02))
     (exchange,), _ = exchange_with(server.port)
-    stamps = [stamp for stamp, data in exchange.reader.fed]  # type: ignore[attr-defined]
-    assert exchange.sent_ns is not None
-    assert exchange.sent_ns < stamps[0] < stamps[-1] < time.perf_counter_ns()
+    stamps = [stamp for stamp, data in exchange.fed]
+    assert exchange.reply.sent_ns is not None
+    assert exchange.reply.sent_ns < stamps[0] < stamps[-1] < time.perf_counter_ns()
     assert (stamps[-1] - stamps[0]) / 1e6 >= 20
 
 
 @linux_only
 @pytest.mark.parametrize("step_s", [3600, -3600])
 def test_a_stepped_clock_falls_back_to_the_time_of_the_read(
-    script: Callable[..., Script], step_s: int, monkeypatch: pytest.MonkeyPatch
+    script: Callable[..., ScriptedServer], step_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: true() + step_s * 1_000_000_000)
     server = script(says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"))
     (exchange,), errors = exchange_with(server.port)
     assert errors == [None]
-    assert exchange.kernel_reads == 0
-    assert exchange.sent_ns is not None
-    assert exchange.last_ns is not None
-    assert exchange.sent_ns < exchange.last_ns < time.perf_counter_ns()
+    assert exchange.reply.kernel_reads == 0
+    assert exchange.reply.sent_ns is not None
+    assert exchange.reply.end_ns is not None
+    assert exchange.reply.sent_ns < exchange.reply.end_ns < time.perf_counter_ns()
 
 
 @pytest.mark.parametrize(
@@ -133,13 +140,13 @@ def test_a_stepped_clock_falls_back_to_the_time_of_the_read(
     ],
 )
 def test_a_reply_is_whole_however_it_is_cut_and_its_connection_is_kept(
-    script: Callable[..., Script], packets: tuple[bytes, ...]
+    script: Callable[..., ScriptedServer], packets: tuple[bytes, ...]
 ) -> None:
     server = script(says(*packets, gap_s=0.001))
     exchanges, errors = exchange_with(server.port, count=2)
     assert errors == [None, None]
-    assert [body_of(exchange) for exchange in exchanges] == [b"hi", b"hi"]
-    assert [exchange.new_connection for exchange in exchanges] == [True, False]
+    assert [exchange.body for exchange in exchanges] == [b"hi", b"hi"]
+    assert [exchange.reply.new_connection for exchange in exchanges] == [True, False]
     assert server.connections == 1
 
 
@@ -151,11 +158,11 @@ def test_a_reply_is_whole_however_it_is_cut_and_its_connection_is_kept(
         says(HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi", keep=False),
     ],
 )
-def test_a_reply_that_ends_with_its_connection(script: Callable[..., Script], answer: Any) -> None:
+def test_a_reply_that_ends_with_its_connection(script: Callable[..., ScriptedServer], answer: Any) -> None:
     server = script(answer)
     exchanges, errors = exchange_with(server.port, count=2)
     assert errors == [None, None]
-    assert [body_of(exchange) for exchange in exchanges] == [b"hi", b"hi"]
+    assert [exchange.body for exchange in exchanges] == [b"hi", b"hi"]
     assert server.connections == 2
 
 
@@ -170,30 +177,30 @@ def test_a_reply_that_ends_with_its_connection(script: Callable[..., Script], an
         (says(CHUNKED + b"zz\r\nhi\r\n"), "bad_http"),
     ],
 )
-def test_what_breaks_on_the_wire_is_said(script: Callable[..., Script], answer: Any, kind: str) -> None:
+def test_what_breaks_on_the_wire_is_said(script: Callable[..., ScriptedServer], answer: Any, kind: str) -> None:
     server = script(answer)
     _, (error,) = exchange_with(server.port)
     assert error is not None
-    assert (error.failure.status, error.failure.kind) == ("http_error", kind)
+    assert (error.status, error.kind) == ("http_error", kind)
 
 
-def test_a_stale_connection_costs_one_counted_reconnect(script: Callable[..., Script]) -> None:
+def test_a_stale_connection_costs_one_counted_reconnect(script: Callable[..., ScriptedServer]) -> None:
     """The server closes the kept connection as the second request arrives: sent again on a new one."""
     good = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
     server = script(good, says(keep=False), good)
     exchanges, errors = exchange_with(server.port, count=2)
     assert errors == [None, None]
-    assert [exchange.reconnects for exchange in exchanges] == [0, 1]
+    assert [exchange.reply.reconnects for exchange in exchanges] == [0, 1]
     assert server.requests == 3
 
 
-def test_a_server_that_keeps_closing_is_tried_twice_and_no_more(script: Callable[..., Script]) -> None:
+def test_a_server_that_keeps_closing_is_tried_twice_and_no_more(script: Callable[..., ScriptedServer]) -> None:
     good = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
     server = script(good, says(keep=False))
     _, errors = exchange_with(server.port, count=2)
     assert errors[0] is None
     assert errors[1] is not None
-    assert errors[1].failure.kind == "closed"
+    assert errors[1].kind == "closed"
     assert server.requests == 3
 
 
@@ -206,15 +213,15 @@ def test_a_server_that_keeps_closing_is_tried_twice_and_no_more(script: Callable
     ],
 )
 def test_each_time_limit_holds_and_has_its_name(
-    script: Callable[..., Script], limits: bench.Timeouts, answer: Any, kind: str
+    script: Callable[..., ScriptedServer], limits: bench.Timeouts, answer: Any, kind: str
 ) -> None:
     server = script(answer)
     _, (error,) = exchange_with(server.port, limits=limits)
     assert error is not None
-    assert error.failure.kind == kind
+    assert error.kind == kind
 
 
-def test_a_slow_but_steady_stream_meets_no_idle_limit(script: Callable[..., Script]) -> None:
+def test_a_slow_but_steady_stream_meets_no_idle_limit(script: Callable[..., ScriptedServer]) -> None:
     chunks = [b"2\r\nhi\r\n"] * 8
     server = script(says(CHUNKED, *chunks, b"0\r\n\r\n", gap_s=0.08))
     _, errors = exchange_with(server.port, limits=bench.Timeouts(5, None, 0.4, 9))
@@ -226,20 +233,20 @@ def test_a_refused_connection_says_so() -> None:
         port = probe.getsockname()[1]
     _, (error,) = exchange_with(port)
     assert error is not None
-    assert error.failure.kind == "connect_refused"
+    assert error.kind == "connect_refused"
 
 
 def test_a_reply_without_an_end_is_an_error_and_not_an_exhaustion(
-    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+    script: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "MAX_REPLY_BYTES", 1 << 20)
     server = script(says(CHUNKED, *[b"10000\r\n" + b"x" * 65536 + b"\r\n"] * 64))
     _, (error,) = exchange_with(server.port)
     assert error is not None
-    assert error.failure.kind == "too_large"
+    assert error.kind == "too_large"
 
 
-def test_compression_nobody_asked_for_is_undone(script: Callable[..., Script]) -> None:
+def test_compression_nobody_asked_for_is_undone(script: Callable[..., ScriptedServer]) -> None:
     import gzip
 
     data = gzip.compress(b"hi")
@@ -247,13 +254,13 @@ def test_compression_nobody_asked_for_is_undone(script: Callable[..., Script]) -
     server = script(says(head + data))
     (exchange,), errors = exchange_with(server.port)
     assert errors == [None]
-    assert body_of(exchange) == b"hi"
+    assert exchange.body == b"hi"
 
 
-def test_the_turnstile_admits_one_per_turn_of_the_loop() -> None:
+def test_the_step_queue_admits_one_per_turn_of_the_loop() -> None:
     async def main() -> list[int]:
         loop = asyncio.get_running_loop()
-        turnstile = bench.Turnstile(loop)
+        steps = bench.StepQueue(loop)
         turn = 0
         admitted: list[int] = []
 
@@ -264,9 +271,7 @@ def test_the_turnstile_admits_one_per_turn_of_the_loop() -> None:
                 loop.call_soon(count)
 
         async def visitor() -> None:
-            waiter: asyncio.Future[None] = loop.create_future()
-            turnstile.queue(waiter)
-            await waiter
+            await steps.turn()
             admitted.append(turn)
 
         loop.call_soon(count)
@@ -277,56 +282,22 @@ def test_the_turnstile_admits_one_per_turn_of_the_loop() -> None:
     assert len(set(turns)) == 5
 
 
-def openssl_certificate(folder: Any) -> tuple[str, str]:
-    key, certificate = str(folder / "key.pem"), str(folder / "cert.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", certificate]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs the openssl command to make a certificate")
-    return key, certificate
-
-
 @pytest.mark.parametrize("trust", ["ca_file", "insecure", "nobody"])
-def test_tls_over_the_same_socket(script: Callable[..., Script], tmp_path: Any, trust: str) -> None:
-    import ssl
+def test_tls_over_the_same_socket(script: Callable[..., ScriptedServer], tmp_path: Any, trust: str) -> None:
+    context: Any = server_context(tmp_path, "localhost")
+    certificate = context.ca_file
+    packets = (CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n")
+    server = script(says(*packets, gap_s=0.01), door=behind_tls(context))
 
-    key, certificate = openssl_certificate(tmp_path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server = script(says(CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n", gap_s=0.01))
-    plain = server._talk
-
-    def talk(sock: socket.socket) -> None:
-        try:
-            with context.wrap_socket(sock, server_side=True) as sealed:
-                plain(sealed)
-        except OSError:  # a client that does not trust us
-            sock.close()
-
-    server._talk = talk  # type: ignore[method-assign]
-
-    async def main() -> list[bench.Exchange]:
-        ca_file = certificate if trust == "ca_file" else None
-        origin = bench.Origin("127.0.0.1", server.port, True, ca_file, trust == "insecure")
-        wire = bench.StopwatchWire(origin, LIMITS, streamed=True)
-        exchanges = []
-        try:
-            for _ in range(2):
-                exchanges.append(bench.Exchange(Arrivals()))
-                await wire.perform(exchanges[-1], b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
-        finally:
-            await wire.aclose()
-        return exchanges
-
+    ca_file = certificate if trust == "ca_file" else None
+    origin = bench.Origin("127.0.0.1", server.port, True, ca_file, trust == "insecure")
+    exchanges, errors = exchange_with(server.port, count=2, origin=origin)
     if trust == "nobody":
-        with pytest.raises(bench.WireError) as caught:
-            asyncio.run(main())
-        assert caught.value.failure.kind == "tls_error"
+        assert errors[0] is not None
+        assert errors[0].kind == "tls_error"
         return
-    exchanges = asyncio.run(main())
-    assert [body_of(exchange) for exchange in exchanges] == [b"hi", b"hi"]
+    assert errors == [None, None]
+    assert [exchange.body for exchange in exchanges] == [b"hi", b"hi"]
     assert server.connections == 1
     if sys.platform == "linux":
-        assert exchanges[1].kernel_reads == exchanges[1].reads
+        assert exchanges[1].reply.kernel_reads == exchanges[1].reply.reads

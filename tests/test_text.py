@@ -1,15 +1,14 @@
-"""Room 6: what is printed, whole strings."""
+"""Section 7, Text: what is printed, whole strings."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import unicodedata
 
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import make_config, make_record
-from tests.test_metrics import health, summary_of
+from tests.support.records import health, make_config, make_record, summary_of
 
 
 def test_the_progress_line() -> None:
@@ -24,8 +23,20 @@ def test_the_progress_line() -> None:
 
 def test_the_progress_line_before_the_first_reply() -> None:
     assert bench.progress_line(bench.Tally(), 10, 0.0) == (
-        "Progress: 0/10 (0.0%) | RPS(avg): 0.00 | Gen tok/s: 0.00 | Total tok/s: 0.00 | Errors: 0 | ETA:   0.0s"
+        "Progress: 0/10 (0.0%) | RPS(avg): 0.00 | Gen tok/s: 0.00 | Total tok/s: 0.00 | Errors: 0 | ETA: -"
     )
+
+
+@pytest.mark.parametrize("columns", [*range(24, 130), 1000])
+def test_a_narrow_terminal_gets_a_shorter_form_that_keeps_errors_and_eta(columns: int) -> None:
+    tally = bench.Tally()
+    for index in range(100):
+        tally.add(make_record(index, status="http_error", error_kind="timeout"))
+    line = bench.progress_line(tally, 1000, 12.0, columns)
+    assert len(line) <= columns
+    assert "100 err" in line or "Errors: 100 " in line
+    assert line.endswith("ETA: 108.0s")
+    assert line.startswith("Progress: ") is (columns >= len(bench.progress_line(tally, 1000, 12.0)))
 
 
 def test_the_block() -> None:
@@ -46,15 +57,30 @@ def test_the_block_of_a_run_without_a_success() -> None:
     assert bench.summary_block(summary, 1).splitlines()[4:] == ["p50 latency: -", "p95 latency: -", "Avg latency: -"]
 
 
-def test_the_configuration_stands_on_one_column_and_hides_the_key() -> None:
-    config = make_config(api_key="sk-canary", extra_body={"guided": {"api_key": "canary"}})
+FOUNDING_DOCUMENT = """\
+=== Benchmark Configuration ===
+     api_base: http://127.0.0.1:8000/v1
+      api_key: vllm
+        model: qwen2.5-32b-instruct
+   concurrency: 128
+ total_requests: 1024
+ prompt_tokens: 1024
+ output_tokens: 1024"""
+
+
+def test_the_configuration_of_a_plain_run_is_the_founding_documents() -> None:
+    config = make_config(api_base="http://127.0.0.1:8000/v1", model="qwen2.5-32b-instruct")
+    block = bench.config_block(config)
+    assert block.startswith(FOUNDING_DOCUMENT + "\n")
+    assert block[len(FOUNDING_DOCUMENT) :].split() == ["seed:", "1"]  # the one thing that no default gives
+
+
+def test_what_differs_from_its_default_stands_below_and_no_secret() -> None:
+    config = make_config(api_key="sk-canary", extra_body={"guided": {"api_key": "canary"}}, warmup=0, timeout=5.0)
     lines = bench.config_block(config).splitlines()
-    assert lines[0] == "=== Benchmark Configuration ==="
-    assert len({line.index(": ") for line in lines[1:]}) == 1
-    assert "     api_key: ***" in lines[2]
+    assert lines[2] == "      api_key: ***"
+    assert {line.split(":")[0].strip() for line in lines[8:]} == {"seed", "extra_body", "warmup", "timeout"}
     assert "canary" not in "\n".join(lines)
-    names = {line.split(":")[0].strip() for line in lines[1:]}
-    assert names == {field.name for field in dataclasses.fields(bench.Config)}
 
 
 @pytest.mark.parametrize("key", ["vllm", "EMPTY"])
@@ -81,28 +107,102 @@ def test_the_first_visible_token_has_a_line_only_after_reasoning() -> None:
     plain = "\n".join(bench.distribution_table(summary_of(make_record())))
     assert "visible" not in plain
     reasoning = "\n".join(bench.distribution_table(summary_of(make_record(visible_s=1.3))))
-    assert "Time to first visible token (ms)" in reasoning
+    assert "First visible token (ms)" in reasoning
 
 
-def test_details_say_that_the_client_was_no_bottleneck_or_that_it_was() -> None:
+def test_the_verdict_says_whose_the_figures_are() -> None:
     summary = summary_of(*(make_record(n) for n in range(100)))
     calm = bench.detail_lines(summary, make_config(), [health()])
-    assert any(line.startswith("Client: 1 process") and line.endswith("not the bottleneck") for line in calm)
+    assert calm[0] == "WARNING: the server counted 10.0 prompt tokens on average, --prompt-tokens asked for 1024"
+    assert "Verdict: this client was not the bottleneck (CPU 30 %, kernel clock 100 %)." in calm
     starved = bench.detail_lines(summary, make_config(), [health(cpu_s=9.9)])
-    assert any(line.startswith("WARNING: client-bound") and "--processes" in line for line in starved)
+    assert starved[:2] == ["WARNING: client-bound: it needed 100% of a core", f"{'':9}Cure: {cure_of(starved)}"]
+    assert any(line.startswith("Verdict: client-bound") for line in starved)
     assert not any("not the bottleneck" in line for line in starved)
 
 
-@pytest.mark.parametrize(
-    ("transport", "told"),
-    [
-        ("stopwatch (uvloop)", "transport stopwatch (uvloop) (sdk (httpx): about 6 times its CPU); 0 connections"),
-        ("sdk (httpx)", "transport sdk (httpx) (stopwatch: about 1/6 of its CPU)"),
-    ],
-)
-def test_the_transport_is_named_and_what_the_other_would_have_cost(transport: str, told: str) -> None:
-    summary = summary_of(*(make_record(n) for n in range(100)))
-    assert told in bench.clock_line(summary, [health(transport=transport)])
+def cure_of(lines: list[str]) -> str:
+    return next(line.partition("Cure: ")[2] for line in lines if "Cure: " in line)
+
+
+def test_without_the_kernels_clock_the_verdict_says_so() -> None:
+    summary = summary_of(*(make_record(n, kernel_reads=0) for n in range(100)))
+    lines = bench.detail_lines(summary, make_config(), [health(transport="sdk (httpx)", kernel_clock=False)])
+    assert not any("not the bottleneck" in line for line in lines)
+    assert any(line.startswith("Verdict: this client kept up") and "not by the kernel" in line for line in lines)
+    assert any(line == "Clock: kernel 0 %, merged 0 %; transport sdk (httpx)" for line in lines)
+
+
+def test_the_report_is_ordered_warnings_verdict_table_circumstances() -> None:
+    bad = make_record(100, status="http_error", error_kind="http_503", error="busy")
+    summary = summary_of(*(make_record(n) for n in range(100)), bad)
+    notice = bench.ReportWarning("interrupted: 101 of 200 requests were made")
+    lines = bench.detail_lines(summary, make_config(), [health()], [notice], "Measurement error: p50 +0.01 ms")
+    starts = ["WARNING: interrupted", "WARNING: the server", "Measurement error", "Verdict", "Latency (ms)",
+              "In flight", "Finish reasons", "Clock", "Client", "Errors: 1 x http_error/http_503: busy"]  # fmt: skip
+    places = [next(at for at, line in enumerate(lines) if line.startswith(start)) for start in starts]
+    assert places == sorted(places)
+    assert places[-1] == len(lines) - 1
+
+
+def test_no_line_is_wider_than_100_columns() -> None:
+    def columns(line: str) -> int:
+        return len(line) + sum(unicodedata.east_asian_width(char) in "WF" for char in line)
+
+    long = {"text": "word " * 100, "japanese": "\u6e2c\u5b9a" * 200, "path": "/deep" * 50}
+    slow = {"last_s": 4e5, "end_s": 4e5, "visible_s": 3.0, "gaps_ms": (3e8, 1.0)}
+    records = [make_record(n, **slow, finish_reason=f"reason {n} {'x' * 30}") for n in range(50)]
+    records += [
+        make_record(n, status="http_error", error_kind=kind, error=text) for n, (kind, text) in enumerate(long.items())
+    ]
+    config = make_config(extra_body=long, system_prompt=long["japanese"], model="m" * 200, requests_file=long["path"])
+    summary = summary_of(*records)
+    notice = bench.ReportWarning(long["text"], long["japanese"])
+    lines = bench.detail_lines(summary, config, [health()] * 9, [notice], long["text"])
+    lines += bench.summary_block(summary, 999_999).splitlines() + bench.config_block(config).splitlines()
+    assert max(map(columns, lines)) <= 100
+    assert " ".join(lines).count("word") >= 80 + 100 + 60  # wrapped, not cut: the notice, the truth, the error
+    assert "..." in bench.config_block(config)
+
+
+def test_the_rarest_kinds_of_errors_are_counted_only() -> None:
+    records = [make_record(n, status="http_error", error_kind=f"http_{500 + n}", error="x") for n in range(9)]
+    lines = bench.circumstances(summary_of(*records), [])
+    assert len([line for line in lines if " x http_error/" in line]) == 5
+    assert lines[-1] == "Errors: 4 rarer kinds besides"
+
+
+# --- secrets ---
+
+
+def test_the_redactor_knows_every_secret_of_a_run() -> None:
+    config = make_config(
+        api_base="https://me:p%40ssword@host/v1?api-version=2&api-key=query%2Fsecret",
+        api_key="sk-0123456789",
+        extra_body={"deep": [{"auth": {"value": "body-secret"}}], "stop": "word"},
+    )
+    environ = {"OPENAI_CUSTOM_HEADERS": "X-Token: Bearer head-secret\nX-Plain: seen", "https_proxy": "u:prox1@p:1"}
+    redactor = bench.Redactor.of(config, environ)
+    secrets = ("sk-0123456789", "me:p%40ssword", "p@ssword", "query/secret", "query%2Fsecret", "body-secret",
+               "head-secret", "prox1", "bWU6cEBzc3dvcmQ=")  # fmt: skip
+    for secret in secrets:
+        assert redactor.text(f"a {secret} b") == "a *** b", secret
+        assert secret[:-1] not in redactor.text(f"cut off {secret[:-1]}"), secret
+    assert redactor.text("a word seen by me") == "a word seen by me"
+    argv = [
+        "--api-key",
+        "sk-0123456789",
+        "--api-key=x",
+        "--extra-body",
+        '{"api_key": "y"}',
+        config.api_base,
+        "head-secret",
+    ]
+    assert redactor.argv(argv) == ["--api-key", "***", "--api-key=***", "--extra-body", '{"api_key": "***"}',
+                                   "https://***@host/v1?api-version=2&api-key=***", "***"]  # fmt: skip
+    told = redactor.config(config)
+    assert (told["api_key"], told["api_base"]) == ("***", "https://***@host/v1?api-version=2&api-key=***")
+    assert told["extra_body"] == {"deep": [{"auth": {"value": "***"}}], "stop": "word"}
 
 
 def test_server_text_is_made_harmless() -> None:

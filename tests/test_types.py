@@ -1,10 +1,10 @@
-"""Room 2: records hold stamps, durations are derived, absent is None."""
+"""Section 2, Types: records hold stamps, durations are derived, absent is None."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.conftest import make_record
+from tests.support.records import make_record
 
 
 def test_durations_follow_from_the_stamps() -> None:

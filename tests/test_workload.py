@@ -1,4 +1,4 @@
-"""Room 4: what is asked."""
+"""Section 4, Workload: what is asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import make_config
+from tests.support.records import make_config
 
 
 def prompts(seed: int, count: int = 1024) -> list[str]:

@@ -1,4 +1,4 @@
-"""Room 9: what a reply means. Each form was seen from a real server."""
+"""Section 5, Replies: what a reply means. Each form was seen from a real server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, Optional
 import pytest
 
 import online_bench_openai_async as bench
-from tests.conftest import make_config
 
 
 def event(delta: dict[str, Any], finish: Optional[str] = None, **more: Any) -> bytes:
@@ -30,9 +29,9 @@ DONE = b"data: [DONE]\n\n"
 WHOLE_STREAM = [ROLE, *TOKENS, FINISH, USAGE, DONE]
 
 
-def stream(*events: bytes) -> bench.Answer:
+def stream(*events: bytes) -> bench.Reply:
     """Each event in a packet of its own, 10 ms apart, the first at 10 ms."""
-    return bench.read_stream([((n + 1) * 10_000_000, data) for n, data in enumerate(events)])
+    return bench.read_reply(True, [((n + 1) * 10_000_000, data) for n, data in enumerate(events)])
 
 
 def test_a_stream_is_timed_from_its_first_token_to_its_last() -> None:
@@ -140,8 +139,8 @@ def test_packets_and_line_ends_change_nothing(newline: bytes, size: int) -> None
     extra = b": keep-alive\n\nid: 7\nevent: message\nretry: 10\n"
     data = b"\xef\xbb\xbf" + extra + b"".join(WHOLE_STREAM).replace(b'"a"', '"日"'.encode())
     data = data.replace(b"\n", newline)
-    cut = bench.read_stream([(5, data[at : at + size]) for at in range(0, len(data), size)])
-    whole = bench.read_stream([(5, data)])
+    cut = bench.read_reply(True, [(5, data[at : at + size]) for at in range(0, len(data), size)])
+    whole = bench.read_reply(True, [(5, data)])
     assert whole.failure is None
     assert whole.chunks == 3
     forget: dict[str, Any] = {"content_reads": 0, "merged_reads": 0}
@@ -191,9 +190,9 @@ def test_the_fast_scan_is_used_for_the_usual_chunk() -> None:
     assert not bench.is_plain_content(ROLE.rstrip())
 
 
-def whole(body: Any) -> bench.Answer:
+def whole(body: Any) -> bench.Reply:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return bench.read_whole([(1, data[:5]), (2, data[5:])])
+    return bench.read_reply(False, [(1, data[:5]), (2, data[5:])])
 
 
 def completion(**changes: Any) -> dict[str, Any]:
@@ -257,63 +256,3 @@ def test_what_is_no_complete_reply(body: Any, kind: str) -> None:
 )
 def test_error_bodies_of_every_form_become_one_line(body: bytes, text: str) -> None:
     assert bench.error_body_text(body) == text
-
-
-def test_only_what_was_asked_for_is_sent() -> None:
-    request = bench.Request([{"role": "user", "content": "x"}])
-    body = bench.request_body(make_config(output_tokens=5), bench.Dialect(), request)
-    assert body == {"model": "m", "messages": request.messages, "max_tokens": 5, "temperature": 0.0}
-
-
-def test_streams_ask_for_usage_and_extra_fields_win() -> None:
-    config = make_config(stream=True, extra_body={"ignore_eos": True, "temperature": 1})
-    body = bench.request_body(config, bench.Dialect(), bench.Request([], output_tokens=7))
-    assert body["stream_options"] == {"include_usage": True}
-    assert (body["max_tokens"], body["ignore_eos"], body["temperature"]) == (7, True, 1)
-
-
-def refusal(message: str, kind: str = "http_400") -> list[bench.ErrorGroup]:
-    return [bench.ErrorGroup("http_error", kind, 1, message)]
-
-
-def test_a_refusal_teaches_the_dialect() -> None:
-    config, dialect = make_config(stream=True), bench.Dialect()
-    newer = bench.concede(dialect, config, refusal("'max_tokens' is not supported, use 'max_completion_tokens'"))
-    assert newer is not None
-    assert newer.limit_field == "max_completion_tokens"
-    silent = bench.concede(dialect, config, refusal("stream_options is not allowed"))
-    assert silent is not None
-    assert not silent.include_usage
-
-
-def test_a_refusal_that_teaches_nothing_is_final() -> None:
-    config = make_config()
-    assert bench.concede(bench.Dialect(), config, refusal("no such model")) is None
-    assert bench.concede(bench.Dialect(), config, refusal("max_tokens", "http_500")) is None
-    fixed = make_config(max_tokens_field="max_tokens")
-    assert bench.concede(bench.Dialect(), fixed, refusal("use max_completion_tokens")) is None
-    already = bench.Dialect("max_completion_tokens")
-    assert bench.concede(already, config, refusal("max_completion_tokens is too large")) is None
-
-
-@pytest.mark.parametrize(
-    ("url", "environ", "proxy"),
-    [
-        ("http://127.0.0.1:8000/v1", {"http_proxy": "http://p:1"}, None),
-        ("http://localhost:8000/v1", {"all_proxy": "http://p:1"}, None),
-        ("http://[::1]:8000/v1", {"http_proxy": "http://p:1"}, None),
-        ("http://gpu.example/v1", {"http_proxy": "http://p:1"}, "http://p:1"),
-        ("https://gpu.example/v1", {"http_proxy": "http://p:1"}, None),
-        ("http://gpu.example/v1", {"http_proxy": "http://p:1", "no_proxy": "gpu.example"}, None),
-        ("http://gpu.example/v1", {}, None),
-    ],
-)
-def test_a_proxy_is_for_hosts_beyond_this_one(
-    url: str, environ: dict[str, str], proxy: Optional[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    assert bench.proxy_for(url) == proxy

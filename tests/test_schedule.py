@@ -1,4 +1,4 @@
-"""Room 3: who does which job."""
+"""Section 3, Schedule: which jobs there are and who does them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import online_bench_openai_async as bench
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7])
 def test_processes_share_out_every_job_once(shards: int) -> None:
-    dealt = [job.index for shard in range(shards) for job in bench.closed_loop(20, shard, shards)]
+    dealt = [job.index for shard in range(shards) for job in bench.ClosedLoop(20).part(shard, shards)]
     assert sorted(dealt) == list(range(20))
 
 
@@ -21,4 +21,10 @@ def test_shares_of_the_concurrency_add_up(total: int, shards: int) -> None:
 
 
 def test_closed_loop_jobs_are_due_at_once() -> None:
-    assert {job.due_s for job in bench.closed_loop(5)} == {None}
+    assert {job.due_s for job in bench.ClosedLoop(5)} == {None}
+
+
+def test_millions_of_jobs_cost_nothing_before_they_are_taken() -> None:
+    schedule = bench.ClosedLoop(10**12).part(1, 3)
+    assert len(schedule) == 333333333333
+    assert next(iter(schedule)) == bench.Job(1)

@@ -8,19 +8,37 @@ every connection to their port.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import json
 import re
 import socket
-import struct
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Callable, Optional
+
+from tests.support.replies import (
+    ANSWER,
+    COUNTS,
+    DONE,
+    FINISH,
+    GOOD_EVENTS,
+    LAST_CHUNK,
+    ONE,
+    ROLE,
+    STREAM_HEAD,
+    THREE,
+    TWO,
+    USAGE,
+    as_json,
+    chunk,
+    completion,
+    delta,
+    head,
+    piece,
+    reply,
+)
+from tests.support.server import Act, Call, Door, HttpServer, reset_on_close, says
 
 SUCCESS = "success/"
 MEGABYTE = 1 << 20
@@ -31,193 +49,20 @@ def fault_prompt(name: str) -> str:
     return f"meet the fault:{name};"
 
 
-class Call:
-    """One request, and the connection on which to do it justice or not."""
+class FaultServer(HttpServer):
+    """Does to each request the fault that its prompt names; `seen` counts them by name, the good ones as `good`."""
 
-    def __init__(self, sock: Any, body: bytes, number: int, authorization: str) -> None:
-        self.sock = sock
-        self.body = body
-        self.number = number  # of this request on its connection, from 0
-        self.authorization = authorization
-        self.over = False
-
-    @property
-    def streamed(self) -> bool:
-        return b'"stream":true' in self.body.replace(b" ", b"")
-
-    def send(self, *pieces: bytes) -> None:
-        """Each piece in a packet of its own, as far as the kernel lets us."""
-        for piece in pieces:
-            self.sock.sendall(piece)
-            if len(pieces) > 1:
-                time.sleep(0.001)
-
-    def close(self) -> None:
-        self.over = True
-
-    def reset(self) -> None:
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.over = True
-
-    def stall(self) -> None:
-        """Say nothing more until the client gives up."""
-        with contextlib.suppress(OSError):
-            while self.sock.recv(65536):
-                pass
-        self.over = True
-
-
-class FaultServer:
-    """Listens on loopback; a thread for each connection. Counts what arrived and what is still open."""
-
-    def __init__(
-        self,
-        acts: Mapping[str, Callable[[Call], None]],
-        door: Optional[Callable[[socket.socket], Optional[Any]]] = None,
-    ) -> None:
+    def __init__(self, acts: Mapping[str, Act], door: Optional[Door] = None) -> None:
         self._acts = acts
-        self._door = door
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.port: int = self._listener.getsockname()[1]
         self.seen: Counter[str] = Counter()
-        self.open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(self._by_name, door)
 
-    @property
-    def api_base(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def __enter__(self) -> FaultServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in list(self.open):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def left_open(self, patience_s: float = 5.0) -> int:
-        """Connections that the client has not closed, after it was given time to."""
-        until = time.monotonic() + patience_s
-        while self.open and time.monotonic() < until:
-            time.sleep(0.005)
-        return len(self.open)
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                sock, _ = self._listener.accept()
-                with self._lock:
-                    self.seen["connections"] += 1
-                    self.open.add(sock)
-                threading.Thread(target=self._converse, args=(sock,), daemon=True).start()
-
-    def _converse(self, raw: socket.socket) -> None:
-        sock: Any = raw
-        try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock = self._door(raw) if self._door else raw
-            number = 0
-            while sock is not None and self._answered(sock, number):
-                number += 1
-        except OSError:
-            pass
-        finally:
-            with contextlib.suppress(OSError):
-                (sock or raw).close()
-            raw.close()
-            with self._lock:
-                self.open.discard(raw)
-
-    def _answered(self, sock: Any, number: int) -> bool:
-        """Serve the next request; whether the connection is to be kept."""
-        request = read_request(sock)
-        if request is None:
-            return False
-        head, body = request
-        call = Call(sock, body, number, _header(head, b"authorization"))
-        named = _NAME.search(body)
+    def _by_name(self, call: Call) -> None:
+        named = _NAME.search(call.body)
         name = named.group(1).decode() if named else "good"
         with self._lock:
             self.seen[name] += 1
         (self._acts[name] if named else good)(call)
-        return not call.over
-
-
-def read_request(sock: Any) -> Optional[tuple[bytes, bytes]]:
-    """(head, body) of the next request; None at the end of the connection."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        data = sock.recv(65536)
-        if not data:
-            return None
-        received += data
-    head, _, rest = received.partition(b"\r\n\r\n")
-    length = int(_header(head, b"content-length") or 0)
-    pieces, size = [rest], len(rest)
-    while size < length:
-        data = sock.recv(65536)
-        if not data:
-            return None
-        pieces.append(data)
-        size += len(data)
-    return head, b"".join(pieces)
-
-
-def _header(head: bytes, name: bytes) -> str:
-    for line in head.split(b"\r\n")[1:]:
-        key, _, value = line.partition(b":")
-        if key.strip().lower() == name:
-            return value.strip().decode("latin-1")
-    return ""
-
-
-# --- what good answers are made of ---
-
-USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-
-
-def completion(**changes: Any) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": "one two three"}, "finish_reason": "stop"}
-    return {"id": "c", "object": "chat.completion", "choices": [choice], "usage": USAGE, **changes}
-
-
-def as_json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-def head(status: str = "200 OK", *headers: str) -> bytes:
-    return "\r\n".join((f"HTTP/1.1 {status}", *headers, "", "")).encode("latin-1")
-
-
-def reply(status: str, body: bytes, *headers: str) -> bytes:
-    return head(status, f"Content-Length: {len(body)}", *headers) + body
-
-
-def piece(choices: Any, **more: Any) -> bytes:
-    """A streamed chunk as an event."""
-    return b"data: " + as_json({"id": "c", "object": "chat.completion.chunk", "choices": choices, **more}) + b"\n\n"
-
-
-def delta(finish: Optional[str] = None, **said: Any) -> list[Any]:
-    return [{"index": 0, "delta": said, "finish_reason": finish}]
-
-
-ROLE = piece(delta(role="assistant", content=""))
-ONE, TWO, THREE = (piece(delta(content=word)) for word in ("one", " two", " three"))
-FINISH = piece(delta(finish="stop"))
-COUNTS = piece([], usage=USAGE)
-DONE = b"data: [DONE]\n\n"
-STREAM_HEAD = head("200 OK", "Content-Type: text/event-stream", "Transfer-Encoding: chunked")
-LAST_CHUNK = b"0\r\n\r\n"
-GOOD_EVENTS = (ROLE, ONE, TWO, THREE, FINISH, COUNTS, DONE)
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def good(call: Call) -> None:
@@ -230,17 +75,12 @@ def good(call: Call) -> None:
 # --- the ways of a fault ---
 
 
-def sends(*pieces: bytes, close: bool = False) -> Callable[[Call], None]:
+def sends(*pieces: bytes, close: bool = False) -> Act:
     """These bytes as the whole reply, then perhaps the end of the connection."""
-
-    def act(call: Call) -> None:
-        call.send(*pieces)
-        call.over = close
-
-    return act
+    return says(*pieces, gap_s=0.001 if len(pieces) > 1 else 0.0, keep=not close)
 
 
-def sends_then_stalls(*pieces: bytes) -> Callable[[Call], None]:
+def sends_then_stalls(*pieces: bytes) -> Act:
     def act(call: Call) -> None:
         call.send(*pieces)
         call.stall()
@@ -248,7 +88,7 @@ def sends_then_stalls(*pieces: bytes) -> Callable[[Call], None]:
     return act
 
 
-def sends_then_resets(*pieces: bytes) -> Callable[[Call], None]:
+def sends_then_resets(*pieces: bytes) -> Act:
     def act(call: Call) -> None:
         call.send(*pieces)
         time.sleep(0.02)  # a reset would overtake them
@@ -257,17 +97,17 @@ def sends_then_resets(*pieces: bytes) -> Callable[[Call], None]:
     return act
 
 
-def body(value: Any, *headers: str, status: str = "200 OK") -> Callable[[Call], None]:
+def body(value: Any, *headers: str, status: str = "200 OK") -> Act:
     data = value if isinstance(value, bytes) else as_json(value)
     return sends(reply(status, data, *headers))
 
 
-def streams(*events: bytes, close: bool = False) -> Callable[[Call], None]:
+def streams(*events: bytes, close: bool = False) -> Act:
     """A well-framed stream of these events, a packet each."""
     return sends(STREAM_HEAD, *map(chunk, events), LAST_CHUNK, close=close)
 
 
-def then_good(*pieces: bytes) -> Callable[[Call], None]:
+def then_good(*pieces: bytes) -> Act:
     def act(call: Call) -> None:
         call.send(*pieces)
         good(call)
@@ -315,7 +155,7 @@ def drip(call: Call) -> None:
         time.sleep(0.02)
 
 
-def flood(size: int) -> Callable[[Call], None]:
+def flood(size: int) -> Act:
     """A body of white space, then an answer: `size` bytes before the point."""
 
     def act(call: Call) -> None:
@@ -339,14 +179,14 @@ def echo_key(call: Call) -> None:
 class Fault:
     """What is done, and how the row must read: `status/error_kind`, several where a transport cannot tell."""
 
-    act: Callable[[Call], None]
+    act: Act
     whole: str = ""  # empty: makes no sense for whole replies
     stream: str = ""
     sdk: str = ""  # other readings allowed with the SDK's transports
     spoils: bool = False  # the SDK's clients let it spoil the next request on the connection, too
 
 
-def both(act: Callable[[Call], None], expected: str, sdk: str = "") -> Fault:
+def both(act: Act, expected: str, sdk: str = "") -> Fault:
     return Fault(act, expected, expected, sdk)
 
 
@@ -384,7 +224,6 @@ def status_faults() -> dict[str, Fault]:
 
 CUT = "http_error/cut"
 EMPTY_200 = reply("200 OK", b"")
-ANSWER = as_json(completion())
 GZIPPED = gzip.compress(ANSWER)
 LIMIT = 8 * MEGABYTE  # of a reply, in the tests: its own is 256 MB
 BOMB = gzip.compress(b" " * (4 * LIMIT), 1)
@@ -559,24 +398,43 @@ STREAM_FAULTS = {
 SDK_READINGS = {"reset_within": CUT}
 SPOILING = ("junk_after_the_end",)
 
-GROUPS: dict[str, dict[str, Fault]] = {
-    "connection": CONNECTION_FAULTS,
-    "status": status_faults(),
-    "body": BODY_FAULTS,
-    "stream": {
+FAULTS: dict[str, Fault] = {
+    **CONNECTION_FAULTS,
+    **status_faults(),
+    **BODY_FAULTS,
+    **{
         f"stream_{name}": Fault(act, "", kind, SDK_READINGS.get(name, ""), name in SPOILING)
         for name, (act, kind) in STREAM_FAULTS.items()
     },
 }
-FAULTS: dict[str, Fault] = {name: fault for group in GROUPS.values() for name, fault in group.items()}
-ACTS: dict[str, Callable[[Call], None]] = {name: fault.act for name, fault in FAULTS.items()}
+# What only a limit on silence, or on the whole, ends: the one group that is run with short ones.
+SILENCES = (
+    *("never_answers", "stalls_within_head", "length_too_long_stall", "stream_stall_after_first"),
+    *("stream_stall_after_head", "stream_stall_after_done", "stream_drips_for_ever"),
+)
+
+
+def group_of(name: str) -> str:
+    if name in SILENCES:
+        return "silence"
+    if name in CONNECTION_FAULTS:
+        return "connection"
+    if name in BODY_FAULTS:
+        return "body"
+    return "stream" if name.startswith("stream_") else "status"
+
+
+GROUPS: dict[str, dict[str, Fault]] = {}
+for _name, _fault in FAULTS.items():
+    GROUPS.setdefault(group_of(_name), {})[_name] = _fault
+ACTS: dict[str, Act] = {name: fault.act for name, fault in FAULTS.items()}
 
 
 # --- faults that strike before there is a request ---
 
 
 def reset_at_once(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset_on_close(sock)
 
 
 def close_at_once(sock: socket.socket) -> None:
@@ -604,33 +462,8 @@ def refuse_early(sock: socket.socket) -> None:
     time.sleep(0.05)
 
 
-def behind_tls(context: Any) -> Callable[[socket.socket], Any]:
-    return partial(context.wrap_socket, server_side=True)
-
-
 DOORS: dict[str, tuple[Callable[[socket.socket], Any], str]] = {
     "resets_at_once": (reset_at_once, "http_error/reset|http_error/closed"),
     "closes_at_once": (close_at_once, "http_error/closed|http_error/reset"),
     "never_reads": (never_read, "http_error/first_byte_timeout"),
 }
-
-
-@contextlib.contextmanager
-def full_queue() -> Iterator[int]:
-    """The port of a listener whose queue is full: a connection is neither made nor refused."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        time.sleep(0.05)
-        yield listener.getsockname()[1]
-
-
-@contextlib.contextmanager
-def closed_port() -> Iterator[int]:
-    """A port that is bound and not listening: nobody else can take it meanwhile."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        yield sock.getsockname()[1]

@@ -1,9 +1,10 @@
 """A real-socket chat server for the Locust tests: it remembers what arrived, by content, and what it took.
 
-    python tests/locust_server.py [--delay-ms 200] [--fault http_500]
+    python tests/support/locust_server.py [--delay-ms 200] [--together 500] [--fault http_500]
 
 Prints its port, serves loopback until its stdin closes. A prompt may ask for a fault: `[fault:reset] ...`.
-GET /truth: what was seen, by the server's own clock. Token counts follow from the text alone.
+GET /truth: what was seen, by the server's own clock. GET /pause: from now on no answers, until GET /resume.
+Token counts follow from the text alone.
 """
 
 import argparse
@@ -99,9 +100,19 @@ class Truth:
         self.connections = self.now_open = self.now = self.most = self.answered = 0
         self.total_ms = 0.0
         self.first_s = None
+        self.held = []
+        self.paused = False
+
+    def release(self, delay_s):
+        """Answer what is held, after the delay."""
+        if self.paused:
+            return
+        held, self.held = self.held, []
+        for connection, *request in held:
+            asyncio.get_running_loop().call_later(delay_s, connection.answer, *request)
 
     def as_json(self):
-        return json.dumps(vars(self)).encode()
+        return json.dumps({name: value for name, value in vars(self).items() if name != "held"}).encode()
 
 
 class Connection(asyncio.Protocol):
@@ -134,6 +145,11 @@ class Connection(asyncio.Protocol):
         if header.startswith("GET /truth"):
             self.transport.write(whole(200, self.truth.as_json()))
             return
+        if header.startswith(("GET /pause", "GET /resume")):
+            self.truth.paused = header.startswith("GET /pause")
+            self.truth.release(0)
+            self.transport.write(whole(200, b"{}"))
+            return
         truth, document = self.truth, json.loads(body)
         text = document["messages"][-1]["content"]
         keys = re.findall(r"(?i)\r\nauthorization: *(.*)", header)
@@ -147,8 +163,9 @@ class Connection(asyncio.Protocol):
         named = FAULT.search(text)
         fault = named.group(1) if named else self.options.fault
         if fault != "hang":
-            loop = asyncio.get_running_loop()
-            loop.call_later(self.options.delay_ms / 1000, self.answer, text, fault, key, arrived)
+            self.truth.held.append((self, text, fault, key, arrived))
+        if truth.most >= self.options.together:
+            truth.release(self.options.delay_ms / 1000)
 
     def answer(self, text, fault, key, arrived):
         truth = self.truth
@@ -181,5 +198,6 @@ async def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("--together", type=int, default=1, help="answer none before so many are in flight")
     parser.add_argument("--fault", default="")
     asyncio.run(main(parser.parse_args()))

@@ -1,0 +1,394 @@
+"""One meaning in all scripts: the same corpus lines and replies, given to both, come to the same requests and rows.
+
+The tables are what docs/method.md says under that heading. Each script runs as a user runs it; requests are
+compared as the server saw them, rows as the CSV files have them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import pytest
+
+import online_bench_openai_async as benchmark
+from tests.support.faults import GROUPS, body
+from tests.support.locust_runs import Bench, needs_locust
+from tests.support.processes import free_port
+from tests.support.program import ROOT, cli, run_script
+from tests.support.replies import as_json, completion, reply
+from tests.support.server import Act, Call, HttpServer
+from tests.support.tables import rows_of
+
+pytestmark = needs_locust
+
+MODEL, KEY, SYSTEM = "some-model", "sk-contract", "be brief"
+EXTRA = {"max_tokens": 7, "temperature": 0.5, "top_k": 3}
+RUN_LIMIT = 1024  # where neither the line nor EXTRA says one
+FIRST_COLUMNS = ["index", "prompt_tokens", "completion_tokens", "total_tokens", "latency_ms", "status", "error"]
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+# --- corpus lines: what is sent for each, before any system prompt of the run, and the line's own limit ---
+
+
+class Line(NamedTuple):
+    raw: str
+    messages: list[dict[str, Any]]
+    limit: Optional[int] = None
+
+
+def line(sent: Any, limit: Optional[int] = None, /, **fields: Any) -> Line:
+    return Line(json.dumps(fields), sent if isinstance(sent, list) else [user(sent)], limit)
+
+
+OWN_SYSTEM = [{"role": "system", "content": "mine"}, user("a")]
+OWN_DEVELOPER = [{"role": "developer", "content": "mine"}, user("a")]
+LATE_SYSTEM = [user("a"), {"role": "system", "content": "late"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "é"}, {"type": "x", "n": 0.1, "big": 10**30}]}]
+
+ACCEPTED = {
+    "text": line("a", text="a"),
+    "prompt": line("a", prompt="a"),
+    "messages": line([user("a")], messages=[user("a")]),
+    "text before prompt": line("a", text="a", prompt="b"),
+    "messages before text": line([user("a")], messages=[user("a")], text="b"),
+    "messages before turns": line([user("a")], messages=[user("a")], turns=["b"]),
+    "text null": line("b", text=None, prompt="b"),
+    "messages null": line("b", messages=None, turns=None, text="b"),
+    "all but messages null": line([user("a")], text=None, prompt=None, messages=[user("a")]),
+    "max_tokens": line("a", 5, text="a", max_tokens=5),
+    "max_completion_tokens": line("a", 5, text="a", max_completion_tokens=5),
+    "output_tokens": line("a", 5, text="a", output_tokens=5),
+    "max_tokens before output_tokens": line("a", 5, text="a", max_tokens=5, output_tokens=6),
+    "max_completion_tokens before output_tokens": line("a", 5, text="a", max_completion_tokens=5, output_tokens=6),
+    "max_tokens null": line("a", 6, text="a", max_tokens=None, output_tokens=6),
+    "limits null": line("a", text="a", max_tokens=None, max_completion_tokens=None, output_tokens=None),
+    "fields of the generator": line("a", 9, text="a", max_tokens=9, input_tokens=1, prefix_tokens=0, prefix_group=0),
+    "own system message": line(OWN_SYSTEM, messages=OWN_SYSTEM),
+    "own developer message": line(OWN_DEVELOPER, messages=OWN_DEVELOPER),
+    "system message later": line(LATE_SYSTEM, messages=LATE_SYSTEM),
+    "parts": line(PARTS, messages=PARTS),
+    "white space": line(" \n", text=" \n"),
+    "other alphabets": Line('{"text": "日本語 \\ud83d\\ude00 \\u0000"}', [user("日本語 \U0001f600 \0")]),
+    "doubled key": Line('{"text": "a", "text": "b"}', [user("b")]),
+    "white space around": Line('  {"text": "a"}\t\r', [user("a")]),
+}
+
+REFUSED = {
+    "cut": (b'{"text": ', "not JSON"),
+    "NaN": (b'{"text": "a", "temperature": NaN}', "not JSON (NaN is no JSON)"),
+    "Infinity": (b'{"text": "a", "x": [-Infinity]}', "not JSON (-Infinity is no JSON)"),
+    "too large a number": (b'{"text": "a", "x": 1e999}', "not JSON (1e999 is too large a number)"),
+    "nested too deeply": (b"[" * 100_000, "JSON nested too deeply"),
+    "not UTF-8": (b'{"text": "\xff"}', "not UTF-8; save the corpus as UTF-8"),
+    "lone surrogate": (b'{"text": "\\ud800"}', "half of a surrogate pair: no text that could be sent"),
+    "byte order mark within": (b'\xef\xbb\xbf{"text": "a"}', "not JSON"),
+    "a list": (b"[1]", "not a JSON object but list"),
+    "a text": (b'"a"', "not a JSON object but str"),
+    "no prompt": (b'{"other": 1}', "no prompt: neither 'messages', 'text' nor 'prompt'"),
+    "null prompts": (b'{"text": null, "prompt": null}', "no prompt: neither 'messages', 'text' nor 'prompt'"),
+    "empty text": (b'{"text": ""}', "the prompt is not a text, or an empty one"),
+    "empty text before prompt": (b'{"text": "", "prompt": "a"}', "the prompt is not a text, or an empty one"),
+    "number": (b'{"prompt": 5}', "the prompt is not a text, or an empty one"),
+    "no messages": (b'{"messages": []}', "'messages' is not a list of messages"),
+    "messages that are none": (b'{"messages": ["a"], "text": "a"}', "'messages' is not a list of messages"),
+    "turns": (b'{"turns": ["a", "b"]}', "'turns' cannot be sent yet: give each prompt a line of its own"),
+    "limit of 0": (b'{"text": "a", "max_tokens": 0}', "the output limit is not a whole number of 1 or more: 0"),
+    "limit of true": (
+        b'{"text": "a", "output_tokens": true}',
+        "the output limit is not a whole number of 1 or more: True",
+    ),
+    "limit of 1.5": (b'{"text": "a", "max_tokens": 1.5}', "the output limit is not a whole number of 1 or more: 1.5"),
+    "limit as text": (b'{"text": "a", "max_tokens": "5"}', "the output limit is not a whole number of 1 or more: '5'"),
+}
+
+LOAD_WITH_LOCUST = """
+import json, sys
+import locust_batch
+for path in sys.argv[1:]:
+    try:
+        print(json.dumps(len(locust_batch.load_corpus(path))))
+    except locust_batch.UsageError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory) -> Mapping[str, tuple[str, str, str]]:
+    """Name of a bad line -> (what is to be said, what the benchmark says, what Locust says)."""
+    folder = tmp_path_factory.mktemp("refused")
+    paths = {}
+    for number, (name, (raw, _)) in enumerate(REFUSED.items()):
+        paths[name] = folder / f"{number}.jsonl"
+        paths[name].write_bytes(b'{"text": "good"}\n\n' + raw + b"\n")
+    command = [sys.executable, "-c", LOAD_WITH_LOCUST, *map(str, paths.values())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    by_locust = dict(zip(paths, map(json.loads, done.stdout.splitlines())))
+    said = {}
+    for name, path in paths.items():
+        outcome = cli("--model", MODEL, "--api-base", "http://127.0.0.1:9/v1", "--requests-file", path)
+        assert (outcome.code, outcome.out) == (2, "")
+        said[name] = (f"{path}, line 3: {REFUSED[name][1]}", outcome.err, by_locust[name])
+    return said
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_line_that_cannot_be_sent_is_refused_by_both_in_the_same_words(refusals, name):
+    wanted, by_benchmark, by_locust = refusals[name]
+    assert wanted in by_locust
+    assert by_locust in by_benchmark
+
+
+# --- replies: sent to both; what counts is that their rows agree, and the status here ---
+
+DETAILS = {"prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 1}}
+
+
+def said(text: Any = "x", finish: Any = "stop", **changes: Any) -> dict[str, Any]:
+    message = text if isinstance(text, dict) else {"role": "assistant", "content": text}
+    return completion(choices=[{"index": 0, "message": message, "finish_reason": finish}], **changes)
+
+
+def counted(**usage: Any) -> dict[str, Any]:
+    return said(usage=usage)
+
+
+REPLIES: dict[str, Act] = {
+    "usage in detail": body(counted(prompt_tokens=7, completion_tokens=3, total_tokens=10, **DETAILS)),
+    "a total of its own": body(counted(prompt_tokens=7, completion_tokens=3, total_tokens=99)),
+    "prompt tokens alone": body(counted(prompt_tokens=7, total_tokens=10)),
+    "completion tokens alone": body(counted(completion_tokens=3)),
+    "usage of zeros": body(counted(prompt_tokens=0, completion_tokens=0, total_tokens=0, **DETAILS)),
+    "zero completion tokens": body(counted(prompt_tokens=7, completion_tokens=0)),
+    "counts that are none": body(counted(prompt_tokens=True, completion_tokens=2, prompt_tokens_details=[1])),
+    "at the limit of counts": body(counted(prompt_tokens=2**40, completion_tokens=2**40 + 1)),
+    "no finish reason": body(said(finish=None)),
+    "finish reason of a stranger": body(said(finish="\x1b[31mred " + "x" * 100)),
+    "finish reason as a formula": body(said(finish="=1+1")),
+    "abort": body(said(finish="abort")),
+    "error": body(said(finish="error")),
+    "cancelled": body(said(finish="cancelled")),
+    "abort without a message": body(completion(choices=[{"finish_reason": "abort"}])),
+    "reasoning": body(said({"content": None, "reasoning_content": "hm"}, usage=None)),
+    "refusal": body(said({"content": None, "refusal": "no"}, usage=None)),
+    "tool call": body(said({"content": None, "tool_calls": [{}]}, usage=None)),
+    "function call": body(said({"content": "", "function_call": {"name": "f"}}, usage=None)),
+    "nothing but counts": body(said("", usage={"prompt_tokens": 7, "completion_tokens": 3})),
+    "error beside choices": body({**completion(), "error": {"message": "no"}}),
+    "error of null": body({**completion(), "error": None}),
+    "message beside choices": body({**completion(), "message": "hello"}),
+    "error object": body({"object": "error", "message": "no", "code": 400}),
+    "detail": body({"detail": [{"loc": ["body"], "msg": "no"}]}),
+    "errors in a list": body([{"error": {"message": "no"}}]),
+    "an error without words": body({"error": {"code": 5}}),
+    "error as a formula": body({"error": "=cmd|' /C calc'!A0"}),
+    "error in colour": body({"error": {"message": "\x1b[31mred\x1b[0m\r\nnext\tline \u2028 end"}}),
+    "a long error": body({"error": {"message": "long " * 1000}}),
+    "choices as text": body(completion(choices="x")),
+    "status 201": body(completion(), status="201 Created"),
+    "status 500 in colour": body({"error": {"message": "\x1b[1mbold\x1b[0m\nline"}}, status="500 No"),
+    "status 400 with choices": body({**completion(), "message": "no"}, status="400 No"),
+    **{name: fault.act for group in ("status", "body") for name, fault in GROUPS[group].items() if not fault.spoils},
+    "cut": GROUPS["connection"]["closes_within_head"].act,
+    "closed": GROUPS["connection"]["closes_without_reply"].act,
+    "interim": GROUPS["connection"]["interim_102_103"].act,
+    "no content": GROUPS["connection"]["no_content_204"].act,
+    "not HTTP": GROUPS["connection"]["speaks_http_2"].act,
+}
+STALLING = ("length_too_long_stall",)  # a matter of time-outs
+for stalling in STALLING:
+    del REPLIES[stalling]
+OWN_WORDS = ("bad_http", "reset", "closed")  # said by other libraries in each script
+MEASURED = ("latency_ms", "sent_s", "new_connection")
+
+
+class Script(NamedTuple):
+    """What a script made of a corpus: the requests that the server saw, and its CSV."""
+
+    calls: list[Call]
+    columns: list[str]
+    rows: list[dict[str, str]]
+
+
+def by_benchmark(folder: Path, port: int, corpus: Path, system: str, extra: Mapping[str, Any]) -> None:
+    done = run_script(
+        *("--api-base", f"http://127.0.0.1:{port}/v1", "--api-key", KEY, "--model", MODEL, "--requests-file", corpus),
+        *("--concurrency", 1, "--warmup", 0, "--results-csv", folder / "benchmark.csv", "--no-progress"),
+        *("--system-prompt", system, "--extra-body", json.dumps(extra), "--max-tokens-field", "max_tokens"),
+    )
+    assert done.code in (0, 1), done.err
+
+
+def by_locust(folder: Path, port: int, corpus: Path, system: str, extra: Mapping[str, Any]) -> None:
+    bench = Bench(folder)
+    asked = {"OPENAI_MODEL": MODEL, "OPENAI_API_KEY": KEY, "REQUESTS_FILE": str(corpus), "SYSTEM_PROMPT": system}
+    given = {"MAX_TOKENS": str(RUN_LIMIT), "TEMPERATURE": "0", "EXTRA_BODY": json.dumps(extra)}
+    load = ("--headless", "--host", f"http://127.0.0.1:{port}", "-u", 1, "-r", 1)
+    try:
+        code, _, err = bench.finish(bench.start(*load, **asked, **given, RESULTS_CSV=str(folder / "locust.csv")))
+    finally:
+        bench.close()
+    assert code in (0, 1), err
+
+
+SCRIPTS = {"benchmark": by_benchmark, "locust": by_locust}
+
+
+def both(folder: Path, corpus: bytes, act: Act, system: str = "", extra: Any = None) -> dict[str, Script]:
+    """The corpus through both scripts, each against a server of its own."""
+    path = folder / "corpus.jsonl"
+    path.write_bytes(corpus)
+
+    def one(name: str) -> Script:
+        calls: list[Call] = []
+
+        def answer(call: Call) -> None:
+            calls.append(call)
+            act(call)
+
+        with HttpServer(answer) as server:
+            SCRIPTS[name](folder, server.port, path, system, extra or {})
+        header = (folder / f"{name}.csv").read_text("utf-8").partition("\n")[0].split(",")
+        return Script(calls, header, sorted(rows_of(folder / f"{name}.csv"), key=lambda row: int(row["index"])))
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(SCRIPTS, pool.map(one, SCRIPTS)))
+
+
+GOOD: Act = body(completion())
+
+
+@pytest.fixture(scope="module", params=["plain", "system prompt and extra body"])
+def lines(request, tmp_path_factory) -> tuple[str, Mapping[str, Any], dict[str, Script]]:
+    """(the system prompt, the extra body, what both scripts made of the accepted lines)."""
+    system, extra = ("", {}) if request.param == "plain" else (SYSTEM, EXTRA)
+    raw = "\ufeff\n" + "\n \n".join(item.raw for item in ACCEPTED.values()) + "\n\u3000\n"
+    return system, extra, both(tmp_path_factory.mktemp("lines"), raw.encode(), GOOD, system, extra)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_sent_for_each_line(lines, script):
+    system, extra, scripts = lines
+    wanted = {}
+    for name, item in ACCEPTED.items():
+        own_system = item.messages[0]["role"] in ("system", "developer")
+        messages = (
+            item.messages if own_system or not system else [{"role": "system", "content": system}, *item.messages]
+        )
+        own = {} if item.limit is None else {"max_tokens": item.limit}
+        defaults = {"model": MODEL, "max_tokens": RUN_LIMIT, "temperature": 0.0}
+        wanted[name] = {**defaults, **extra, **own, "messages": messages}
+    assert dict(zip(ACCEPTED, [json.loads(call.body) for call in scripts[script].calls])) == wanted
+
+
+def test_both_ask_the_same_resource_with_the_same_key(lines):
+    for script in lines[2].values():
+        assert {call.head.partition(b"\r\n")[0] for call in script.calls} == {b"POST /v1/chat/completions HTTP/1.1"}
+        assert {call.authorization for call in script.calls} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_index_counts_prompts_and_not_lines(lines, script):
+    assert [row["index"] for row in lines[2][script].rows] == [str(number) for number in range(len(ACCEPTED))]
+
+
+def test_the_columns_of_one_are_among_the_others_in_the_same_order(lines):
+    benchmarks, locusts = (lines[2][name].columns for name in SCRIPTS)
+    assert benchmarks[:7] == locusts[:7] == FIRST_COLUMNS
+    assert [column for column in benchmarks if column in locusts] == locusts
+
+
+def reply_by_prompt(call: Call) -> None:
+    REPLIES[json.loads(call.body)["messages"][-1]["content"]](call)
+
+
+@pytest.fixture(scope="module")
+def replies(tmp_path_factory) -> dict[str, Script]:
+    corpus = "".join(json.dumps({"text": name}) + "\n" for name in REPLIES).encode()
+    return both(tmp_path_factory.mktemp("replies"), corpus, reply_by_prompt)
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_reply_comes_to_the_same_row_in_both(replies, name):
+    at = list(REPLIES).index(name)
+    benchmarks, locusts = (replies[script].rows[at] for script in SCRIPTS)
+    left_out = {*MEASURED, *(["error"] if benchmarks["error_kind"] in OWN_WORDS or name.startswith("redirect") else [])}
+    compared = [column for column in replies["locust"].columns if column not in left_out]
+    assert {column: locusts[column] for column in compared} == {column: benchmarks[column] for column in compared}
+    for row in (benchmarks, locusts):
+        good = row["status"] == "success"
+        assert bool(row["latency_ms"]) == good
+        assert good or row["prompt_tokens"] == row["completion_tokens"] == row["total_tokens"] == ""
+        assert bool(row["error"]) != good
+        total = int(row["prompt_tokens"] or 0) + int(row["completion_tokens"] or 0)
+        assert row["total_tokens"] == (str(total) if row["prompt_tokens"] or row["completion_tokens"] else "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nobody_there(tmp_path, script):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "a"}\n')
+    SCRIPTS[script](tmp_path, free_port(), corpus, "", {})
+    (row,) = rows_of(tmp_path / f"{script}.csv")
+    assert (row["status"], row["error_kind"], row["latency_ms"], row["sent_s"]) == (
+        "http_error",
+        "connect_refused",
+        "",
+        "",
+    )
+
+
+# --- when latency begins ---
+
+LARGE = 12_000_000
+
+
+class SlowReader:
+    """A socket that is read slowly; `began` and `ended` say when, by the clock of this process."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self.began = self.ended = 0.0
+
+    def recv(self, size: int) -> bytes:
+        data: bytes = self._sock.recv(size)
+        self.ended = time.perf_counter()
+        self.began = self.began or self.ended
+        time.sleep(0.002)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_latency_begins_when_the_last_byte_is_handed_over(tmp_path, script):
+    """While a large request is still being taken, no latency passes: the server takes long to read it."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"text": "x" * LARGE}) + "\n")
+    readings = []
+
+    def answer(call: Call) -> None:
+        readings.append((call.sock.ended - call.sock.began) * 1000)
+        call.send(reply("200 OK", as_json(completion())))
+
+    with HttpServer(answer, SlowReader) as server:
+        SCRIPTS[script](tmp_path, server.port, corpus, "", {})
+    (row,) = rows_of(tmp_path / f"{script}.csv")
+    assert float(row["latency_ms"]) < readings[0] * 0.75, "what still lay in the kernel's buffers, and no more"
+
+
+def test_columns_that_both_scripts_are_documented_with():
+    text = (ROOT / "docs" / "method.md").read_text("utf-8")
+    assert "## One meaning in all scripts" in text
+    assert list(benchmark.CSV_COLUMNS)[:7] == FIRST_COLUMNS
