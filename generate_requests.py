@@ -38,6 +38,10 @@ Fields of a line:
   prefix_tokens  leading tokens shared by its whole group          (with --approx-input-tokens)
   prefix_group   number of its group, from 0
   max_tokens     tokens to be generated                            (with --output-tokens)
+With --turns, a line is a session:
+  turns          [{"content", "max_tokens"?, "delay_ms"?}, ...]: what the user says, in order
+  turn_tokens    the length of each turn, measured                 (with --approx-input-tokens)
+  prefix_tokens, prefix_group                                      (of the first turn)
 Beside the corpus, FILE.meta.json records options, seed, tokenizer, lengths reached and the file's SHA-256.
 
 Sections, each using only those above it:
@@ -69,7 +73,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional, Protocol
@@ -86,7 +90,15 @@ HUB_CURE = (
 )
 
 UNRECORDED_OPTIONS = ("output", "huggingface_token")
-NEED_A_LENGTH = ("input_tokens_stdev", "min_input_tokens", "max_input_tokens", "token_tolerance", "count_as")
+NEED_A_LENGTH = (
+    "input_tokens_stdev",
+    "min_input_tokens",
+    "max_input_tokens",
+    "token_tolerance",
+    "count_as",
+    "turn_tokens",
+)
+NEED_TURNS = ("turn_tokens", "delay_ms")
 NAMED_OPTIONS = {  # in a file's name, shortened, where they are not the default
     "language": "",
     "count_as": "",
@@ -95,6 +107,9 @@ NAMED_OPTIONS = {  # in a file's name, shortened, where they are not the default
     "min_input_tokens": "min",
     "max_input_tokens": "max",
     "output_tokens": "output",
+    "turns": "turns",
+    "turn_tokens": "later",
+    "delay_ms": "delay",
     "seed": "seed",
 }
 
@@ -234,6 +249,9 @@ class Options(argparse.Namespace):
     trust_remote_code: bool = False
     huggingface_token: Optional[Secret] = None
     seed: Optional[int] = None
+    turns: int = 1
+    turn_tokens: Optional[int] = None
+    delay_ms: Optional[int] = None
 
     @property
     def group_prompts(self) -> int:
@@ -273,6 +291,7 @@ class Prompt:
     asked_tokens: Optional[int] = None
     input_tokens: Optional[int] = None
     prefix_tokens: Optional[int] = None
+    later: tuple["Prompt", ...] = ()  # what the same user says in the turns after this one
 
 
 class Encoder(Protocol):
@@ -718,13 +737,6 @@ def nearest_first(value: int, spread: int) -> Iterator[int]:
         yield value - step
 
 
-def drawn_output_tokens(options: Options, number: int) -> Optional[int]:
-    if options.output_tokens is None:
-        return None
-    mean, stdev = options.output_tokens
-    return max(1, round(stream(options.seed, "output", number).gauss(mean, stdev) if stdev else mean))
-
-
 # === 6. Report (pure) ===
 
 
@@ -733,6 +745,10 @@ class Lengths:
     """A distribution kept as a histogram, so that it does not grow with the corpus."""
 
     seen: "Counter[int]" = field(default_factory=Counter)
+
+    def add(self, value: Optional[int]) -> None:
+        if value is not None:
+            self.seen[value] += 1
 
     def describe(self) -> Optional[dict[str, float]]:
         n = sum(self.seen.values())
@@ -748,31 +764,58 @@ class Tally:
     """What has been written so far."""
 
     prompts: int = 0
+    texts: int = 0  # with the later turns
     exact: int = 0
     asked: Lengths = field(default_factory=Lengths)
     reached: Lengths = field(default_factory=Lengths)
     prefix: Lengths = field(default_factory=Lengths)
+    later: Lengths = field(default_factory=Lengths)
 
     def add(self, prompt: Prompt) -> None:
         self.prompts += 1
-        for lengths, value in (
-            (self.asked, prompt.asked_tokens),
-            (self.reached, prompt.input_tokens),
-            (self.prefix, prompt.prefix_tokens),
-        ):
-            if value is not None:
-                lengths.seen[value] += 1
-        self.exact += prompt.input_tokens is not None and prompt.input_tokens == prompt.asked_tokens
+        self.asked.add(prompt.asked_tokens)
+        self.reached.add(prompt.input_tokens)
+        self.prefix.add(prompt.prefix_tokens)
+        for text in (prompt, *prompt.later):
+            self.texts += 1
+            self.exact += text.input_tokens is not None and text.input_tokens == text.asked_tokens
+        for turn in prompt.later:
+            self.later.add(turn.input_tokens)
 
 
-def line_of(prompt: Prompt, max_tokens: Optional[int]) -> str:
+def drawn_output_tokens(options: Options, *number: int) -> dict[str, int]:
+    """`max_tokens` of a line, or of one of its later turns, if any was asked for."""
+    if options.output_tokens is None:
+        return {}
+    mean, stdev = options.output_tokens
+    drawn = stream(options.seed, "output", *number).gauss(mean, stdev) if stdev else mean
+    return {"max_tokens": max(1, round(drawn))}
+
+
+def line_of(options: Options, number: int, prompt: Prompt) -> str:
     fields: dict[str, Any] = {"text": prompt.text}
-    if prompt.input_tokens is not None:
-        fields.update(input_tokens=prompt.input_tokens, prefix_tokens=prompt.prefix_tokens)
+    if prompt.later:
+        fields = {"turns": turns_of(options, number, prompt)}
+    if prompt.input_tokens is not None and prompt.later:
+        fields["turn_tokens"] = [turn.input_tokens for turn in (prompt, *prompt.later)]
+    elif prompt.input_tokens is not None:
+        fields["input_tokens"] = prompt.input_tokens
+    if prompt.prefix_tokens is not None:
+        fields["prefix_tokens"] = prompt.prefix_tokens
     fields["prefix_group"] = prompt.group
-    if max_tokens is not None:
-        fields["max_tokens"] = max_tokens
+    if not prompt.later:
+        fields.update(drawn_output_tokens(options, number))
     return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def turns_of(options: Options, number: int, prompt: Prompt) -> list[dict[str, Any]]:
+    """The turns of a session, with the pause before each but the first."""
+    turns: list[dict[str, Any]] = [{"content": prompt.text, **drawn_output_tokens(options, number)}]
+    for place, turn in enumerate(prompt.later, 1):
+        turns.append({"content": turn.text, **drawn_output_tokens(options, number, place)})
+        if options.delay_ms is not None:
+            turns[-1]["delay_ms"] = options.delay_ms
+    return turns
 
 
 def file_stem(options: Options) -> str:
@@ -791,12 +834,14 @@ def file_stem(options: Options) -> str:
 
 def closing_table(options: Options, tally: Tally, path: Path) -> str:
     rows = [f"{tally.prompts} prompts in {path}"]
-    asked, reached, prefix = (part.describe() for part in (tally.asked, tally.reached, tally.prefix))
-    if asked and reached and prefix:
-        rows.append(f"{'tokens':<10}{'min':>9}{'mean':>12}{'max':>9}")
-        for name, row in (("asked", asked), ("reached", reached)):
-            rows.append(f"{name:<10}{row['min']:>9}{row['mean']:>12.1f}{row['max']:>9}")
-        rows.append(f"exact: {tally.exact} of {tally.prompts} ({tally.exact / tally.prompts:.1%})")
+    prefix = tally.prefix.describe()
+    if prefix:
+        rows.append(f"{'tokens':<12}{'min':>9}{'mean':>12}{'max':>9}")
+        for name, lengths in (("asked", tally.asked), ("reached", tally.reached), ("later turns", tally.later)):
+            row = lengths.describe()
+            if row:
+                rows.append(f"{name:<12}{row['min']:>9}{row['mean']:>12.1f}{row['max']:>9}")
+        rows.append(f"exact: {tally.exact} of {tally.texts} ({tally.exact / tally.texts:.1%})")
         wanted = exact_floor(options.prefix_overlap, options.approx_input_tokens or 0)
         where = f" in each of {options.prefix_groups} groups" if options.prefix_groups > 1 else ""
         rows.append(f"shared prefix: asked {wanted} tokens, reached {prefix['min']}{where}")
@@ -821,6 +866,7 @@ def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) ->
         "input_tokens": tally.reached.describe(),
         "exact_prompts": tally.exact if target else None,
         "prefix_tokens": prefix["min"] if prefix else None,
+        "later_turn_tokens": tally.later.describe(),
     }
 
 
@@ -1274,7 +1320,34 @@ def finished(draft: Draft) -> bool:
     return draft.best is not None and draft.best.input_tokens == draft.target
 
 
-def exact_maker(options: Options, encoder: Encoder) -> ExactPrompts:
+class Sessions:
+    """Several turns a line: the first from one maker, the later ones, which share nothing, from another."""
+
+    def __init__(self, options: Options, first: Maker, later: Maker) -> None:
+        self._first, self._later, self._more = first, later, options.turns - 1
+        self.batch = max(1, min(first.batch, later.batch // self._more))
+
+    def make(self, numbers: Sequence[int]) -> list[Prompt]:
+        later = iter(self._later.make(range(numbers[0] * self._more, (numbers[-1] + 1) * self._more)))
+        first = self._first.make(numbers)
+        return [replace(prompt, later=tuple(itertools.islice(later, self._more))) for prompt in first]
+
+    def finish(self) -> None:
+        self._first.finish()
+        self._later.finish()
+
+
+def later_turns(options: Options) -> Options:
+    """What is asked of the texts of all later turns: no shared prefix, and the text alone counted."""
+    given = dict(vars(options), count=options.count * (options.turns - 1), prefix_overlap=Decimal(0), prefix_groups=1)
+    for name in ("count_as", "input_tokens_stdev", "min_input_tokens", "max_input_tokens"):
+        given.pop(name, None)
+    tokens = options.turn_tokens or options.approx_input_tokens
+    assert options.seed is not None
+    return Options(**{**given, "approx_input_tokens": tokens, "seed": -1 - options.seed})
+
+
+def exact_maker(encoder: Encoder, options: Options) -> ExactPrompts:
     measure = encoder.chat if options.count_as == "chat" else encoder.encode
     wanted = min(MAX_WORDS, max(MIN_WORDS, 4 * options.group_prompts, 4 * options.prefix_groups))
     return ExactPrompts(options, Vocabulary(encoder).kit(measure, wanted), measure)
@@ -1390,7 +1463,7 @@ def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
             lines = []
             for number, prompt in zip(numbers, maker.make(numbers)):
                 tally.add(prompt)
-                lines.append(line_of(prompt, drawn_output_tokens(options, number)))
+                lines.append(line_of(options, number, prompt))
             corpus.write(lines)
             bar.update(len(lines))
         maker.finish()
@@ -1461,6 +1534,8 @@ ARGUMENTS: dict[str, list[tuple[str, str, Any, str]]] = {  # by group: name, met
         ("--prefix-overlap", "X", fraction, "share of a prompt that is its group's prefix, 0 to 1 (default 0.0)"),
         ("--prefix-groups", "N", SOME, "distinct shared prefixes, dealt out to the prompts in turn (default 1)"),
         ("--output-tokens", "N[,S]", mean_and_deviation, "max_tokens of each line: fixed, or mean,stdev"),
+        ("--turns", "N", SOME, "user turns of each line, a session (default 1: a prompt)"),
+        ("--delay-ms", "D", whole(0, "0 or more"), "pause before each later turn"),
         ("--seed", "N", whole(0, "0 or more"), "same seed and options: same bytes (default: a fresh one)"),
     ],
     "Lengths in tokens": [
@@ -1468,6 +1543,7 @@ ARGUMENTS: dict[str, list[tuple[str, str, Any, str]]] = {  # by group: name, met
         ("--input-tokens-stdev", "S", token_number, "spread the lengths normally around that mean"),
         ("--min-input-tokens", "N", SOME, "shortest length of the spread"),
         ("--max-input-tokens", "N", SOME, "greatest length of the spread"),
+        ("--turn-tokens", "M", SOME, "length of each later turn, its text alone (default: like the first)"),
         ("--token-tolerance", "N", whole(0, "0 or more"), "widest deviation (default: 5, or 5%% if more)"),
         ("--count-as", "{raw,chat}", ("raw", "chat"), "the text alone, or in the chat template (default raw)"),
     ],
@@ -1507,6 +1583,9 @@ def parsed(argv: Optional[Sequence[str]]) -> Options:
         names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         what = f"unknown option {', '.join(names)}" if names else f"{len(unknown)} argument(s) without an option"
         raise Refused(f"{what} - see --help", 2)
+    stray = [name for name in NEED_TURNS if name in vars(options)] if options.turns == 1 else []
+    if stray:
+        raise Refused(f"--{stray[0].replace('_', '-')} is about later turns - add --turns", 2)
     check_lengths(options)
     check_sharing(options)
     return options
@@ -1522,8 +1601,9 @@ def check_lengths(ask: Options) -> None:
         return
     if "language" in vars(ask):
         raise Refused("--language is that of paragraphs; with a length the words are the tokenizer's - drop one", 2)
-    if max(target, most or 0) > MAX_TARGET_TOKENS:
-        raise Refused(f"{max(target, most or 0)} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
+    greatest = max(target, most or 0, ask.turn_tokens or 0)
+    if greatest > MAX_TARGET_TOKENS:
+        raise Refused(f"{greatest} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
     if (least or most) and not ask.input_tokens_stdev:
         raise Refused("--min-input-tokens and --max-input-tokens bound a spread - add --input-tokens-stdev", 2)
     if least and most and least > most:
@@ -1548,12 +1628,15 @@ def check_sharing(ask: Options) -> None:
 
 def maker_of(options: Options) -> tuple[Maker, Optional[dict[str, Any]]]:
     """Who makes the prompts, and what is worth knowing of the tokenizer."""
-    if options.approx_input_tokens is None:
-        return Paragraphs(options), None
-    encoder = load_tokenizer(options)
-    about = encoder.about
-    note(f"tokenizer: {about['name']} ({about['kind']}, {about['vocabulary']} tokens)")
-    return exact_maker(options, encoder), about
+    about: Optional[dict[str, Any]] = None
+    make: Callable[[Options], Maker] = Paragraphs
+    if options.approx_input_tokens is not None:
+        encoder = load_tokenizer(options)
+        about = encoder.about
+        note(f"tokenizer: {about['name']} ({about['kind']}, {about['vocabulary']} tokens)")
+        make = functools.partial(exact_maker, encoder)
+    maker = make(options)
+    return maker if options.turns == 1 else Sessions(options, maker, make(later_turns(options))), about
 
 
 def generate(options: Options) -> str:

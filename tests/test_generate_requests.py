@@ -198,6 +198,12 @@ WRONG = {
     "spread infinite": ["--approx-input-tokens", "9", "--input-tokens-stdev", "inf"],
     "unknown language": ["--language", "fr"],
     "language of the tokenizer's words": ["--approx-input-tokens", "9", "--language", "ja"],
+    "turns 0": ["--turns", "0"],
+    "pause without turns": ["--delay-ms", "5"],
+    "negative pause": ["--turns", "2", "--delay-ms", "-5"],
+    "length of later turns without turns": ["--approx-input-tokens", "9", "--turn-tokens", "5"],
+    "length of later turns alone": ["--turns", "2", "--turn-tokens", "5"],
+    "later turns too long": ["--approx-input-tokens", "9", "--turns", "2", "--turn-tokens", "10000001"],
     "negative seed": ["--seed", "-1"],
     "unknown option": ["--tokens", "5"],
     "abbreviated option": ["--approx", "5"],
@@ -509,6 +515,44 @@ def test_the_nth_sequence_of_words_is_another_for_each_n():
         assert {tuple(supply.nth(n, tokens)) for n in range(supply.ways(tokens))} == brute
         assert supply.ways(tokens) == len(brute)
         assert sum(cost[text] for text in supply.fill(tokens, gen.stream(1))) == tokens
+
+
+# --- sessions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count_as", ["raw", "chat"])
+def test_sessions_of_turns_of_an_exact_length(count_as, shelf, tmp_path, capsys):
+    model = shelf.chat("byte-level")
+    options = ["--count", 40, "--turns", 4, "--approx-input-tokens", 80, "--turn-tokens", 13, "--delay-ms", 250]
+    options += ["--prefix-overlap", 0.5, "--count-as", count_as, "--output-tokens", "20,5", "--prefix-groups", 2]
+    lines, manifest = generate(tmp_path, *options, "--tokenizer-model", model)
+    assert all(set(line) == {"turns", "turn_tokens", "prefix_tokens", "prefix_group"} for line in lines)
+    assert {tuple(line["turn_tokens"]) for line in lines} == {(80, 13, 13, 13)}
+    first = [line["turns"][0]["content"] for line in lines]
+    later = [turn["content"] for line in lines for turn in line["turns"][1:]]
+    if count_as == "chat":
+        first = [f"<|start|>user\n{text}<|end|>\n<|start|>assistant\n" for text in first]
+    tokenizer = shelf.load(model)
+    ids, later_ids = ([one.ids for one in tokenizer.encode_batch(t, add_special_tokens=False)] for t in (first, later))
+    assert {len(one) for one in ids} == {80}
+    assert [common(ids[group::2]) for group in range(2)] == [40, 40]
+    assert {len(one) for one in later_ids} == {13}
+    assert len({one[0] for one in later_ids}) == 120, "no two turns begin alike"
+    assert {tuple(turn) for line in lines for turn in line["turns"][:1]} == {("content", "max_tokens")}
+    assert {turn["delay_ms"] for line in lines for turn in line["turns"][1:]} == {250}
+    assert len({turn["max_tokens"] for line in lines for turn in line["turns"]}) > 10
+    assert manifest["exact_prompts"] == 160
+    assert manifest["later_turn_tokens"]["max"] == 13
+    assert "exact: 160 of 160" in capsys.readouterr().out
+
+
+def test_sessions_of_paragraphs(tmp_path):
+    lines, manifest = generate(tmp_path, "--count", 6, "--turns", 3)
+    assert all(set(line) == {"turns", "prefix_group"} for line in lines)
+    contents = [turn.pop("content") for line in lines for turn in line["turns"]]
+    assert len(set(contents)) == 18
+    assert all(turn == {} for line in lines for turn in line["turns"])
+    assert "_turns3_" in manifest["file"]
 
 
 # --- chat --------------------------------------------------------------------------------------------------
