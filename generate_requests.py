@@ -38,16 +38,17 @@ Fields of a line:
   prefix_tokens  leading tokens shared by its whole group          (with --approx-input-tokens)
   prefix_group   number of its group, from 0
   max_tokens     tokens to be generated                            (with --output-tokens)
-With --turns, a line is a session:
+With --from-trace, a line has `text`, `input_tokens`, `max_tokens`, the trace's `timestamp` (ms), and as
+`prefix_tokens` how many of its leading tokens earlier lines have. With --turns, a line is a session:
   turns          [{"content", "max_tokens"?, "delay_ms"?}, ...]: what the user says, in order
   turn_tokens    the length of each turn, measured                 (with --approx-input-tokens)
   prefix_tokens, prefix_group                                      (of the first turn)
 Beside the corpus, FILE.meta.json records options, seed, tokenizer, lengths reached and the file's SHA-256.
 
 Sections, each using only those above it:
-  1. Constants          5. Plan               9. The corpus file
-  2. Types              6. Report            10. Command line
-  3. Words              7. Tokenizers
+  1. Constants          5. Plan               9. Traces
+  2. Types              6. Report            10. The corpus file
+  3. Words              7. Tokenizers        11. Command line
   4. Paragraphs         8. Making prompts
 
 Exit codes: 0 written; 1 it could not be made (tokenizer, length, disk); 2 wrong usage, or the file is there
@@ -89,7 +90,11 @@ HUB_CURE = (
     "or pass --huggingface-token for a gated repository; OpenAI's names need tiktoken"
 )
 
-UNRECORDED_OPTIONS = ("output", "huggingface_token")
+UNRECORDED_OPTIONS = ("output", "huggingface_token", "trace")
+WITH_A_TRACE = (  # all else is what the trace tells
+    *("from_trace", "block_tokens", "count", "output", "seed", "count_as"),
+    *("tokenizer_model", "trust_remote_code", "huggingface_token"),
+)
 NEED_A_LENGTH = (
     "input_tokens_stdev",
     "min_input_tokens",
@@ -110,10 +115,12 @@ NAMED_OPTIONS = {  # in a file's name, shortened, where they are not the default
     "turns": "turns",
     "turn_tokens": "later",
     "delay_ms": "delay",
+    "block_tokens": "block",
     "seed": "seed",
 }
 
 MAX_TARGET_TOKENS = 10_000_000
+MAX_TRACE_NUMBER = {"timestamp": 10**15, "input_length": MAX_TARGET_TOKENS, "output_length": MAX_TARGET_TOKENS}
 MIN_TOLERANCE_TOKENS = 5
 TOLERANCE_SHARE = Decimal("0.05")
 MAX_TARGET_DRAWS = 1000
@@ -252,6 +259,9 @@ class Options(argparse.Namespace):
     turns: int = 1
     turn_tokens: Optional[int] = None
     delay_ms: Optional[int] = None
+    from_trace: Optional[Path] = None
+    block_tokens: int = 512
+    trace: "Sequence[TraceLine]" = ()  # the lines read from it
 
     @property
     def group_prompts(self) -> int:
@@ -287,11 +297,30 @@ class Prompt:
     """A finished prompt, as it goes into a line."""
 
     text: str
-    group: int
+    group: Optional[int] = None
     asked_tokens: Optional[int] = None
     input_tokens: Optional[int] = None
     prefix_tokens: Optional[int] = None
     later: tuple["Prompt", ...] = ()  # what the same user says in the turns after this one
+    max_tokens: Optional[int] = None  # as the trace tells
+    timestamp: Optional[float] = None  # ms
+
+
+class Block(NamedTuple):
+    """A part of a trace's prompt: the same text wherever its name is the same."""
+
+    name: str
+    place: int  # among the blocks that follow the same ones: their first words differ
+    chain: int  # number of this block after the ones before it
+
+
+class TraceLine(NamedTuple):
+    """A request of a trace."""
+
+    timestamp: float  # ms
+    input_length: int
+    output_length: int
+    blocks: list[Block]
 
 
 class Encoder(Protocol):
@@ -750,11 +779,14 @@ class Lengths:
         if value is not None:
             self.seen[value] += 1
 
+    def total(self) -> int:
+        return sum(value * times for value, times in self.seen.items())
+
     def describe(self) -> Optional[dict[str, float]]:
         n = sum(self.seen.values())
         if not n:
             return None
-        mean = sum(value * times for value, times in self.seen.items()) / n
+        mean = self.total() / n
         variance = sum(times * (value - mean) ** 2 for value, times in self.seen.items()) / n
         return {"min": min(self.seen), "mean": mean, "max": max(self.seen), "stdev": math.sqrt(variance)}
 
@@ -802,8 +834,11 @@ def line_of(options: Options, number: int, prompt: Prompt) -> str:
         fields["input_tokens"] = prompt.input_tokens
     if prompt.prefix_tokens is not None:
         fields["prefix_tokens"] = prompt.prefix_tokens
-    fields["prefix_group"] = prompt.group
-    if not prompt.later:
+    if prompt.group is not None:
+        fields["prefix_group"] = prompt.group
+    if prompt.timestamp is not None:
+        fields.update(timestamp=prompt.timestamp, max_tokens=prompt.max_tokens)
+    elif not prompt.later:
         fields.update(drawn_output_tokens(options, number))
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
@@ -818,12 +853,19 @@ def turns_of(options: Options, number: int, prompt: Prompt) -> list[dict[str, An
     return turns
 
 
+def file_safe(name: str) -> str:
+    """What is left of a name in a file's name: letters, digits, and at most the last 80 bytes of them."""
+    safe = re.sub(r"[^\w.-]+", "-", name).encode("utf-8", "replace")[-80:].decode("utf-8", "ignore")
+    return safe.strip("-._")
+
+
 def file_stem(options: Options) -> str:
     """Prompt count, target, overlap and tokenizer, then what else was given: other options make another file."""
     target = "natural" if options.approx_input_tokens is None else options.approx_input_tokens
-    safe = re.sub(r"[^\w.-]+", "-", options.tokenizer_model).encode("utf-8")[-80:].decode("utf-8", "ignore")
-    safe = safe.strip("-._") or "tokenizer"
+    safe = file_safe(options.tokenizer_model) or "tokenizer"
     parts = [f"requests_{options.count}_tokens{target}_overlap{float(options.prefix_overlap)}_{safe}"]
+    if options.from_trace:
+        parts = [f"requests_{options.count}_trace_{file_safe(options.from_trace.stem)}_{safe}"]
     for name, short in NAMED_OPTIONS.items():
         value = vars(options).get(name)
         if value not in (None, getattr(Options, name)):
@@ -842,6 +884,10 @@ def closing_table(options: Options, tally: Tally, path: Path) -> str:
             if row:
                 rows.append(f"{name:<12}{row['min']:>9}{row['mean']:>12.1f}{row['max']:>9}")
         rows.append(f"exact: {tally.exact} of {tally.texts} ({tally.exact / tally.texts:.1%})")
+    if options.from_trace:
+        share = tally.prefix.total() / tally.reached.total()
+        rows.append(f"shared with earlier lines: {share:.1%} of all tokens, the most a prefix cache can spare")
+    elif prefix:
         wanted = exact_floor(options.prefix_overlap, options.approx_input_tokens or 0)
         where = f" in each of {options.prefix_groups} groups" if options.prefix_groups > 1 else ""
         rows.append(f"shared prefix: asked {wanted} tokens, reached {prefix['min']}{where}")
@@ -855,7 +901,8 @@ def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) ->
     asked = {name: getattr(options, name) for name in Options.__annotations__ if name not in UNRECORDED_OPTIONS}
     asked.update(prefix_overlap=float(options.prefix_overlap))
     asked.update(token_tolerance=options.tolerated(target) if target else None)
-    asked.update(tokenizer_model=options.tokenizer_model if target else None)
+    asked.update(tokenizer_model=options.tokenizer_model if about else None)
+    asked.update(from_trace=options.from_trace and str(options.from_trace))
     prefix = tally.prefix.describe()
     return {
         "generator": {"name": PROGRAM, "version": __version__, "python": platform.python_version()},
@@ -864,8 +911,8 @@ def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) ->
         "prompts": tally.prompts,
         "asked_tokens": tally.asked.describe(),
         "input_tokens": tally.reached.describe(),
-        "exact_prompts": tally.exact if target else None,
-        "prefix_tokens": prefix["min"] if prefix else None,
+        "exact_prompts": tally.exact if about else None,
+        "prefix_tokens": None if prefix is None else prefix if options.from_trace else prefix["min"],
         "later_turn_tokens": tally.later.describe(),
     }
 
@@ -1347,13 +1394,181 @@ def later_turns(options: Options) -> Options:
     return Options(**{**given, "approx_input_tokens": tokens, "seed": -1 - options.seed})
 
 
-def exact_maker(encoder: Encoder, options: Options) -> ExactPrompts:
+def kit_of(encoder: Encoder, options: Options) -> tuple[Kit, Measure]:
     measure = encoder.chat if options.count_as == "chat" else encoder.encode
     wanted = min(MAX_WORDS, max(MIN_WORDS, 4 * options.group_prompts, 4 * options.prefix_groups))
-    return ExactPrompts(options, Vocabulary(encoder).kit(measure, wanted), measure)
+    return Vocabulary(encoder).kit(measure, wanted), measure
 
 
-# === 9. The corpus file ===
+def exact_maker(encoder: Encoder, options: Options) -> ExactPrompts:
+    return ExactPrompts(options, *kit_of(encoder, options))
+
+
+# === 9. Traces ===
+
+
+def read_trace(path: Path, limit: Optional[int], block_tokens: int) -> list[TraceLine]:
+    """The lines of a Mooncake trace: {"timestamp": ms, "input_length", "output_length", "hash_ids": [...]}."""
+    chains = Chains(block_tokens)
+    lines: list[TraceLine] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, text in enumerate(itertools.islice(filter(str.strip, file), limit), 1):
+                try:
+                    lines.append(chains.line(json.loads(text), number))
+                    if len(lines) > 1 and lines[-1].timestamp < lines[-2].timestamp:
+                        raise ValueError("its timestamp is before that of the request above - sort the trace")
+                except (ValueError, TypeError, KeyError) as error:
+                    why = f"no {error}" if isinstance(error, KeyError) else str(error)
+                    why = why if " - " in why else f"{why} - see docs/generate_requests.md for the fields"
+                    raise Refused(f"{path}, request {number}: {why}", 2) from None
+    except (OSError, UnicodeError) as error:
+        raise Refused(f"cannot read the trace {path}: {reason(error)} - give a file of JSON lines", 2) from None
+    if not lines:
+        raise Refused(f"the trace {path} is empty - give a file of JSON lines", 2)
+    return lines
+
+
+def number_in(row: dict[str, Any], name: str, least: float, kinds: tuple[type, ...] = (int,)) -> Any:
+    value = row[name]
+    if type(value) not in kinds or not least <= value <= MAX_TRACE_NUMBER[name]:
+        raise ValueError(f"{name} is {json.dumps(value)[:40]}, not a number from {least} to {MAX_TRACE_NUMBER[name]}")
+    return value
+
+
+class Chains:
+    """Reads the lines of a trace in order, and numbers each block after the ones before it."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._chains: dict[tuple[int, str], int] = {}
+        self._places: dict[str, int] = {}
+        self._followers: Counter[int] = Counter()
+
+    def line(self, row: Any, number: int) -> TraceLine:
+        if not isinstance(row, dict):
+            raise ValueError("it is no JSON object")
+        timestamp, tokens = number_in(row, "timestamp", 0, (int, float)), number_in(row, "input_length", 1)
+        blocks = self._blocks(self._names(row.get("hash_ids") or [], tokens, number))
+        return TraceLine(timestamp, tokens, number_in(row, "output_length", 0), blocks)
+
+    def _names(self, hash_ids: Any, tokens: int, number: int) -> list[str]:
+        """A name for each block; what has no hash is shared with nobody."""
+        blocks = -(-tokens // self._block_tokens)
+        if not isinstance(hash_ids, list):
+            raise ValueError("hash_ids is no list")
+        if hash_ids and not blocks - 1 <= len(hash_ids) <= blocks:
+            raise ValueError(
+                f"{len(hash_ids)} hash_ids do not fit {tokens} tokens, which are {blocks} blocks of "
+                f"{self._block_tokens} - give the trace's own --block-tokens"
+            )
+        own = range(len(hash_ids), blocks)
+        return [json.dumps(each) for each in hash_ids] + [f"own {number} {place}" for place in own]
+
+    def _blocks(self, names: list[str]) -> list[Block]:
+        found, chain = [], 0
+        for name in names:
+            if name not in self._places:
+                self._places[name] = self._followers[chain]
+                self._followers[chain] += 1
+            chain = self._chains.setdefault((chain, name), len(self._chains) + 1)
+            found.append(Block(name, self._places[name], chain))
+        return found
+
+
+class TracePrompts:
+    """Prompts put together from blocks: equal names are equal token ids, different ones differ at once."""
+
+    def __init__(self, options: Options, kit: Kit, measure: Measure, lines: Sequence[TraceLine]) -> None:
+        self._seed, self._block_tokens, self._kit = options.seed, options.block_tokens, kit
+        self._measure, self._lines = measure, lines
+        rng = stream(options.seed, "words")
+        words = shuffled(kit.words, rng)
+        self._supply, self._ids = Supply(words), {word.text: word.ids for word in words}
+        after, start = joints(words)[0], joints(shuffled(kit.starters, rng))[0]
+        self._heads = different_first(after.words, after.lead)
+        self._starters = different_first(start.words, start.lead)
+        self._seen: dict[int, int] = {}  # by chain: how many tokens of its last block earlier lines have
+        self._complete: set[tuple[int, int]] = set()  # chain and length of earlier prompts
+        self.batch = max(1, min(MAX_BATCH_PROMPTS, BATCH_TOKENS // max(line.input_length for line in lines)))
+
+    def make(self, numbers: Sequence[int]) -> list[Prompt]:
+        drafts = [self._draft(number) for number in numbers]
+        for number, draft, ids in zip(numbers, drafts, self._measure([draft.text for draft, _ in drafts])):
+            planned = draft[1]
+            if ids[: len(planned)] != planned or len(ids) != self._lines[number].input_length:
+                raise Refused(
+                    f"request {number + 1} of the trace is not encoded block by block: this tokenizer joins words "
+                    "across spaces - use another one"
+                )
+        return [draft for draft, _ in drafts]
+
+    def finish(self) -> None:
+        """Every prompt has been held to its planned token ids."""
+
+    def _draft(self, number: int) -> tuple[Prompt, list[int]]:
+        """A prompt, and the token ids it must have up to what the chat template sets behind it."""
+        line, ids = self._lines[number], list(self._kit.head)
+        texts: list[str] = []
+        end, shared, alike = line.input_length - self._kit.tail_tokens, 0, number > 0
+        if end <= len(ids):
+            raise Refused(
+                f"request {number + 1} of the trace has {line.input_length} tokens, of which the chat template takes "
+                f"{len(ids) + self._kit.tail_tokens} - use --count-as raw"
+            )
+        for index, block in enumerate(line.blocks):
+            tokens = min(end, (index + 1) * self._block_tokens) - len(ids)
+            if tokens <= 0:
+                continue
+            words = self._words(block, tokens, not texts)
+            if alike:
+                shared = len(ids) + self._seen_of(block, words, not texts)
+                alike = shared == len(ids) + tokens
+            self._seen[block.chain] = max(tokens, self._seen.get(block.chain, 0))
+            texts += [word.text for word in words]
+            ids += ids_of(words)
+        complete = (line.blocks[-1].chain, line.input_length)
+        shared = line.input_length if complete in self._complete else shared
+        self._complete.add(complete)
+        prompt = Prompt(
+            " ".join(texts),
+            asked_tokens=line.input_length,
+            input_tokens=line.input_length,
+            prefix_tokens=shared,
+            max_tokens=max(1, line.output_length),
+            timestamp=line.timestamp,
+        )
+        return prompt, ids
+
+    def _seen_of(self, block: Block, words: Sequence[Word], first: bool) -> int:
+        """How many of the tokens of these words an earlier line has in this place."""
+        seen = self._seen.get(block.chain, 0)
+        return len(common_start([ids_of(words), ids_of(self._words(block, seen, first))])) if seen else 0
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - one object a run
+    def _words(self, block: Block, tokens: int, first: bool) -> list[Word]:
+        """The words of a block; with fewer tokens, as a rule the same words up to there."""
+        heads = self._starters if first else self._heads
+        turned = itertools.chain(heads[block.place % len(heads) :], heads)
+        head = next((word for word in turned if self._supply.ways(tokens - len(word.ids))), None)
+        if head is None:
+            raise Refused(f"no words of this vocabulary make {tokens} tokens - use another tokenizer")
+        rest, rounds = tokens - len(head.ids), block.place // len(heads)
+        part = self._supply.unique_part(rest, rounds + 1) or 0
+        names = self._supply.nth(rounds, part) if part else []
+        names += self._supply.fill(rest - part, stream(self._seed, "block", block.name))
+        return [head, *(Word(name, self._ids[name]) for name in names)]
+
+
+def ids_of(words: Iterable[Word]) -> list[int]:
+    return [each for word in words for each in word.ids]
+
+
+def trace_maker(encoder: Encoder, options: Options) -> TracePrompts:
+    return TracePrompts(options, *kit_of(encoder, options), options.trace)
+
+
+# === 10. The corpus file ===
 
 
 class CorpusFile:
@@ -1474,7 +1689,7 @@ def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
     return tally
 
 
-# === 10. Command line ===
+# === 11. Command line ===
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1536,6 +1751,8 @@ ARGUMENTS: dict[str, list[tuple[str, str, Any, str]]] = {  # by group: name, met
         ("--output-tokens", "N[,S]", mean_and_deviation, "max_tokens of each line: fixed, or mean,stdev"),
         ("--turns", "N", SOME, "user turns of each line, a session (default 1: a prompt)"),
         ("--delay-ms", "D", whole(0, "0 or more"), "pause before each later turn"),
+        ("--from-trace", "FILE", Path, "make the prompts of a Mooncake trace: lengths, shared blocks, times"),
+        ("--block-tokens", "N", SOME, "tokens of a block of the trace (default 512)"),
         ("--seed", "N", whole(0, "0 or more"), "same seed and options: same bytes (default: a fresh one)"),
     ],
     "Lengths in tokens": [
@@ -1583,24 +1800,40 @@ def parsed(argv: Optional[Sequence[str]]) -> Options:
         names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         what = f"unknown option {', '.join(names)}" if names else f"{len(unknown)} argument(s) without an option"
         raise Refused(f"{what} - see --help", 2)
-    stray = [name for name in NEED_TURNS if name in vars(options)] if options.turns == 1 else []
-    if stray:
-        raise Refused(f"--{stray[0].replace('_', '-')} is about later turns - add --turns", 2)
-    check_lengths(options)
-    check_sharing(options)
+    refuse_strays(options)
+    if options.from_trace is None:
+        check_lengths(options)
+        check_sharing(options)
+    else:
+        options.trace = read_trace(options.from_trace, vars(options).get("count"), options.block_tokens)
+        options.count = len(options.trace)
     return options
+
+
+def refuse_strays(options: Options) -> None:
+    """Options that mean nothing beside the others."""
+    given = vars(options)
+    for wrong, names, why in (
+        (options.from_trace, [name for name in given if name not in WITH_A_TRACE], "is what the trace tells - drop it"),
+        (options.from_trace is None, ["block_tokens"], "is that of a trace - add --from-trace"),
+        (options.turns == 1, NEED_TURNS, "is about later turns - add --turns"),
+        (
+            not (options.approx_input_tokens or options.from_trace),
+            NEED_A_LENGTH,
+            "needs a length - add --approx-input-tokens",
+        ),
+        (options.approx_input_tokens, ["language"], "is that of paragraphs, which have no length in tokens - drop one"),
+    ):
+        stray = next((name for name in names if name in given), None)
+        if wrong and stray:
+            raise Refused(f"--{stray.replace('_', '-')} {why}", 2)
 
 
 def check_lengths(ask: Options) -> None:
     """Options of a token target that contradict each other."""
     target, least, most = ask.approx_input_tokens, ask.min_input_tokens, ask.max_input_tokens
     if target is None:
-        stray = [name for name in NEED_A_LENGTH if name in vars(ask)]
-        if stray:
-            raise Refused(f"--{stray[0].replace('_', '-')} needs a length - add --approx-input-tokens", 2)
         return
-    if "language" in vars(ask):
-        raise Refused("--language is that of paragraphs; with a length the words are the tokenizer's - drop one", 2)
     greatest = max(target, most or 0, ask.turn_tokens or 0)
     if greatest > MAX_TARGET_TOKENS:
         raise Refused(f"{greatest} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
@@ -1630,11 +1863,11 @@ def maker_of(options: Options) -> tuple[Maker, Optional[dict[str, Any]]]:
     """Who makes the prompts, and what is worth knowing of the tokenizer."""
     about: Optional[dict[str, Any]] = None
     make: Callable[[Options], Maker] = Paragraphs
-    if options.approx_input_tokens is not None:
+    if options.approx_input_tokens is not None or options.trace:
         encoder = load_tokenizer(options)
         about = encoder.about
         note(f"tokenizer: {about['name']} ({about['kind']}, {about['vocabulary']} tokens)")
-        make = functools.partial(exact_maker, encoder)
+        make = functools.partial(trace_maker if options.trace else exact_maker, encoder)
     maker = make(options)
     return maker if options.turns == 1 else Sessions(options, maker, make(later_turns(options))), about
 

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -204,6 +205,11 @@ WRONG = {
     "length of later turns without turns": ["--approx-input-tokens", "9", "--turn-tokens", "5"],
     "length of later turns alone": ["--turns", "2", "--turn-tokens", "5"],
     "later turns too long": ["--approx-input-tokens", "9", "--turns", "2", "--turn-tokens", "10000001"],
+    "trace that is not there": ["--from-trace", "nowhere.jsonl"],
+    "trace with a length": ["--from-trace", "nowhere.jsonl", "--approx-input-tokens", "9"],
+    "trace with turns": ["--from-trace", "nowhere.jsonl", "--turns", "2"],
+    "trace that is a directory": ["--from-trace", "."],
+    "blocks without a trace": ["--block-tokens", "16"],
     "negative seed": ["--seed", "-1"],
     "unknown option": ["--tokens", "5"],
     "abbreviated option": ["--approx", "5"],
@@ -553,6 +559,123 @@ def test_sessions_of_paragraphs(tmp_path):
     assert len(set(contents)) == 18
     assert all(turn == {} for line in lines for turn in line["turns"])
     assert "_turns3_" in manifest["file"]
+
+
+# --- traces -----------------------------------------------------------------------------------------------
+
+BLOCK = 16
+
+
+def write_trace(path, requests):
+    """(input length, hash ids) of each request, as lines of Mooncake's."""
+    rows = [
+        {"timestamp": 100 * n, "input_length": tokens, "output_length": n, "hash_ids": ids}
+        for n, (tokens, ids) in enumerate(requests)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def random_trace(count):
+    """Requests that go on from what earlier ones had, as conversations do."""
+    rng = random.Random(5)
+    chains, requests, fresh = [[]], [], itertools.count()
+    for _ in range(count):
+        base = rng.choice(chains)
+        ids = base[: rng.randint(0, len(base))] + [next(fresh) for _ in range(rng.randint(1, 4))]
+        tokens = BLOCK * (len(ids) - 1) + rng.randint(6, BLOCK)
+        chains.append(ids if tokens % BLOCK == 0 else ids[:-1])
+        requests.append((tokens, ids))
+    return requests
+
+
+@pytest.mark.parametrize(
+    "family", ["byte-level", "metaspace-bpe", "wordpiece", "metaspace-japanese", "byte-level-small"]
+)
+def test_a_trace_is_made_of_shared_blocks(family, shelf, tmp_path, capsys):
+    requests = random_trace(200)
+    model = shelf.path(family)
+    options = ["--from-trace", write_trace(tmp_path / "mooncake.jsonl", requests), "--block-tokens", BLOCK]
+    lines, manifest = generate(tmp_path / "out", *options, "--tokenizer-model", model)
+    ids = encoded(shelf.load(model), lines)
+    assert [len(one) for one in ids] == [tokens for tokens, _ in requests] == [line["input_tokens"] for line in lines]
+    assert [line["timestamp"] for line in lines] == [100 * n for n in range(200)]
+    assert [line["max_tokens"] for line in lines] == [max(1, n) for n in range(200)]
+    for n, (one, (_, hashes)) in enumerate(zip(ids, requests)):
+        most = 0
+        for earlier, (_, others) in zip(ids[:n], requests):
+            alike = BLOCK * common([hashes, others])
+            found = common([one, earlier])
+            most = max(most, found)
+            extra = 1 if family == "metaspace-japanese" else 0  # there, every word begins with a space of its own
+            assert min(alike, len(one), len(earlier)) <= found <= alike + extra
+        assert most - 1 <= lines[n]["prefix_tokens"] <= most
+    assert manifest["exact_prompts"] == 200
+    assert re.search(r"shared with earlier lines: \d+\.\d%", capsys.readouterr().out)
+    assert manifest["file"].startswith("requests_200_trace_mooncake_")
+    assert set(lines[0]) == {"text", "input_tokens", "prefix_tokens", "timestamp", "max_tokens"}
+
+
+def test_a_trace_counted_in_the_chat_template(shelf, tmp_path):
+    requests = [(48, [1, 2, 3]), (64, [1, 2, 4, 5]), (33, [1, 2, 6]), (48, [1, 2, 3]), (25, [7, 8]), (48, [])]
+    model = shelf.chat("byte-level")
+    options = ["--from-trace", write_trace(tmp_path / "t", requests), "--block-tokens", BLOCK, "--count-as", "chat"]
+    lines, _ = generate(tmp_path / "out", *options, "--tokenizer-model", model)
+    sent = [f"<|start|>user\n{line['text']}<|end|>\n<|start|>assistant\n" for line in lines]
+    ids = [one.ids for one in shelf.load(model).encode_batch(sent, add_special_tokens=False)]
+    assert [len(one) for one in ids] == [tokens for tokens, _ in requests]
+    assert common(ids[:2]) == 32 == lines[1]["prefix_tokens"]
+    assert ids[0] == ids[3]
+    assert lines[3]["prefix_tokens"] == 48
+    head = common([ids[0], ids[4]])
+    assert head == lines[4]["prefix_tokens"] == lines[5]["prefix_tokens"] < BLOCK
+    tail = common([ids[0][::-1], ids[4][::-1]])
+    assert common([ids[0], ids[2]]) == 33 - tail == lines[2]["prefix_tokens"]
+
+
+def test_the_first_requests_of_a_trace_and_the_same_bytes_for_a_seed(shelf, tmp_path, monkeypatch):
+    trace = write_trace(tmp_path / "t", random_trace(50))
+    options = ["--from-trace", trace, "--block-tokens", BLOCK, "--tokenizer-model", shelf.path("byte-level")]
+    all_lines, manifest = generate(tmp_path / "all", *options)
+    monkeypatch.setattr(gen, "BATCH_TOKENS", 1)
+    assert generate(tmp_path / "again", *options)[1]["sha256"] == manifest["sha256"]
+    some, _ = generate(tmp_path / "some", *options, "--count", 20)
+    assert texts_of(some) == texts_of(all_lines)[:20]
+
+
+BAD_TRACES = {
+    "no JSON": "timestamp",
+    "no object": "[1]",
+    "no timestamp": '{"input_length": 5, "output_length": 1}',
+    "no length": '{"timestamp": 5, "output_length": 1}',
+    "length 0": '{"timestamp": 5, "input_length": 0, "output_length": 1}',
+    "length as text": '{"timestamp": 5, "input_length": "5", "output_length": 1}',
+    "length true": '{"timestamp": 5, "input_length": true, "output_length": 1}',
+    "negative timestamp": '{"timestamp": -5, "input_length": 5, "output_length": 1}',
+    "timestamp nan": '{"timestamp": NaN, "input_length": 5, "output_length": 1}',
+    "backwards": "\n".join(f'{{"timestamp": {t}, "input_length": 5, "output_length": 1}}' for t in (5, 4)),
+    "too many blocks": '{"timestamp": 5, "input_length": 512, "output_length": 1, "hash_ids": [1, 2]}',
+    "too few blocks": '{"timestamp": 5, "input_length": 1537, "output_length": 1, "hash_ids": [1, 2]}',
+    "blocks of no list": '{"timestamp": 5, "input_length": 512, "output_length": 1, "hash_ids": "12"}',
+    "empty": "\n\n",
+    "too long": '{"timestamp": 5, "input_length": 10000001, "output_length": 1}',
+}
+
+
+@pytest.mark.parametrize("text", BAD_TRACES.values(), ids=BAD_TRACES)
+def test_a_bad_trace_is_one_line_and_exit_2(text, tmp_path, capsys):
+    (tmp_path / "trace").write_text(text)
+    assert gen.main(["--from-trace", str(tmp_path / "trace"), "--output", str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "trace") in one_line_error(capsys, 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_joins_words_is_refused_for_a_trace(shelf, tmp_path, capsys):
+    trace = write_trace(tmp_path / "t", [(3000, [1, 2, 3, 4, 5, 6])])
+    options = ["--from-trace", str(trace), "--tokenizer-model", str(shelf.path("metaspace-across-words"))]
+    assert gen.main([*options, "--output", str(tmp_path / "out")]) == 1
+    assert "joins words across spaces" in one_line_error(capsys, 1)
+    assert not (tmp_path / "out").exists()
 
 
 # --- chat --------------------------------------------------------------------------------------------------
@@ -1134,14 +1257,14 @@ def option_table(name):
     return [*until, *[row for row in rows if row[0] == "--version"][:1]]
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md", "docs/generate_requests.md"])
 def test_the_manual_lists_every_option(name):
     table = option_table(name)
     if table is None:
-        pytest.skip(f"{name} has no section on {gen.PROGRAM} yet")
+        pytest.fail(f"{name} has no section on {gen.PROGRAM}")
     actions = [action for action in gen.build_parser()._actions if action.dest != "help"]
     assert [row[0] for row in table] == [action.option_strings[-1] for action in actions]
-    if name == "README.md":
+    if name != "README.ja.md":
         for row, action in zip(table, actions):
             default = getattr(gen.Options, action.dest, None)
             shown = row[1].strip().strip("`")
