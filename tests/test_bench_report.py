@@ -20,7 +20,7 @@ from typing import Any, Callable, Optional
 
 import pytest
 
-from tests.conftest import ROOT, Outcome, run_script
+from tests.support.program import ROOT, Outcome, run_script
 
 np = pytest.importorskip("numpy")
 import bench_report as report  # noqa: E402  (it needs numpy)
