@@ -1400,14 +1400,23 @@ def findings(levels: Sequence[Level], slos: Sequence[Slo]) -> list[str]:
             where = f" at {', '.join(label for label, _ in bound)} {unit}" if len(run_levels) > 1 else ""
             lines.append(f"{name} is client-bound{where}: {bound[-1][1]}")
         lines += _peak(name, run_levels, unit) if len(run_levels) > 1 else []
-        limits = " and ".join(f"{slo.name} {slo.op} {slo.limit:g}" for slo in slos)
-        passing = highest_passing(run_levels, slos)
-        if slos:
-            lines.append(
-                f"{name}: up to {passing.label} {unit} hold {limits}" if passing else f"{name}: none holds {limits}"
-            )
+        lines += [f"{name}: {_limits_kept(run_levels, slos)}"] if slos else []
     notes = dict.fromkeys((point.tool, point.note) for level in levels for point in level.points if point.note)
     return lines + [f"{tool} counts otherwise: {note}" for tool, note in notes]
+
+
+def _limits_kept(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
+    """The highest level within all limits, and whether those below are."""
+    limits = " and ".join(f"{slo.name} {slo.op} {slo.limit:g}" for slo in slos)
+    best = highest_passing(levels, slos)
+    if best is None:
+        return f"none holds {limits}"
+    unit = "req/s" if best.by_rate else "in flight"
+    below = levels[: list(levels).index(best)]
+    failing = [level.label for level in below if highest_passing([level], slos) is None]
+    if failing:
+        return f"{best.label} {unit} is the highest to hold {limits}, but {', '.join(failing)} did not"
+    return f"up to {best.label} {unit} hold {limits}"
 
 
 def _peak(name: str, levels: Sequence[Level], unit: str) -> list[str]:
