@@ -717,7 +717,7 @@ def detailed_requests(result: Mapping[str, Any]) -> Optional[Requests]:
     ttft, itls = np.array(given.get("ttfts", [math.nan] * count), dtype=float), given.get("itls", [[]] * count)
     latency = np.array(given["latencies"], dtype=float) if "latencies" in given else ttft + [sum(gaps) for gaps in itls]
     ok = np.array([not error for error in given.get("errors", [""] * count)], dtype=bool) & (latency > 0)
-    if ok.sum() != result.get("completed"):  # which of them failed is not told
+    if int(ok.sum()) != result.get("completed"):  # which of them failed is not told
         return None
     columns = {"index": np.arange(count, dtype=float), "latency_ms": latency * 1e3, "ttft_ms": ttft * 1e3}
     for name, column in (("input_lens", "prompt_tokens"), ("output_lens", "completion_tokens")):
