@@ -2437,7 +2437,7 @@ class Call:
 
     def _refusal(self, status: int) -> Failure:
         if self.location and 300 <= status < 400:
-            text = f"HTTP {status} to {Redactor.url(self.location)}: redirects are not followed"
+            text = f"HTTP {status}: redirects are not followed; Location: {Redactor.url(self.location)}"
             return Failure("http_error", f"http_{status}", plain(text))
         text = error_body_text(bytes(self.error_body)) or "no message"
         later = f" (Retry-After: {plain(self.retry_after, 40)})" if self.retry_after else ""
@@ -3851,7 +3851,7 @@ class Breaker:
         self._kind: Optional[str] = None  # of the row
         self._row = 0
         self._kinds: set[str] = set()
-        self._since_ns = 0  # when the row began
+        self._since_ns = 0  # when the row began, or went on
         self._heard = 0  # requests under way then that have ended
 
     def add(self, record: Record) -> None:
@@ -3867,8 +3867,11 @@ class Breaker:
         if kind in SHEDDING:
             return
         if kind != self._kind:
-            self._kind, self._row, self._heard, self._since_ns = kind, 0, 1, self._newest_ns
+            self._kind, self._row = kind, 0
             self._kinds.add(kind)
+        if self._row % (IDENTICAL_FAILURES_TO_STOP + 4 * self._concurrency) == 0:
+            # Anew from time to time: a process that had not begun yet had nothing under way.
+            self._heard, self._since_ns = 1, self._newest_ns
         self._row += 1
         if self._row >= IDENTICAL_FAILURES_TO_STOP and self._heard >= self._concurrency:
             self._judge(kind)

@@ -122,14 +122,16 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
     class Refusing(Server):
         async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
             await permits.wait()
+            free_ns = int(asyncio.get_running_loop().time() * 1e9)
             await asyncio.sleep(1.0)
-            permits.release(0)
+            end_ns = int(asyncio.get_running_loop().time() * 1e9)
+            permits.release(end_ns)
             self.served += 1
-            return bench.Reply(end_ns=0, failure=bench.Failure("http_error", "http_500", "no"))
+            return bench.Reply(free_ns=free_ns, end_ns=end_ns, failure=bench.Failure("http_error", "http_500", "no"))
 
     async def main() -> tuple[int, str]:
         stop, tally, server = bench.Stop(), bench.Tally(), Refusing(lambda index: 1.0)
-        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, None)]
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 10, None)]
         pool = bench.Pool(bench.Load(bench.ClosedLoop(5000), numbered, server, sinks, 10), stop)
         await pool.prepare()
         await pool.drain(0)
