@@ -101,6 +101,7 @@ ERROR_BODY_BYTES = 64 * 1024
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 MAX_REPLY_BYTES = 256 * 2**20
 MOST_TOKENS = 2**40  # a count beyond it is no count
+PLAIN_KEYS = ("vllm", "EMPTY")  # placeholders that hide nothing
 LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 RECV_BYTES = 65536
 PAIR_LIMIT_S = 20e-6
@@ -168,7 +169,8 @@ class Settings:
         pairs = [*parse_qsl(query), *(part.partition("=")[::2] for part in query.split("&"))]  # decoded, and as sent
         named = [value for pair in [*self.extra_body.items(), *pairs] for value in secret_values(*pair)]
         words = {self.api_key, self.login, self.login.partition(":")[2], self.authorization.partition(" ")[2], *named}
-        return sorted((word for word in words if len(word) >= LEAST_SECRET_CHARS), key=len, reverse=True)
+        hidden = (word for word in words if len(word) >= LEAST_SECRET_CHARS and word not in PLAIN_KEYS)
+        return sorted(hidden, key=len, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -473,11 +475,8 @@ def glimpse(value: Any) -> str:
     return "".join(itertools.islice(json.JSONEncoder().iterencode(value), ERROR_TEXT_CHARS))[:ERROR_TEXT_CHARS]
 
 
-Problem = tuple[str, str]  # (error_kind, message)
-
-
-def decoded(body: bytes) -> tuple[Any, Optional[Problem]]:
-    """(the JSON value of a body, why there is none)."""
+def decoded(body: bytes) -> tuple[Any, Optional[tuple[str, str]]]:
+    """(the JSON value of a body, why there is none: error_kind and message)."""
     if not body.strip():
         return None, ("empty_body", "an empty body")
     try:
@@ -488,8 +487,8 @@ def decoded(body: bytes) -> tuple[Any, Optional[Problem]]:
         return None, ("bad_json", f"the body is not JSON ({error}): {body[:80].decode('utf-8', 'replace')}")
 
 
-def answer_problem(answer: Any) -> Optional[Problem]:
-    """Why a JSON value is not a complete answer; None when it is one."""
+def answer_problem(answer: Any) -> Optional[tuple[str, str]]:
+    """Why a JSON value is not a complete answer, as error_kind and message; None when it is one."""
     message = error_text(answer)
     if message:
         return "error_body", message
@@ -566,7 +565,7 @@ def failed_call(error: BaseException, http_status: Optional[int], secrets: Itera
     return Outcome(HTTP_ERROR, kind, plain(message, secrets=secrets), http_status=http_status)
 
 
-def failure_of(error: BaseException) -> Problem:
+def failure_of(error: BaseException) -> tuple[str, str]:
     if isinstance(error, ConnectionFailed):
         return error.args[0], error.args[1]
     if isinstance(error, gevent.GreenletExit):
@@ -792,7 +791,7 @@ def add_options(parser: Any, **_: Any) -> None:
             metavar="<text>",
             help=f"{text} (environment: {name.upper()}" + (f"; default: {default})" if default else ")"),
         )
-        action.include_in_web_ui = name != "openai_api_key"
+        action.include_in_web_ui = name not in ("openai_api_key", "extra_body")  # secrets may stand in both
 
 
 def settings_from(options: Any, host: Optional[str]) -> Settings:

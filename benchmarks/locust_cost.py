@@ -3,7 +3,7 @@
 
     python benchmarks/locust_cost.py [--users 200] [--delay-ms 200] [--seconds 8] [--rounds 3]
 
-Both load the same local server (tests/locust_server.py) with the same body, as child processes of this
+Both load the same local server (tests/support/locust_server.py) with the same body, as child processes of this
 one, in turn, in the same run; plain Locust is a FastHttpUser with a two-line task. CPU is the child's own
 (user and system, by wait4); two lengths of run are compared, so that starting up does not count.
 Needs `pip install locust`. Prints one line per round and the medians.
@@ -35,7 +35,7 @@ class Plain(FastHttpUser):
 
 class Server:
     def __init__(self, delay_ms):
-        command = [sys.executable, str(ROOT / "tests" / "locust_server.py"), "--delay-ms", str(delay_ms)]
+        command = [sys.executable, str(ROOT / "tests" / "support" / "locust_server.py"), "--delay-ms", str(delay_ms)]
         self.process: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{int(next(iter(self.process.stdout or ())))}"
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 
-import online_bench_openai_async as benchmark
 from tests.support.faults import GROUPS, body
 from tests.support.locust_runs import Bench, needs_locust
 from tests.support.processes import free_port
@@ -205,9 +204,6 @@ REPLIES: dict[str, Act] = {
     "no content": GROUPS["connection"]["no_content_204"].act,
     "not HTTP": GROUPS["connection"]["speaks_http_2"].act,
 }
-STALLING = ("length_too_long_stall",)  # a matter of time-outs
-for stalling in STALLING:
-    del REPLIES[stalling]
 OWN_WORDS = ("bad_http", "reset", "closed")  # said by other libraries in each script
 MEASURED = ("latency_ms", "sent_s", "new_connection")
 
@@ -386,9 +382,3 @@ def test_latency_begins_when_the_last_byte_is_handed_over(tmp_path, script):
         SCRIPTS[script](tmp_path, server.port, corpus, "", {})
     (row,) = rows_of(tmp_path / f"{script}.csv")
     assert float(row["latency_ms"]) < readings[0] * 0.75, "what still lay in the kernel's buffers, and no more"
-
-
-def test_columns_that_both_scripts_are_documented_with():
-    text = (ROOT / "docs" / "method.md").read_text("utf-8")
-    assert "## One meaning in all scripts" in text
-    assert list(benchmark.CSV_COLUMNS)[:7] == FIRST_COLUMNS

@@ -151,6 +151,45 @@ def test_a_stream_says_the_same_cut_anywhere(end: bytes) -> None:
     assert comparable(bench.read_reply(True, [(7, data[at : at + 1]) for at in range(len(data))])) == whole
 
 
+SAID = st.one_of(
+    st.text(max_size=6), st.sampled_from(["\n", '"', "\\", "日本", 'x","finish_reason":null', "\x01", "\0"])
+)
+
+
+@settings
+@hypothesis.given(
+    texts=st.lists(SAID, min_size=1, max_size=12),
+    odd=st.lists(st.sampled_from([ROLE, FINISH, COUNTS, DONE, b": ping\n\n", b"\n", b"\0", b"\1"]), max_size=3),
+    ascii_only=st.booleans(),
+    places=st.lists(st.integers(0, 1 << 20), max_size=6),
+    together=st.lists(st.integers(1, 5), min_size=1, max_size=40),
+)
+def test_pieces_fed_together_say_what_they_say_one_by_one(
+    texts: list[str], odd: list[bytes], ascii_only: bool, places: list[int], together: list[int]
+) -> None:
+    """Whole events in pieces of their own, a few cut anywhere, some under one stamp: equal to the last stamp."""
+    events = [
+        b"data: " + json.dumps(body, ensure_ascii=ascii_only, separators=(",", ":")).encode() + b"\n\n"
+        for body in ({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts)
+    ]
+    pieces = [*events[:3], *odd, *events[3:], FINISH, DONE]
+    for place in places:
+        at = place % len(pieces)
+        cut = place % (len(pieces[at]) or 1)
+        pieces[at : at + 1] = [pieces[at][:cut], pieces[at][cut:]]
+    stamps = list(itertools.accumulate(itertools.islice(itertools.cycle([*together, 0]), len(pieces))))
+    batch, single = bench.Reply(), bench.Reply()
+    reader = bench.StreamReader(batch)
+    reader.feed(stamps, pieces)
+    reader.finish()
+    reader = bench.StreamReader(single)
+    for stamp, piece_ in zip(stamps, pieces):
+        reader.feed([stamp], [piece_])
+    reader.finish()
+    assert batch == single
+    assert batch == bench.read_reply(True, zip(stamps, pieces))
+
+
 def test_an_event_bears_the_stamp_of_its_last_byte() -> None:
     data = ONE + TWO
     parts = [(at, data[at : at + 1]) for at in range(len(data))]
@@ -192,7 +231,7 @@ def test_the_fast_scan_tells_only_what_json_would(choices: list[Any], more: dict
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "is_plain_content", lambda event: False)
-        said = bench.read_stream([(1, event + b"\n\n")])
+        said = bench.read_reply(True, [(1, event + b"\n\n")])
     assert (said.chunks, said.finish_reason, said.has_usage) == (1, None, False)
     assert said.visible_ns == 1
 

@@ -122,8 +122,15 @@ def test_short_replies_and_long_prompts_are_pointed_out_with_their_cure() -> Non
         "the server counted 10.0 prompt tokens on average",
         "replies of 5.0 tokens on average",
     ]
-    assert found[0].cure.startswith("--prompt-tokens 40;")
+    assert "warm-up" in found[0].cure
     assert "ignore_eos" in found[1].cure
+
+
+def test_prompts_below_the_template_are_told_the_least() -> None:
+    config = make_config(prompt_tokens=20, prompt_calibration=[1.1, 31.5])
+    found = bench.warnings_of(summary_of(make_record(prompt_tokens=32)), config, [])
+    assert found[0].cure.startswith("--prompt-tokens 32 or more")
+    assert not bench.warnings_of(summary_of(make_record(prompt_tokens=21)), config, [])[0].text.startswith("the server")
 
 
 def test_every_warning_says_what_to_do() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Callable, ClassVar, Optional
 
 import pytest
@@ -30,8 +31,8 @@ class Arrivals:
         self.fed: list[tuple[int, bytes]] = []
         self.made.append(self)
 
-    def feed(self, stamp_ns: int, data: bytes) -> None:
-        self.fed.append((stamp_ns, data))
+    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
+        self.fed += zip(stamps_ns, pieces)
 
     def finish(self) -> None:
         """It only keeps."""

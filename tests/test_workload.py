@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,10 +41,41 @@ def test_there_is_a_word_for_every_byte() -> None:
 
 
 @pytest.mark.parametrize("tokens", [16, 100, 1024, 8192])
-def test_a_prompt_has_a_word_or_full_stop_per_token(tokens: int) -> None:
-    prompt = bench.synthetic_prompt("key", tokens)
-    pieces = len(prompt.split()) - 2 + prompt.count(".") + bench.HEAD_TOKENS
+def test_without_calibration_a_prompt_has_a_word_or_full_stop_per_token(tokens: int) -> None:
+    prompt = bench.synthetic_request(make_config(prompt_tokens=tokens), 0).messages[-1]["content"]
+    pieces = len(prompt.split()) - 2 + prompt.count(".") + bench.UNCALIBRATED.constant_tokens
     assert abs(pieces - tokens) <= max(1, 0.01 * tokens)
+
+
+@pytest.mark.parametrize(
+    "counted",
+    [[], [(16, 30)], [(16, 30), (16, 31)], [(4, 7), (16, 7)], [(4, 30), (16, 7)]],
+    ids=["nothing", "one reply", "one length", "always the same", "less for more"],
+)
+def test_what_calibrates_nothing(counted: list[tuple[int, int]]) -> None:
+    assert bench.calibrated(make_config(), counted).prompt_calibration is None
+
+
+def test_what_the_user_says_goes_before_what_was_counted() -> None:
+    config = make_config(prompt_calibration=[1.5, 20.0])
+    assert bench.calibrated(config, [(4, 15), (16, 30)]) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({}, 8),
+        ({"output_tokens": 3}, 3),
+        ({"extra_body": {"min_tokens": 100}}, 100),
+        ({"extra_body": {"min_tokens": 3}}, 8),
+        ({"extra_body": {"max_tokens": 5}}, 5),
+        ({"extra_body": {"max_tokens": 300, "min_tokens": 200}, "output_tokens": 100}, 200),
+        ({"extra_body": {"max_tokens": -1, "min_tokens": "7"}}, 8),
+        ({"extra_body": {"min_tokens": 128}, "output_tokens": 64}, 64),
+    ],
+)
+def test_warm_up_replies_are_short_within_what_the_body_allows(changes: dict[str, Any], limit: int) -> None:
+    assert bench.warmup_request(make_config(**changes), 0).output_tokens == limit
 
 
 def test_making_a_prompt_is_cheap_beside_a_loop_of_known_length() -> None:

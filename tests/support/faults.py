@@ -371,6 +371,7 @@ STREAM_FAULTS = {
     "stall_after_first": (sends_then_stalls(STREAM_HEAD, chunk(ROLE), chunk(ONE)), "http_error/idle_timeout"),
     "stall_after_head": (sends_then_stalls(STREAM_HEAD), "http_error/idle_timeout"),
     "stall_after_done": (sends_then_stalls(STREAM_HEAD, *map(chunk, GOOD_EVENTS)), SUCCESS),
+    "stall_after_counts": (sends_then_stalls(STREAM_HEAD, *map(chunk, (ONE, TWO, THREE, FINISH, COUNTS))), SUCCESS),
     "drips_for_ever": (drip, "http_error/timeout"),
     "one_byte_per_packet": (byte_by_byte, SUCCESS),
     "everything_in_one_packet": (sends(STREAM_HEAD + b"".join(map(chunk, GOOD_EVENTS)) + LAST_CHUNK), SUCCESS),
@@ -421,7 +422,7 @@ FAULTS: dict[str, Fault] = {
 # What only a limit on silence, or on the whole, ends: the one group that is run with short ones.
 SILENCES = (
     *("never_answers", "stalls_within_head", "length_too_long_stall", "stream_stall_after_first"),
-    *("stream_stall_after_head", "stream_stall_after_done", "stream_drips_for_ever"),
+    *("stream_stall_after_head", "stream_stall_after_done", "stream_stall_after_counts", "stream_drips_for_ever"),
 )
 
 
