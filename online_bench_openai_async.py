@@ -737,10 +737,11 @@ class Corpus(Sequence[Request]):
             with open(self._file, "rb", closefd=False) as file:
                 for raw in file:
                     number += 1
-                    if raw.strip():
+                    line = raw.decode("utf-8" if at else "utf-8-sig")
+                    if line.strip():
                         self._starts.append(at)
                         if check:
-                            self._parse(raw, at)
+                            parse_request(line, self._system_prompt)
                     at += len(raw)
         except UnicodeDecodeError:
             raise UserError(f"{self._name}, line {number}: not UTF-8; save the corpus as UTF-8") from None
@@ -764,9 +765,6 @@ class Corpus(Sequence[Request]):
         self.path = self._copy
         self._file = os.open(self.path, _READ_ONLY)
 
-    def _parse(self, raw: bytes, at: int) -> Request:
-        return parse_request(raw.decode("utf-8" if at else "utf-8-sig"), self._system_prompt)
-
     def __len__(self) -> int:
         return len(self._starts) - 1
 
@@ -775,7 +773,8 @@ class Corpus(Sequence[Request]):
         start, end = self._starts[number], self._starts[number + 1]
         try:
             os.lseek(self._file, start, os.SEEK_SET)
-            return self._parse(os.read(self._file, end - start), start)
+            line = os.read(self._file, end - start).decode("utf-8" if start else "utf-8-sig")
+            return parse_request(line, self._system_prompt)
         except (OSError, ValueError) as error:
             raise RunError(f"{self._name} has changed during the run: {error}") from None
 
@@ -803,7 +802,7 @@ def load_requests(path: str, system_prompt: Optional[str]) -> Corpus:
 
 def workload_of(config: Config, corpus: Optional[Sequence[Request]]) -> Workload:
     """Job number -> request: from the corpus, cycled, or made up."""
-    if corpus is None:
+    if not corpus:
         return partial(synthetic_request, config)
     return lambda index: corpus[index % len(corpus)]
 
@@ -4050,7 +4049,7 @@ class Breaker:
         self._kind: Optional[str] = None  # of the row
         self._row = 0
         self._kinds: set[str] = set()
-        self._since_ns = 0  # when the row began
+        self._since_ns = 0  # when the row began, or went on
         self._heard = 0  # requests under way then that have ended
 
     def add(self, record: Record) -> None:
@@ -4066,8 +4065,11 @@ class Breaker:
         if kind in SHEDDING:
             return
         if kind != self._kind:
-            self._kind, self._row, self._heard, self._since_ns = kind, 0, 1, self._newest_ns
+            self._kind, self._row = kind, 0
             self._kinds.add(kind)
+        if self._row % (IDENTICAL_FAILURES_TO_STOP + 4 * self._concurrency) == 0:
+            # Anew from time to time: a process that had not begun yet had nothing under way.
+            self._heard, self._since_ns = 1, self._newest_ns
         self._row += 1
         if self._row >= IDENTICAL_FAILURES_TO_STOP and self._heard >= self._concurrency:
             self._judge(kind)
@@ -4713,6 +4715,18 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _extra_body(text: str) -> dict[str, Any]:
+    value = _json_object(text)
+    for name, option in (("model", "--model"), ("messages", "--requests-file"), ("stream", "--stream")):
+        if name in value:
+            raise argparse.ArgumentTypeError(f"takes no {name}: {option} sets it")
+    if value.get("n", 1) not in (1, None):
+        raise argparse.ArgumentTypeError(
+            "takes no n but 1: first token, gaps and tokens of several choices in one reply cannot be told apart"
+        )
+    return value
+
+
 def _calibration(text: str) -> list[float]:
     try:
         per_word, constant = map(float, text.split(","))
@@ -4734,26 +4748,6 @@ def _engine(text: str) -> str:
 def _shard(text: str) -> tuple[int, int]:
     shard, shards = map(int, text.split("/"))
     return shard, shards
-
-
-# Fields of the body that the report speaks of: they have one place only where they are set.
-OWN_FIELDS: Mapping[str, str] = {
-    "model": "--model", "messages": "--requests-file", "max_tokens": "--output-tokens",
-    "max_completion_tokens": "--output-tokens and --max-tokens-field", "temperature": "--temperature",
-    "stream": "--stream",
-}  # fmt: skip
-
-
-def _extra_body(text: str) -> dict[str, Any]:
-    body = _json_object(text)
-    for name in body:
-        if name in OWN_FIELDS:
-            raise argparse.ArgumentTypeError(f"does not take {name!r}: it is set by {OWN_FIELDS[name]}")
-    if body.get("n", 1) not in (1, None):
-        raise argparse.ArgumentTypeError(
-            "takes no n but 1: first token, gaps and tokens of several choices in one reply cannot be told apart"
-        )
-    return body
 
 
 TOKEN_FIELDS = ("auto", "max_tokens", "max_completion_tokens")
@@ -4877,14 +4871,24 @@ def build_parser() -> Parser:
     return parser
 
 
+def _told_by_body(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that --extra-body overrides, so that the report says what is sent."""
+    body = options.extra_body
+    told = {name: body[name] for name in ("temperature",) if isinstance(body.get(name), (int, float))}
+    for name in OUTPUT_LIMITS:
+        if isinstance(body.get(name), int) and body[name] > 0:
+            told.update(output_tokens=body[name], max_tokens_field=name)
+    return told
+
+
 def build_config(options: argparse.Namespace, prompts: int) -> Config:
     """Options and what follows from them. `prompts`: of the corpus, 0 without one."""
-    given = vars(options)
+    given = {**vars(options), **_told_by_body(options)}
     total = options.total_requests or prompts or 1024
     concurrency = options.concurrency
     derived: dict[str, Any] = {
         "total_requests": total,
-        "output_tokens": options.output_tokens or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
+        "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
         "warmup": default_warmup(concurrency, total) if options.warmup is None else options.warmup,
         "seed": secrets.randbelow(1 << 32) if options.seed is None else options.seed,
         "processes": min(concurrency, total, options.processes or enough_processes(options, concurrency)),
@@ -5074,7 +5078,8 @@ class Point:
         live: list[LiveLine] = []
 
         def begin(origin_ns: int, config: Config) -> None:
-            self.origin_ns, self.config = origin_ns, config
+            self.origin_ns = origin_ns
+            self.config = dataclasses.replace(config, requests_file=self.config.requests_file)  # as the user named it
             if not config.requests_file and not config.prompt_calibration:
                 note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
             if csv_sink:

@@ -441,7 +441,7 @@ def test_a_server_that_fails_everything_is_not_hammered(streamed: bool, transpor
         got = run(server.api_base, [BAD] * 1000, stream=streamed, transport=transport)
         asked = server.seen["status_400_object"]
     assert got.code == 1
-    assert bench.IDENTICAL_FAILURES_TO_STOP <= asked <= bench.IDENTICAL_FAILURES_TO_STOP + CONCURRENCY
+    assert bench.IDENTICAL_FAILURES_TO_STOP <= asked <= bench.IDENTICAL_FAILURES_TO_STOP + 2 * CONCURRENCY
     assert len(got.rows) <= asked + CONCURRENCY
     assert "WARNING: stopped: the first 100 requests all failed alike" in got.out
 
@@ -464,7 +464,7 @@ def test_a_server_that_fails_in_part_is_measured_to_the_end(prompts: list[str]) 
     with FaultServer(ACTS) as server:
         got = run(server.api_base, prompts, concurrency=1)
     assert len(got.rows) == len(prompts)
-    assert got.code == (0 if GOOD_PROMPT in prompts else 1)
+    assert got.code == 1  # more errors than --max-error-rate allows
 
 
 def test_a_warm_up_that_fails_measures_nothing() -> None:
