@@ -579,7 +579,8 @@ def write_trace(path, requests):
 def random_trace(count):
     """Requests that go on from what earlier ones had, as conversations do."""
     rng = random.Random(5)
-    chains, requests, fresh = [[]], [], itertools.count()
+    chains: list[list[int]] = [[]]
+    requests, fresh = [], itertools.count()
     for _ in range(count):
         base = rng.choice(chains)
         ids = base[: rng.randint(0, len(base))] + [next(fresh) for _ in range(rng.randint(1, 4))]
