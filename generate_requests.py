@@ -38,12 +38,17 @@ Fields of a line:
   prefix_tokens  leading tokens shared by its whole group          (with --approx-input-tokens)
   prefix_group   number of its group, from 0
   max_tokens     tokens to be generated                            (with --output-tokens)
+With --from-trace, a line has `text`, `input_tokens`, `max_tokens`, the trace's `timestamp` (ms), and as
+`prefix_tokens` how many of its leading tokens earlier lines have. With --turns, a line is a session:
+  turns          [{"content", "max_tokens"?, "delay_ms"?}, ...]: what the user says, in order
+  turn_tokens    the length of each turn, measured                 (with --approx-input-tokens)
+  prefix_tokens, prefix_group                                      (of the first turn)
 Beside the corpus, FILE.meta.json records options, seed, tokenizer, lengths reached and the file's SHA-256.
 
 Sections, each using only those above it:
-  1. Constants          5. Plan               9. The corpus file
-  2. Types              6. Report            10. Command line
-  3. Words              7. Tokenizers
+  1. Constants          5. Plan               9. Traces
+  2. Types              6. Report            10. The corpus file
+  3. Words              7. Tokenizers        11. Command line
   4. Paragraphs         8. Making prompts
 
 Exit codes: 0 written; 1 it could not be made (tokenizer, length, disk); 2 wrong usage, or the file is there
@@ -64,11 +69,12 @@ import re
 import signal
 import struct
 import sys
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional, Protocol
@@ -84,7 +90,37 @@ HUB_CURE = (
     "or pass --huggingface-token for a gated repository; OpenAI's names need tiktoken"
 )
 
+UNRECORDED_OPTIONS = ("output", "huggingface_token", "trace")
+WITH_A_TRACE = (  # all else is what the trace tells
+    *("from_trace", "block_tokens", "count", "output", "seed", "count_as"),
+    *("tokenizer_model", "trust_remote_code", "huggingface_token"),
+)
+NEED_A_LENGTH = (
+    "input_tokens_stdev",
+    "min_input_tokens",
+    "max_input_tokens",
+    "token_tolerance",
+    "count_as",
+    "turn_tokens",
+)
+NEED_TURNS = ("turn_tokens", "delay_ms")
+NAMED_OPTIONS = {  # in a file's name, shortened, where they are not the default
+    "language": "",
+    "count_as": "",
+    "prefix_groups": "groups",
+    "input_tokens_stdev": "stdev",
+    "min_input_tokens": "min",
+    "max_input_tokens": "max",
+    "output_tokens": "output",
+    "turns": "turns",
+    "turn_tokens": "later",
+    "delay_ms": "delay",
+    "block_tokens": "block",
+    "seed": "seed",
+}
+
 MAX_TARGET_TOKENS = 10_000_000
+MAX_TRACE_NUMBER = {"timestamp": 10**15, "input_length": MAX_TARGET_TOKENS, "output_length": MAX_TARGET_TOKENS}
 MIN_TOLERANCE_TOKENS = 5
 TOLERANCE_SHARE = Decimal("0.05")
 MAX_TARGET_DRAWS = 1000
@@ -194,36 +230,47 @@ class Word(NamedTuple):
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command line, checked."""
+class Secret(str):
+    """A text that shows itself in no output."""
 
-    count: int
-    output: Path
-    overlap: Decimal
-    groups: int
-    target: Optional[int]
-    stdev: float
-    min_tokens: Optional[int]
-    max_tokens: Optional[int]
-    tokenizer: str
-    tolerance: Optional[int]
-    count_as: str
-    output_tokens: Optional[tuple[float, float]]
-    seed: int
-    asked_seed: Optional[int] = None
+    def __repr__(self) -> str:
+        return "***"
+
+
+class Options(argparse.Namespace):
+    """The command line; what was not given stands here, so that `vars` tells what was."""
+
+    count: int = 100
+    output: Path = Path("outputs")
     language: str = "en"
+    prefix_overlap: Decimal = Decimal("0.0")
+    prefix_groups: int = 1
+    approx_input_tokens: Optional[int] = None
+    input_tokens_stdev: float = 0.0
+    min_input_tokens: Optional[int] = None
+    max_input_tokens: Optional[int] = None
+    tokenizer_model: str = "gpt2"
+    token_tolerance: Optional[int] = None
+    count_as: str = "raw"
+    output_tokens: Optional[tuple[float, float]] = None
     trust_remote_code: bool = False
-    token: Optional[str] = field(default=None, repr=False)
+    huggingface_token: Optional[Secret] = None
+    seed: Optional[int] = None
+    turns: int = 1
+    turn_tokens: Optional[int] = None
+    delay_ms: Optional[int] = None
+    from_trace: Optional[Path] = None
+    block_tokens: int = 512
+    trace: "Sequence[TraceLine]" = ()  # the lines read from it
 
     @property
     def group_prompts(self) -> int:
         """Prompts in the largest group."""
-        return -(-self.count // self.groups)
+        return -(-self.count // self.prefix_groups)
 
     def tolerated(self, target: int) -> int:
-        if self.tolerance is not None:
-            return self.tolerance
+        if self.token_tolerance is not None:
+            return self.token_tolerance
         return max(MIN_TOLERANCE_TOKENS, int(TOLERANCE_SHARE * target))
 
 
@@ -250,10 +297,30 @@ class Prompt:
     """A finished prompt, as it goes into a line."""
 
     text: str
-    group: int
+    group: Optional[int] = None
     asked_tokens: Optional[int] = None
     input_tokens: Optional[int] = None
     prefix_tokens: Optional[int] = None
+    later: tuple["Prompt", ...] = ()  # what the same user says in the turns after this one
+    max_tokens: Optional[int] = None  # as the trace tells
+    timestamp: Optional[float] = None  # ms
+
+
+class Block(NamedTuple):
+    """A part of a trace's prompt: the same text wherever its name is the same."""
+
+    name: str
+    place: int  # among the blocks that follow the same ones: their first words differ
+    chain: int  # number of this block after the ones before it
+
+
+class TraceLine(NamedTuple):
+    """A request of a trace."""
+
+    timestamp: float  # ms
+    input_length: int
+    output_length: int
+    blocks: list[Block]
 
 
 class Encoder(Protocol):
@@ -523,7 +590,7 @@ class Paragraphs:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._language = LANGUAGES[options.language]
-        self._prefix_words = exact_floor(options.overlap, self._language.prompt_words)
+        self._prefix_words = exact_floor(options.prefix_overlap, self._language.prompt_words)
 
     def make(self, numbers: Sequence[int]) -> list[Prompt]:
         return [self._prompt(number) for number in numbers]
@@ -532,7 +599,7 @@ class Paragraphs:
         """Paragraphs promise nothing that would have to be measured."""
 
     def _prompt(self, number: int) -> Prompt:
-        seed, group, language = self._options.seed, number % self._options.groups, self._language
+        seed, group, language = self._options.seed, number % self._options.prefix_groups, self._language
         rng, own = stream(seed, "paragraphs", number), language.prompt_words - self._prefix_words
         parts = []
         if self._prefix_words:
@@ -551,14 +618,14 @@ class Composer:
     """Puts words together that should add up to the target; only the tokenizer can tell if they do."""
 
     def __init__(self, options: Options, kit: Kit) -> None:
-        assert options.target is not None
-        self._options, self._kit, self._target = options, kit, options.target
+        assert options.approx_input_tokens is not None
+        self._options, self._kit, self._target = options, kit, options.approx_input_tokens
         rng = stream(options.seed, "words")
         self._supply = Supply(shuffled(kit.words, rng))
         self._starters = different_first(shuffled(kit.starters, rng), 0)
-        self.prefix_tokens = max(len(kit.head), exact_floor(options.overlap, options.target))
+        self.prefix_tokens = max(len(kit.head), exact_floor(options.prefix_overlap, options.approx_input_tokens))
         self.has_prefix = self.prefix_tokens > len(kit.head)
-        self.whole = options.overlap == 1
+        self.whole = options.prefix_overlap == 1
         self.lead = 0
         self._heads: list[list[Word]] = []  # of each group, or one list for all
         if self.has_prefix:
@@ -575,18 +642,18 @@ class Composer:
         for joint in [Joint(0, [])] if self.whole else joints(self._kit.words):
             fitting = [w for w in self._starters if self._supply.ways(room - joint.lead - len(w.ids))]
             parted = self.whole or different(joint.words, joint.lead) >= min(2, ask.group_prompts)
-            if parted and different(fitting, 0) >= ask.groups:
+            if parted and different(fitting, 0) >= ask.prefix_groups:
                 self._starters, self.lead = different_first(fitting, 0), joint.lead
                 self._heads = [shuffled(joint.words, stream(ask.seed, "heads"))]
                 return
         raise Refused(
-            f"this vocabulary makes no {ask.groups} distinct prefixes of exactly {self.prefix_tokens} tokens "
+            f"this vocabulary makes no {ask.prefix_groups} distinct prefixes of exactly {self.prefix_tokens} tokens "
             "- use fewer --prefix-groups or another --prefix-overlap"
         )
 
     def _plan_starts(self) -> None:
         """Without a prefix, the groups share out the first ids among themselves."""
-        groups = self._options.groups
+        groups = self._options.prefix_groups
         owner: dict[int, int] = {}
         heads: dict[int, list[Word]] = {}
         for word in self._starters:
@@ -597,13 +664,13 @@ class Composer:
     def _plan_suffix(self) -> None:
         """Which words may stand where prompts part, and the shortest target that leaves room for them."""
         ask = self._options
-        self.min_target = ask.min_tokens or self._target
-        if ask.stdev and ask.min_tokens is None:
+        self.min_target = ask.min_input_tokens or self._target
+        if ask.input_tokens_stdev and ask.min_input_tokens is None:
             shorter = range(self.prefix_tokens + 1, self._target)
             self.min_target = next(filter(self._usable, shorter), self._target)
         spread = ask.tolerated(self.min_target)
         usable = self._usable(self.min_target) or self._usable(self.min_target, spread)
-        if len(usable) < (1 if self.has_prefix else ask.groups):
+        if len(usable) < (1 if self.has_prefix else ask.prefix_groups):
             raise Refused(self._too_tight())
         self._heads = usable
 
@@ -637,19 +704,19 @@ class Composer:
             head += f" and {self._kit.tail_tokens} closing the chat template"
         return (
             f"{head}, leave {max(0, room)} to tell {self._options.group_prompts} prompts apart in each of "
-            f"{self._options.groups} group(s), and this vocabulary has too few words for that - ask for more "
+            f"{self._options.prefix_groups} group(s), and this vocabulary has too few words for that - ask for more "
             "tokens, fewer prompts or less overlap"
         )
 
     def target(self, number: int) -> int:
         """The length asked for: fixed, or drawn from a normal distribution cut at the bounds."""
         ask = self._options
-        if not ask.stdev:
+        if not ask.input_tokens_stdev:
             return self._target
         rng = stream(ask.seed, "target", number)
-        high = ask.max_tokens or MAX_TARGET_TOKENS
+        high = ask.max_input_tokens or MAX_TARGET_TOKENS
         for _ in range(MAX_TARGET_DRAWS):
-            drawn = round(rng.gauss(self._target, ask.stdev))
+            drawn = round(rng.gauss(self._target, ask.input_tokens_stdev))
             if self.min_target <= drawn <= high:
                 return drawn
         return self._target
@@ -667,8 +734,8 @@ class Composer:
 
     def head(self, number: int, take: int = 0) -> Word:
         """The word in which prompt `number` parts from the others of its group; another one for each take."""
-        heads = self._heads[0 if self.has_prefix else number % self._options.groups]
-        return heads[(number // self._options.groups + take) % len(heads)]
+        heads = self._heads[0 if self.has_prefix else number % self._options.prefix_groups]
+        return heads[(number // self._options.prefix_groups + take) % len(heads)]
 
     def suffix(self, number: int, length: int, take: int) -> tuple[str, Word]:
         """Head, the words that make it unique, random words: `length` tokens with prefix and tail.
@@ -677,7 +744,7 @@ class Composer:
         many do not fit in, all takes share one, and only the random words differ.
         """
         ask = self._options
-        heads = len(self._heads[0 if self.has_prefix else number % ask.groups])
+        heads = len(self._heads[0 if self.has_prefix else number % ask.prefix_groups])
         rounds = -(-ask.group_prompts // heads)
         for near in nearest_first(length, ask.tolerated(length)):
             for takes, nth_take in ((ATTEMPTS, take), (1, 0)):
@@ -686,7 +753,7 @@ class Composer:
                 part = self._supply.unique_part(rest, rounds * takes)
                 if part is None:
                     continue
-                unique = self._supply.nth(number // ask.groups // heads + nth_take * rounds, part)
+                unique = self._supply.nth(number // ask.prefix_groups // heads + nth_take * rounds, part)
                 filled = self._supply.fill(rest - part, stream(ask.seed, "fill", number, take))
                 return " ".join([head.text, *unique, *filled]), head
         raise Refused(self._too_tight())
@@ -699,13 +766,6 @@ def nearest_first(value: int, spread: int) -> Iterator[int]:
         yield value - step
 
 
-def drawn_output_tokens(options: Options, number: int) -> Optional[int]:
-    if options.output_tokens is None:
-        return None
-    mean, stdev = options.output_tokens
-    return max(1, round(stream(options.seed, "output", number).gauss(mean, stdev) if stdev else mean))
-
-
 # === 6. Report (pure) ===
 
 
@@ -715,11 +775,18 @@ class Lengths:
 
     seen: "Counter[int]" = field(default_factory=Counter)
 
+    def add(self, value: Optional[int]) -> None:
+        if value is not None:
+            self.seen[value] += 1
+
+    def total(self) -> int:
+        return sum(value * times for value, times in self.seen.items())
+
     def describe(self) -> Optional[dict[str, float]]:
         n = sum(self.seen.values())
         if not n:
             return None
-        mean = sum(value * times for value, times in self.seen.items()) / n
+        mean = self.total() / n
         variance = sum(times * (value - mean) ** 2 for value, times in self.seen.items()) / n
         return {"min": min(self.seen), "mean": mean, "max": max(self.seen), "stdev": math.sqrt(variance)}
 
@@ -729,68 +796,100 @@ class Tally:
     """What has been written so far."""
 
     prompts: int = 0
+    texts: int = 0  # with the later turns
     exact: int = 0
     asked: Lengths = field(default_factory=Lengths)
     reached: Lengths = field(default_factory=Lengths)
     prefix: Lengths = field(default_factory=Lengths)
+    later: Lengths = field(default_factory=Lengths)
 
     def add(self, prompt: Prompt) -> None:
         self.prompts += 1
-        for lengths, value in (
-            (self.asked, prompt.asked_tokens),
-            (self.reached, prompt.input_tokens),
-            (self.prefix, prompt.prefix_tokens),
-        ):
-            if value is not None:
-                lengths.seen[value] += 1
-        self.exact += prompt.input_tokens is not None and prompt.input_tokens == prompt.asked_tokens
+        self.asked.add(prompt.asked_tokens)
+        self.reached.add(prompt.input_tokens)
+        self.prefix.add(prompt.prefix_tokens)
+        for text in (prompt, *prompt.later):
+            self.texts += 1
+            self.exact += text.input_tokens is not None and text.input_tokens == text.asked_tokens
+        for turn in prompt.later:
+            self.later.add(turn.input_tokens)
 
 
-def line_of(prompt: Prompt, max_tokens: Optional[int]) -> str:
+def drawn_output_tokens(options: Options, *number: int) -> dict[str, int]:
+    """`max_tokens` of a line, or of one of its later turns, if any was asked for."""
+    if options.output_tokens is None:
+        return {}
+    mean, stdev = options.output_tokens
+    drawn = stream(options.seed, "output", *number).gauss(mean, stdev) if stdev else mean
+    return {"max_tokens": max(1, round(drawn))}
+
+
+def line_of(options: Options, number: int, prompt: Prompt) -> str:
     fields: dict[str, Any] = {"text": prompt.text}
-    if prompt.input_tokens is not None:
-        fields.update(input_tokens=prompt.input_tokens, prefix_tokens=prompt.prefix_tokens)
-    fields["prefix_group"] = prompt.group
-    if max_tokens is not None:
-        fields["max_tokens"] = max_tokens
+    if prompt.later:
+        fields = {"turns": turns_of(options, number, prompt)}
+    if prompt.input_tokens is not None and prompt.later:
+        fields["turn_tokens"] = [turn.input_tokens for turn in (prompt, *prompt.later)]
+    elif prompt.input_tokens is not None:
+        fields["input_tokens"] = prompt.input_tokens
+    if prompt.prefix_tokens is not None:
+        fields["prefix_tokens"] = prompt.prefix_tokens
+    if prompt.group is not None:
+        fields["prefix_group"] = prompt.group
+    if prompt.timestamp is not None:
+        fields.update(timestamp=prompt.timestamp, max_tokens=prompt.max_tokens)
+    elif not prompt.later:
+        fields.update(drawn_output_tokens(options, number))
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
+def turns_of(options: Options, number: int, prompt: Prompt) -> list[dict[str, Any]]:
+    """The turns of a session, with the pause before each but the first."""
+    turns: list[dict[str, Any]] = [{"content": prompt.text, **drawn_output_tokens(options, number)}]
+    for place, turn in enumerate(prompt.later, 1):
+        turns.append({"content": turn.text, **drawn_output_tokens(options, number, place)})
+        if options.delay_ms is not None:
+            turns[-1]["delay_ms"] = options.delay_ms
+    return turns
+
+
+def file_safe(name: str) -> str:
+    """What is left of a name in a file's name: letters, digits, and at most the last 80 bytes of them."""
+    safe = re.sub(r"[^\w.-]+", "-", name).encode("utf-8", "replace")[-80:].decode("utf-8", "ignore")
+    return safe.strip("-._")
+
+
 def file_stem(options: Options) -> str:
-    """Prompt count, target, overlap and tokenizer, then what else was asked for; safe for a file name."""
-    target = "natural" if options.target is None else options.target
-    safe = re.sub(r"[^\w.-]+", "-", options.tokenizer).encode("utf-8")[-80:].decode("utf-8", "ignore")
-    safe = safe.strip("-._") or "tokenizer"
-    parts = [f"requests_{options.count}_tokens{target}_overlap{float(options.overlap)}_{safe}"]
-    parts += [f"{name}{value}" for name, value in distinctions(options) if value]
+    """Prompt count, target, overlap and tokenizer, then what else was given: other options make another file."""
+    target = "natural" if options.approx_input_tokens is None else options.approx_input_tokens
+    safe = file_safe(options.tokenizer_model) or "tokenizer"
+    parts = [f"requests_{options.count}_tokens{target}_overlap{float(options.prefix_overlap)}_{safe}"]
+    if options.from_trace:
+        parts = [f"requests_{options.count}_trace_{file_safe(options.from_trace.stem)}_{safe}"]
+    for name, short in NAMED_OPTIONS.items():
+        value = vars(options).get(name)
+        if value not in (None, getattr(Options, name)):
+            numbers = value if isinstance(value, tuple) else (value,)
+            parts.append(short + "-".join(f"{each:g}" if isinstance(each, float) else str(each) for each in numbers))
     return "_".join(parts)
-
-
-def distinctions(options: Options) -> list[tuple[str, Any]]:
-    """What the name tells only where it was asked for, so that other options make another file."""
-    outputs = [f"{value:g}" for value in options.output_tokens or () if value]
-    return [
-        ("", options.language if options.language != "en" else ""),
-        ("", options.count_as if options.count_as != "raw" else ""),
-        ("groups", options.groups if options.groups > 1 else 0),
-        ("stdev", f"{options.stdev:g}" if options.stdev else ""),
-        ("min", options.min_tokens),
-        ("max", options.max_tokens),
-        ("output", "-".join(outputs)),
-        ("seed", str(options.asked_seed) if options.asked_seed is not None else ""),
-    ]
 
 
 def closing_table(options: Options, tally: Tally, path: Path) -> str:
     rows = [f"{tally.prompts} prompts in {path}"]
-    asked, reached, prefix = (part.describe() for part in (tally.asked, tally.reached, tally.prefix))
-    if asked and reached and prefix:
-        rows.append(f"{'tokens':<10}{'min':>9}{'mean':>12}{'max':>9}")
-        for name, row in (("asked", asked), ("reached", reached)):
-            rows.append(f"{name:<10}{row['min']:>9}{row['mean']:>12.1f}{row['max']:>9}")
-        rows.append(f"exact: {tally.exact} of {tally.prompts} ({tally.exact / tally.prompts:.1%})")
-        wanted = exact_floor(options.overlap, options.target or 0)
-        where = f" in each of {options.groups} groups" if options.groups > 1 else ""
+    prefix = tally.prefix.describe()
+    if prefix:
+        rows.append(f"{'tokens':<12}{'min':>9}{'mean':>12}{'max':>9}")
+        for name, lengths in (("asked", tally.asked), ("reached", tally.reached), ("later turns", tally.later)):
+            row = lengths.describe()
+            if row:
+                rows.append(f"{name:<12}{row['min']:>9}{row['mean']:>12.1f}{row['max']:>9}")
+        rows.append(f"exact: {tally.exact} of {tally.texts} ({tally.exact / tally.texts:.1%})")
+    if options.from_trace:
+        share = tally.prefix.total() / tally.reached.total()
+        rows.append(f"shared with earlier lines: {share:.1%} of all tokens, the most a prefix cache can spare")
+    elif prefix:
+        wanted = exact_floor(options.prefix_overlap, options.approx_input_tokens or 0)
+        where = f" in each of {options.prefix_groups} groups" if options.prefix_groups > 1 else ""
         rows.append(f"shared prefix: asked {wanted} tokens, reached {prefix['min']}{where}")
     rows.append(f"seed: {options.seed}")
     return "\n".join(rows)
@@ -798,21 +897,12 @@ def closing_table(options: Options, tally: Tally, path: Path) -> str:
 
 def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) -> dict[str, Any]:
     """What the file is and how to make it again; never the token."""
-    asked = {
-        "count": options.count,
-        "prefix_overlap": float(options.overlap),
-        "prefix_groups": options.groups,
-        "approx_input_tokens": options.target,
-        "input_tokens_stdev": options.stdev if options.target else None,
-        "min_input_tokens": options.min_tokens,
-        "max_input_tokens": options.max_tokens,
-        "tokenizer_model": options.tokenizer if options.target else None,
-        "token_tolerance": options.tolerated(options.target) if options.target else None,
-        "count_as": options.count_as if options.target else None,
-        "output_tokens": options.output_tokens,
-        "language": None if options.target else options.language,
-        "seed": options.seed,
-    }
+    target = options.approx_input_tokens
+    asked = {name: getattr(options, name) for name in Options.__annotations__ if name not in UNRECORDED_OPTIONS}
+    asked.update(prefix_overlap=float(options.prefix_overlap))
+    asked.update(token_tolerance=options.tolerated(target) if target else None)
+    asked.update(tokenizer_model=options.tokenizer_model if about else None)
+    asked.update(from_trace=options.from_trace and str(options.from_trace))
     prefix = tally.prefix.describe()
     return {
         "generator": {"name": PROGRAM, "version": __version__, "python": platform.python_version()},
@@ -821,8 +911,9 @@ def manifest(options: Options, tally: Tally, about: Optional[dict[str, Any]]) ->
         "prompts": tally.prompts,
         "asked_tokens": tally.asked.describe(),
         "input_tokens": tally.reached.describe(),
-        "exact_prompts": tally.exact if options.target else None,
-        "prefix_tokens": prefix["min"] if prefix else None,
+        "exact_prompts": tally.exact if about else None,
+        "prefix_tokens": None if prefix is None else prefix if options.from_trace else prefix["min"],
+        "later_turn_tokens": tally.later.describe(),
     }
 
 
@@ -967,7 +1058,7 @@ def quiet_transformers() -> Any:
 
 def from_path(options: Options) -> Encoder:
     """A directory as `save_pretrained` leaves it or with a tokenizer.json alone, or such a file by itself."""
-    path = Path(options.tokenizer).expanduser()
+    path = Path(options.tokenizer_model).expanduser()
     about = {"kind": "path", "name": str(path)}
     directory = path.parent if path.name == "tokenizer.json" else path
     if directory.is_file():
@@ -979,7 +1070,7 @@ def from_path(options: Options) -> Encoder:
 
 
 def from_tiktoken(options: Options) -> Encoder:
-    name = need("tiktoken.model").encoding_name_for_model(options.tokenizer)
+    name = need("tiktoken.model").encoding_name_for_model(options.tokenizer_model)
     return TiktokenEncoder(need("tiktoken").get_encoding(name), {"kind": "tiktoken", "name": name})
 
 
@@ -987,11 +1078,11 @@ def from_hub(options: Options) -> Encoder:
     """First what is cached on this machine: without a network, asking the Hub takes minutes."""
     load = functools.partial(
         quiet_transformers().AutoTokenizer.from_pretrained,
-        options.tokenizer,
-        token=options.token,
+        options.tokenizer_model,
+        token=options.huggingface_token or os.environ.get(TOKEN_VARIABLES[0]) or None,
         trust_remote_code=options.trust_remote_code,
     )
-    about = {"kind": "huggingface", "name": options.tokenizer}
+    about = {"kind": "huggingface", "name": options.tokenizer_model}
     offline = need("huggingface_hub.constants").HF_HUB_OFFLINE
     try:
         cached = load(local_files_only=True)
@@ -1000,7 +1091,7 @@ def from_hub(options: Options) -> Encoder:
     except Exception:
         if offline:
             raise
-    note(f"tokenizer: asking the Hugging Face Hub for {options.tokenizer}")
+    note(f"tokenizer: asking the Hugging Face Hub for {options.tokenizer_model}")
     return TransformersEncoder(load(), about)
 
 
@@ -1014,13 +1105,13 @@ def is_openai(name: str) -> bool:
 
 def load_tokenizer(options: Options) -> Encoder:
     """An existing path, else a model of OpenAI's, else a name on the Hugging Face Hub."""
-    if Path(options.tokenizer).expanduser().exists():
+    if Path(options.tokenizer_model).expanduser().exists():
         load, kind, cure = (
             from_path,
             "the path",
             "it needs a tokenizer.json, or what AutoTokenizer.from_pretrained loads",
         )
-    elif is_openai(options.tokenizer):
+    elif is_openai(options.tokenizer_model):
         load, kind, cure = from_tiktoken, "OpenAI's tokenizer", "connect, or fill tiktoken's cache (TIKTOKEN_CACHE_DIR)"
     else:
         load, kind, cure = from_hub, "no such path; the Hugging Face name", HUB_CURE
@@ -1032,9 +1123,9 @@ def load_tokenizer(options: Options) -> Encoder:
         why = reason(error)
         if "trust_remote_code" in str(error):
             why, cure = "it is loaded by code of its own repository", "read that code, then pass --trust-remote-code"
-        for secret in filter(None, (options.token, *map(os.environ.get, TOKEN_VARIABLES))):
+        for secret in filter(None, (options.huggingface_token, *map(os.environ.get, TOKEN_VARIABLES))):
             why = why.replace(secret, "***")
-        raise Refused(f"{kind} {options.tokenizer!r} does not load: {why} - {cure}") from None
+        raise Refused(f"{kind} {options.tokenizer_model!r} does not load: {why} - {cure}") from None
 
 
 # === 8. Making prompts ===
@@ -1170,8 +1261,8 @@ class ExactPrompts:
         self._options, self._kit, self._measure = options, kit, measure
         self._composer = Composer(options, kit)
         self._partings: dict[int, set[Optional[int]]] = {}  # per group, the ids seen after its prefix
-        assert options.target is not None
-        self.batch = max(1, min(MAX_BATCH_PROMPTS, BATCH_TOKENS // options.target))
+        assert options.approx_input_tokens is not None
+        self.batch = max(1, min(MAX_BATCH_PROMPTS, BATCH_TOKENS // options.approx_input_tokens))
         kept = max(16, CACHED_PREFIX_TOKENS // (self._composer.prefix_tokens + 1))
         self._shared = functools.lru_cache(maxsize=kept)(self._new_shared)
 
@@ -1191,14 +1282,14 @@ class ExactPrompts:
         for draft in pending:
             self._settle(draft)
         for draft in drafts:
-            seen = self._partings.setdefault(draft.number % self._options.groups, set())
+            seen = self._partings.setdefault(draft.number % self._options.prefix_groups, set())
             if len(seen) < 2:  # enough to know
                 seen.add(draft.parting_id)
         return [draft.best for draft in drafts if draft.best]
 
     def finish(self) -> None:
         """Every group must part right after its prefix, be it in two of its prompts."""
-        lone = self._options.count - self._options.groups  # groups up to here have a second prompt
+        lone = self._options.count - self._options.prefix_groups  # groups up to here have a second prompt
         for group, partings in self._partings.items():
             if len(partings) < 2 and group < lone and not self._composer.whole:
                 raise Refused(
@@ -1215,7 +1306,7 @@ class ExactPrompts:
                 draft.take += 1
                 continue
             if draft.best is None or abs(off) < abs((draft.best.input_tokens or 0) - draft.target):
-                group = draft.number % self._options.groups
+                group = draft.number % self._options.prefix_groups
                 draft.best = Prompt(text, group, draft.target, len(ids), self._composer.prefix_tokens)
             draft.length -= off
 
@@ -1229,7 +1320,7 @@ class ExactPrompts:
             )
 
     def _text(self, draft: Draft) -> str:
-        composer, group = self._composer, draft.number % self._options.groups
+        composer, group = self._composer, draft.number % self._options.prefix_groups
         if composer.whole:
             return self._shared(group).text
         try:
@@ -1247,7 +1338,7 @@ class ExactPrompts:
         composer = self._composer
         if composer.whole:
             return True
-        shared = self._shared(draft.number % self._options.groups).ids if composer.has_prefix else self._kit.head
+        shared = self._shared(draft.number % self._options.prefix_groups).ids if composer.has_prefix else self._kit.head
         place = composer.prefix_tokens
         return ids[:place] == shared and ids[place : place + 1] == [draft.parting_id]
 
@@ -1276,13 +1367,208 @@ def finished(draft: Draft) -> bool:
     return draft.best is not None and draft.best.input_tokens == draft.target
 
 
-def exact_maker(options: Options, encoder: Encoder) -> ExactPrompts:
+class Sessions:
+    """Several turns a line: the first from one maker, the later ones, which share nothing, from another."""
+
+    def __init__(self, options: Options, first: Maker, later: Maker) -> None:
+        self._first, self._later, self._more = first, later, options.turns - 1
+        self.batch = max(1, min(first.batch, later.batch // self._more))
+
+    def make(self, numbers: Sequence[int]) -> list[Prompt]:
+        later = iter(self._later.make(range(numbers[0] * self._more, (numbers[-1] + 1) * self._more)))
+        first = self._first.make(numbers)
+        return [replace(prompt, later=tuple(itertools.islice(later, self._more))) for prompt in first]
+
+    def finish(self) -> None:
+        self._first.finish()
+        self._later.finish()
+
+
+def later_turns(options: Options) -> Options:
+    """What is asked of the texts of all later turns: no shared prefix, and the text alone counted."""
+    given = dict(vars(options), count=options.count * (options.turns - 1), prefix_overlap=Decimal(0), prefix_groups=1)
+    for name in ("count_as", "input_tokens_stdev", "min_input_tokens", "max_input_tokens"):
+        given.pop(name, None)
+    tokens = options.turn_tokens or options.approx_input_tokens
+    assert options.seed is not None
+    return Options(**{**given, "approx_input_tokens": tokens, "seed": -1 - options.seed})
+
+
+def kit_of(encoder: Encoder, options: Options) -> tuple[Kit, Measure]:
     measure = encoder.chat if options.count_as == "chat" else encoder.encode
-    wanted = min(MAX_WORDS, max(MIN_WORDS, 4 * options.group_prompts, 4 * options.groups))
-    return ExactPrompts(options, Vocabulary(encoder).kit(measure, wanted), measure)
+    wanted = min(MAX_WORDS, max(MIN_WORDS, 4 * options.group_prompts, 4 * options.prefix_groups))
+    return Vocabulary(encoder).kit(measure, wanted), measure
 
 
-# === 9. The corpus file ===
+def exact_maker(encoder: Encoder, options: Options) -> ExactPrompts:
+    return ExactPrompts(options, *kit_of(encoder, options))
+
+
+# === 9. Traces ===
+
+
+def read_trace(path: Path, limit: Optional[int], block_tokens: int) -> list[TraceLine]:
+    """The lines of a Mooncake trace: {"timestamp": ms, "input_length", "output_length", "hash_ids": [...]}."""
+    chains = Chains(block_tokens)
+    lines: list[TraceLine] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, text in enumerate(itertools.islice(filter(str.strip, file), limit), 1):
+                try:
+                    lines.append(chains.line(json.loads(text), number))
+                    if len(lines) > 1 and lines[-1].timestamp < lines[-2].timestamp:
+                        raise ValueError("its timestamp is before that of the request above - sort the trace")
+                except (ValueError, TypeError, KeyError) as error:
+                    why = f"no {error}" if isinstance(error, KeyError) else str(error)
+                    why = why if " - " in why else f"{why} - see docs/generate_requests.md for the fields"
+                    raise Refused(f"{path}, request {number}: {why}", 2) from None
+    except (OSError, UnicodeError) as error:
+        raise Refused(f"cannot read the trace {path}: {reason(error)} - give a file of JSON lines", 2) from None
+    if not lines:
+        raise Refused(f"the trace {path} is empty - give a file of JSON lines", 2)
+    return lines
+
+
+def number_in(row: dict[str, Any], name: str, least: float, kinds: tuple[type, ...] = (int,)) -> Any:
+    value = row[name]
+    if type(value) not in kinds or not least <= value <= MAX_TRACE_NUMBER[name]:
+        raise ValueError(f"{name} is {json.dumps(value)[:40]}, not a number from {least} to {MAX_TRACE_NUMBER[name]}")
+    return value
+
+
+class Chains:
+    """Reads the lines of a trace in order, and numbers each block after the ones before it."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._chains: dict[tuple[int, str], int] = {}
+        self._places: dict[str, int] = {}
+        self._followers: Counter[int] = Counter()
+
+    def line(self, row: Any, number: int) -> TraceLine:
+        if not isinstance(row, dict):
+            raise ValueError("it is no JSON object")
+        timestamp, tokens = number_in(row, "timestamp", 0, (int, float)), number_in(row, "input_length", 1)
+        blocks = self._blocks(self._names(row.get("hash_ids") or [], tokens, number))
+        return TraceLine(timestamp, tokens, number_in(row, "output_length", 0), blocks)
+
+    def _names(self, hash_ids: Any, tokens: int, number: int) -> list[str]:
+        """A name for each block; what has no hash is shared with nobody."""
+        blocks = -(-tokens // self._block_tokens)
+        if not isinstance(hash_ids, list):
+            raise ValueError("hash_ids is no list")
+        if hash_ids and not blocks - 1 <= len(hash_ids) <= blocks:
+            raise ValueError(
+                f"{len(hash_ids)} hash_ids do not fit {tokens} tokens, which are {blocks} blocks of "
+                f"{self._block_tokens} - give the trace's own --block-tokens"
+            )
+        own = range(len(hash_ids), blocks)
+        return [json.dumps(each) for each in hash_ids] + [f"own {number} {place}" for place in own]
+
+    def _blocks(self, names: list[str]) -> list[Block]:
+        found, chain = [], 0
+        for name in names:
+            if name not in self._places:
+                self._places[name] = self._followers[chain]
+                self._followers[chain] += 1
+            chain = self._chains.setdefault((chain, name), len(self._chains) + 1)
+            found.append(Block(name, self._places[name], chain))
+        return found
+
+
+class TracePrompts:
+    """Prompts put together from blocks: equal names are equal token ids, different ones differ at once."""
+
+    def __init__(self, options: Options, kit: Kit, measure: Measure, lines: Sequence[TraceLine]) -> None:
+        self._seed, self._block_tokens, self._kit = options.seed, options.block_tokens, kit
+        self._measure, self._lines = measure, lines
+        rng = stream(options.seed, "words")
+        words = shuffled(kit.words, rng)
+        self._supply, self._ids = Supply(words), {word.text: word.ids for word in words}
+        after, start = joints(words)[0], joints(shuffled(kit.starters, rng))[0]
+        self._heads = different_first(after.words, after.lead)
+        self._starters = different_first(start.words, start.lead)
+        self._seen: dict[int, int] = {}  # by chain: how many tokens of its last block earlier lines have
+        self._complete: set[tuple[int, int]] = set()  # chain and length of earlier prompts
+        self.batch = max(1, min(MAX_BATCH_PROMPTS, BATCH_TOKENS // max(line.input_length for line in lines)))
+
+    def make(self, numbers: Sequence[int]) -> list[Prompt]:
+        drafts = [self._draft(number) for number in numbers]
+        for number, draft, ids in zip(numbers, drafts, self._measure([draft.text for draft, _ in drafts])):
+            planned = draft[1]
+            if ids[: len(planned)] != planned or len(ids) != self._lines[number].input_length:
+                raise Refused(
+                    f"request {number + 1} of the trace is not encoded block by block: this tokenizer joins words "
+                    "across spaces - use another one"
+                )
+        return [draft for draft, _ in drafts]
+
+    def finish(self) -> None:
+        """Every prompt has been held to its planned token ids."""
+
+    def _draft(self, number: int) -> tuple[Prompt, list[int]]:
+        """A prompt, and the token ids it must have up to what the chat template sets behind it."""
+        line, ids = self._lines[number], list(self._kit.head)
+        texts: list[str] = []
+        end, shared, alike = line.input_length - self._kit.tail_tokens, 0, number > 0
+        if end <= len(ids):
+            raise Refused(
+                f"request {number + 1} of the trace has {line.input_length} tokens, of which the chat template takes "
+                f"{len(ids) + self._kit.tail_tokens} - use --count-as raw"
+            )
+        for index, block in enumerate(line.blocks):
+            tokens = min(end, (index + 1) * self._block_tokens) - len(ids)
+            if tokens <= 0:
+                continue
+            words = self._words(block, tokens, not texts)
+            if alike:
+                shared = len(ids) + self._seen_of(block, words, not texts)
+                alike = shared == len(ids) + tokens
+            self._seen[block.chain] = max(tokens, self._seen.get(block.chain, 0))
+            texts += [word.text for word in words]
+            ids += ids_of(words)
+        complete = (line.blocks[-1].chain, line.input_length)
+        shared = line.input_length if complete in self._complete else shared
+        self._complete.add(complete)
+        prompt = Prompt(
+            " ".join(texts),
+            asked_tokens=line.input_length,
+            input_tokens=line.input_length,
+            prefix_tokens=shared,
+            max_tokens=max(1, line.output_length),
+            timestamp=line.timestamp,
+        )
+        return prompt, ids
+
+    def _seen_of(self, block: Block, words: Sequence[Word], first: bool) -> int:
+        """How many of the tokens of these words an earlier line has in this place."""
+        seen = self._seen.get(block.chain, 0)
+        return len(common_start([ids_of(words), ids_of(self._words(block, seen, first))])) if seen else 0
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - one object a run
+    def _words(self, block: Block, tokens: int, first: bool) -> list[Word]:
+        """The words of a block; with fewer tokens, as a rule the same words up to there."""
+        heads = self._starters if first else self._heads
+        turned = itertools.chain(heads[block.place % len(heads) :], heads)
+        head = next((word for word in turned if self._supply.ways(tokens - len(word.ids))), None)
+        if head is None:
+            raise Refused(f"no words of this vocabulary make {tokens} tokens - use another tokenizer")
+        rest, rounds = tokens - len(head.ids), block.place // len(heads)
+        part = self._supply.unique_part(rest, rounds + 1) or 0
+        names = self._supply.nth(rounds, part) if part else []
+        names += self._supply.fill(rest - part, stream(self._seed, "block", block.name))
+        return [head, *(Word(name, self._ids[name]) for name in names)]
+
+
+def ids_of(words: Iterable[Word]) -> list[int]:
+    return [each for word in words for each in word.ids]
+
+
+def trace_maker(encoder: Encoder, options: Options) -> TracePrompts:
+    return TracePrompts(options, *kit_of(encoder, options), options.trace)
+
+
+# === 10. The corpus file ===
 
 
 class CorpusFile:
@@ -1365,41 +1651,45 @@ def move_without_overwriting(source: Path, target: Path) -> None:
         os.unlink(source)
 
 
+class NoBar:
+    """Stands in for a progress bar where tqdm is not installed."""
+
+    def update(self, prompts: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def progress_bar(total: int) -> Any:
-    """Shown on stderr once a second has passed; None without tqdm."""
+    """Shown on stderr once a second has passed."""
     try:
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
-        return None
+        return NoBar()
     seldom = 0.2 if sys.stderr.isatty() else 10
     look = {"unit": "prompt", "file": sys.stderr, "dynamic_ncols": True}
     return tqdm(total=total, delay=PROGRESS_DELAY_S, mininterval=seldom, **look)
 
 
 def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
-    tally = Tally()
-    bar = progress_bar(options.count)
+    tally, bar, started = Tally(), progress_bar(options.count), time.monotonic()
     try:
         while tally.prompts < options.count:
-            end = min(options.count, tally.prompts + maker.batch)
-            numbers = range(tally.prompts, end)
+            numbers = range(tally.prompts, min(options.count, tally.prompts + maker.batch))
             lines = []
             for number, prompt in zip(numbers, maker.make(numbers)):
                 tally.add(prompt)
-                lines.append(line_of(prompt, drawn_output_tokens(options, number)))
+                lines.append(line_of(options, number, prompt))
             corpus.write(lines)
-            if bar is not None:
-                bar.update(len(lines))
+            bar.update(len(lines))
         maker.finish()
     finally:
-        if bar is not None:
-            if bar.format_dict["elapsed"] > PROGRESS_DELAY_S:
-                bar.delay = 0  # else a bar that was not due for its first line would leave none
-            bar.close()
+        if time.monotonic() - started > PROGRESS_DELAY_S:
+            bar.delay = 0  # else a bar that was not due for its first line would leave none
+        bar.close()
     return tally
 
 
-# === 10. Command line ===
+# === 11. Command line ===
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1450,62 +1740,35 @@ def mean_and_deviation(text: str) -> tuple[float, float]:
     return value
 
 
-def option(help: str, metavar: str = "N", **about: Any) -> dict[str, Any]:
-    return {"help": help, "metavar": metavar, **about}
-
-
 SOME = whole(1, "at least 1")
-
-CORPUS_OPTIONS = {
-    "--count": option("prompts (default 100)", type=SOME, default=100),
-    "--output": option(
-        "directory of the corpus, made if missing (default outputs)", "DIR", type=Path, default=Path("outputs")
-    ),
-    "--language": option(
-        "of the paragraphs: en or ja; prompts of a length in tokens are made of the tokenizer's own words (default en)",
-        "{en,ja}",
-        choices=tuple(LANGUAGES),
-        default="en",
-    ),
-    "--prefix-overlap": option(
-        "fraction of each prompt's tokens that its group shares as prefix, 0 to 1 (default 0.0)",
-        "X",
-        type=fraction,
-        default=Decimal("0.0"),
-    ),
-    "--prefix-groups": option(
-        "distinct shared prefixes; prompts are dealt to them in turn (default 1)", type=SOME, default=1
-    ),
-}
-TOKEN_OPTIONS = {
-    "--approx-input-tokens": option(
-        "length of every prompt in tokens; without it: paragraphs, and no tokenizer is loaded", type=SOME
-    ),
-    "--input-tokens-stdev": option("spread the lengths normally around that mean", "S", type=token_number),
-    "--min-input-tokens": option("shortest length of the spread", type=SOME),
-    "--max-input-tokens": option("greatest length of the spread", type=SOME),
-    "--tokenizer-model": option(
-        "directory, tokenizer.json, OpenAI model or Hugging Face name (default gpt2)", "NAME", default="gpt2"
-    ),
-    "--token-tolerance": option(
-        "widest deviation tolerated (default: 5 tokens or 5%% of the target, whichever is more)",
-        type=whole(0, "0 or more tokens"),
-    ),
-    "--count-as": option(
-        "raw: the text alone; chat: in the tokenizer's chat template, as a server counts (default raw)",
-        "{raw,chat}",
-        choices=("raw", "chat"),
-        default="raw",
-    ),
-    "--output-tokens": option("max_tokens of each line: fixed, or mean,stdev", "N[,S]", type=mean_and_deviation),
-    "--trust-remote-code": {
-        "help": "run the code that the tokenizer's repository brings along",
-        "action": "store_true",
-    },
-    "--huggingface-token": option(
-        f"for gated repositories; better from the environment: ${', $'.join(TOKEN_VARIABLES)}", "TOKEN"
-    ),
-    "--seed": option("same seed and options: same bytes (default: a fresh one)", type=whole(0, "0 or more")),
+ARGUMENTS: dict[str, list[tuple[str, str, Any, str]]] = {  # by group: name, metavar, type or choices, help
+    "Corpus": [
+        ("--count", "N", SOME, "prompts (default 100)"),
+        ("--output", "DIR", Path, "directory, made if missing (default outputs)"),
+        ("--language", "{en,ja}", tuple(LANGUAGES), "of paragraphs (default en)"),
+        ("--prefix-overlap", "X", fraction, "share of a prompt that is its group's prefix, 0 to 1 (default 0.0)"),
+        ("--prefix-groups", "N", SOME, "distinct shared prefixes, dealt out to the prompts in turn (default 1)"),
+        ("--output-tokens", "N[,S]", mean_and_deviation, "max_tokens of each line: fixed, or mean,stdev"),
+        ("--turns", "N", SOME, "user turns of each line, a session (default 1: a prompt)"),
+        ("--delay-ms", "D", whole(0, "0 or more"), "pause before each later turn"),
+        ("--from-trace", "FILE", Path, "make the prompts of a Mooncake trace: lengths, shared blocks, times"),
+        ("--block-tokens", "N", SOME, "tokens of a block of the trace (default 512)"),
+        ("--seed", "N", whole(0, "0 or more"), "same seed and options: same bytes (default: a fresh one)"),
+    ],
+    "Lengths in tokens": [
+        ("--approx-input-tokens", "N", SOME, "length of every prompt; without it: paragraphs, no tokenizer"),
+        ("--input-tokens-stdev", "S", token_number, "spread the lengths normally around that mean"),
+        ("--min-input-tokens", "N", SOME, "shortest length of the spread"),
+        ("--max-input-tokens", "N", SOME, "greatest length of the spread"),
+        ("--turn-tokens", "M", SOME, "length of each later turn, its text alone (default: like the first)"),
+        ("--token-tolerance", "N", whole(0, "0 or more"), "widest deviation (default: 5, or 5%% if more)"),
+        ("--count-as", "{raw,chat}", ("raw", "chat"), "the text alone, or in the chat template (default raw)"),
+    ],
+    "Tokenizer": [
+        ("--tokenizer-model", "NAME", str, "path, OpenAI model or Hugging Face name (default gpt2)"),
+        ("--trust-remote-code", "", bool, "run the code that the tokenizer's repository brings along"),
+        ("--huggingface-token", "TOKEN", Secret, f"for gated repositories; better: ${', $'.join(TOKEN_VARIABLES)}"),
+    ],
 }
 
 
@@ -1514,41 +1777,67 @@ def build_parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, about in CORPUS_OPTIONS.items():
-        parser.add_argument(name, **about)
-    for name, about in TOKEN_OPTIONS.items():
-        parser.add_argument(name, **about)
+    for title, arguments in ARGUMENTS.items():
+        group = parser.add_argument_group(title)
+        for name, metavar, kind, about in arguments:
+            if kind is bool:
+                group.add_argument(name, action="store_true", help=about)
+            elif isinstance(kind, tuple):
+                group.add_argument(name, metavar=metavar, choices=kind, help=about)
+            else:
+                group.add_argument(name, metavar=metavar, type=kind, help=about)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     return parser
 
 
-def parsed(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parsed(argv: Optional[Sequence[str]]) -> Options:
     """Unknown arguments are refused by name alone: the value of a misspelt option might be a token."""
-    given, unknown = build_parser().parse_known_args(argv)
+    options, unknown = build_parser().parse_known_args(argv, Options())
     if unknown:
         names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         what = f"unknown option {', '.join(names)}" if names else f"{len(unknown)} argument(s) without an option"
         raise Refused(f"{what} - see --help", 2)
-    return given
+    refuse_strays(options)
+    if options.from_trace is None:
+        check_lengths(options)
+        check_sharing(options)
+    else:
+        options.trace = read_trace(options.from_trace, vars(options).get("count"), options.block_tokens)
+        options.count = len(options.trace)
+    return options
 
 
-def check_lengths(given: argparse.Namespace) -> None:
+def refuse_strays(options: Options) -> None:
+    """Options that mean nothing beside the others."""
+    given = vars(options)
+    for wrong, names, why in (
+        (options.from_trace, [name for name in given if name not in WITH_A_TRACE], "is what the trace tells - drop it"),
+        (options.from_trace is None, ["block_tokens"], "is that of a trace - add --from-trace"),
+        (options.turns == 1, NEED_TURNS, "is about later turns - add --turns"),
+        (
+            not (options.approx_input_tokens or options.from_trace),
+            NEED_A_LENGTH,
+            "needs a length - add --approx-input-tokens",
+        ),
+        (options.approx_input_tokens, ["language"], "is that of paragraphs, which have no length in tokens - drop one"),
+    ):
+        stray = next((name for name in names if name in given), None)
+        if wrong and stray:
+            raise Refused(f"--{stray.replace('_', '-')} {why}", 2)
+
+
+def check_lengths(ask: Options) -> None:
     """Options of a token target that contradict each other."""
-    target, least, most = given.approx_input_tokens, given.min_input_tokens, given.max_input_tokens
+    target, least, most = ask.approx_input_tokens, ask.min_input_tokens, ask.max_input_tokens
     if target is None:
-        alone = ("input_tokens_stdev", "min_input_tokens", "max_input_tokens", "token_tolerance")
-        stray = [name for name in alone if getattr(given, name) is not None]
-        stray += ["count_as"] if given.count_as != "raw" else []
-        if stray:
-            raise Refused(f"--{stray[0].replace('_', '-')} needs a length - add --approx-input-tokens", 2)
         return
-    if given.language != "en":
-        raise Refused("--language is that of paragraphs; with a length the words are the tokenizer's - drop one", 2)
-    if max(target, most or 0) > MAX_TARGET_TOKENS:
-        raise Refused(f"{max(target, most or 0)} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
-    if (least or most) and not given.input_tokens_stdev:
+    greatest = max(target, most or 0, ask.turn_tokens or 0)
+    if greatest > MAX_TARGET_TOKENS:
+        raise Refused(f"{greatest} tokens are too many - give at most {MAX_TARGET_TOKENS}", 2)
+    if (least or most) and not ask.input_tokens_stdev:
         raise Refused("--min-input-tokens and --max-input-tokens bound a spread - add --input-tokens-stdev", 2)
     if least and most and least > most:
         raise Refused(f"--min-input-tokens {least} is above --max-input-tokens {most} - swap them", 2)
@@ -1556,57 +1845,38 @@ def check_lengths(given: argparse.Namespace) -> None:
         raise Refused(f"--approx-input-tokens {target} is outside its own minimum and maximum - move them apart", 2)
 
 
-def check_sharing(given: argparse.Namespace) -> None:
+def check_sharing(ask: Options) -> None:
     """Shared prefixes that cannot be."""
-    if given.prefix_groups > given.count:
-        raise Refused(f"{given.prefix_groups} groups need as many prompts - raise --count or lower --prefix-groups", 2)
-    if given.prefix_overlap == 1 and given.prefix_groups < given.count:
+    if ask.prefix_groups > ask.count:
+        raise Refused(f"{ask.prefix_groups} groups need as many prompts - raise --count or lower --prefix-groups", 2)
+    if ask.prefix_overlap == 1 and ask.prefix_groups < ask.count:
         raise Refused(
             "--prefix-overlap 1 makes the prompts of a group identical, which measures only a cache - "
             "give less than 1, or as many --prefix-groups as --count",
             2,
         )
-    if given.prefix_overlap == 1 and given.input_tokens_stdev:
+    if ask.prefix_overlap == 1 and ask.input_tokens_stdev:
         raise Refused("--prefix-overlap 1 leaves no room for a spread - drop --input-tokens-stdev", 2)
-
-
-def options_of(given: argparse.Namespace, environment: Any) -> Options:
-    check_lengths(given)
-    check_sharing(given)
-    return Options(
-        count=given.count,
-        output=given.output,
-        overlap=given.prefix_overlap,
-        groups=given.prefix_groups,
-        target=given.approx_input_tokens,
-        stdev=given.input_tokens_stdev or 0.0,
-        min_tokens=given.min_input_tokens,
-        max_tokens=given.max_input_tokens,
-        tokenizer=given.tokenizer_model,
-        tolerance=given.token_tolerance,
-        count_as=given.count_as,
-        output_tokens=given.output_tokens,
-        seed=random.SystemRandom().randrange(2**32) if given.seed is None else given.seed,
-        asked_seed=given.seed,
-        language=given.language,
-        trust_remote_code=given.trust_remote_code,
-        token=given.huggingface_token or environment.get(TOKEN_VARIABLES[0]) or None,
-    )
 
 
 def maker_of(options: Options) -> tuple[Maker, Optional[dict[str, Any]]]:
     """Who makes the prompts, and what is worth knowing of the tokenizer."""
-    if options.target is None:
-        return Paragraphs(options), None
-    encoder = load_tokenizer(options)
-    about = encoder.about
-    note(f"tokenizer: {about['name']} ({about['kind']}, {about['vocabulary']} tokens)")
-    return exact_maker(options, encoder), about
+    about: Optional[dict[str, Any]] = None
+    make: Callable[[Options], Maker] = Paragraphs
+    if options.approx_input_tokens is not None or options.trace:
+        encoder = load_tokenizer(options)
+        about = encoder.about
+        note(f"tokenizer: {about['name']} ({about['kind']}, {about['vocabulary']} tokens)")
+        make = functools.partial(trace_maker if options.trace else exact_maker, encoder)
+    maker = make(options)
+    return maker if options.turns == 1 else Sessions(options, maker, make(later_turns(options))), about
 
 
 def generate(options: Options) -> str:
     """The whole run; returns the closing table."""
-    corpus = CorpusFile(options.output, file_stem(options))
+    corpus = CorpusFile(options.output, file_stem(options))  # a seed that was not given is not in the name
+    if options.seed is None:
+        options.seed = random.SystemRandom().randrange(2**32)
     corpus.refuse_if_there()
     corpus.open()
     try:
@@ -1644,7 +1914,7 @@ def end_on_signals() -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         end_on_signals()
-        show(generate(options_of(parsed(argv), os.environ)))
+        show(generate(parsed(argv)))
         return 0
     except Refused as error:
         message, code = str(error), error.exit_code

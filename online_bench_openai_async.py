@@ -44,12 +44,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import contextvars
 import csv
 import dataclasses
+import errno
 import gc
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -63,8 +66,10 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -76,7 +81,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, NamedTuple, Optional, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 try:
     import fcntl
@@ -96,14 +101,18 @@ LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 # Defaults of the options; one that is not here is off, absent, or worked out from others.
 DEFAULTS: Mapping[str, Any] = {
     "concurrency": 128, "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
-    "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0, "max_error_rate": 1.0,
+    "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0, "max_error_rate": 0.5,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
 WARMUP_PROMPT_TOKENS = 64  # of a corpus run, whose own prompts must stay unseen
+LENGTHS_TO_CALIBRATE = 2  # of warm-up prompts: tokens per word and the template's constant are two unknowns
+ONE_IN_SHORT = 4  # one warm-up prompt in so many is of the shorter length, no words at all
+LEAST_TOKENS_PER_WORD = 0.5  # a slope below it is no count of words
 DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
 IDENTICAL_FAILURES_TO_STOP = 100
+TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
 
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
@@ -111,6 +120,9 @@ LAG_SAMPLE_S = 0.05
 GC_THRESHOLDS = (5_000, 100, 1000)  # short young passes, no full one
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+EXACT_SAMPLES = 2_000_000  # values of one metric kept as they are; those beyond are counted in buckets
+BUCKET_ERROR = 0.001  # how far a bucket's value may be from those in it, as a share of them
+LEAST_BUCKET = 1e-6  # of ms: the clock's ns; what is less, 0 above all, counts as this
 FEW_SAMPLES_FOR_P99 = 100
 REPORT_COLUMNS = 100
 ERROR_GROUPS_SHOWN = 5
@@ -128,13 +140,17 @@ LEAST_TICK_S = 0.0005
 BEAT_S = 0.002  # how often the event loop shows that it is in time
 LATE_READ_NS = 4_000_000  # without such a sign for longer: what is read now may have queued up
 LATE_LOOP_S = 0.02  # a timer this late says that the event loop was held up
+END_GRACE_S = 0.5  # for the last chunk of a reply that has said everything
 TICKS_PER_GAP = 5  # the tick stays this far below the gap between tokens
 RATE_WINDOW_S = 0.1
 SPARE_DESCRIPTORS = 64
 CONNECTS_AT_ONCE = 64  # below the listening queue of the usual servers
+NEXT_ADDRESS_S = 0.25  # until the next address of a name is tried as well (RFC 8305, Connection Attempt Delay)
+STALE_S = 1.0  # a kept connection that is reset later than this after the sending had not been closed before it
 SOCKET_BACKLOG = 4096
-STREAMS_PER_PROCESS = 256
-WHOLE_PER_PROCESS = 512
+AUTO_TOKENS_PER_S = 100  # of each stream, where --processes auto reckons
+AUTO_CORE_SHARE = 0.5  # of a core that a process is to need at most
+READS_PER_REQUEST = 60  # what sending a request through the SDK costs, in reads of a chunk (benchmarks/client_cost.py)
 
 CLIENT_BUSY_SHARE = 0.90  # of one core, waiting for the core included
 CLIENT_DELAY_SHARE = 0.05  # of a request's service time
@@ -151,7 +167,7 @@ LITTLE_TOLERANCE = 0.02
 CORPUS_TOLERANCE = 0.005
 MOST_TOKENS = 1 << 40  # a count beyond it is no count
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
-PROMPT_LENGTH_TOLERANCE = 0.10
+PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
 
 # === 2. Types ===
 
@@ -264,6 +280,10 @@ class Record:
     @property
     def done_s(self) -> Optional[float]:
         return self._at_s(self.done_ns)
+
+    @property
+    def ended_s(self) -> Optional[float]:
+        return self._at_s(self.reply.end_ns)
 
     @property
     def busy_ms(self) -> Optional[float]:
@@ -412,6 +432,11 @@ class Summary:
     new_connections: int
     reconnects: int
     busy_s: float  # sum of all requests' time from sending to their end
+    first_error_s: Optional[float]  # when the first failure had ended, from the start
+
+    @property
+    def error_share(self) -> float:
+        return self.errors / ((self.ok + self.errors) or 1)
 
     @property
     def requests_per_s(self) -> float:
@@ -443,6 +468,7 @@ class Config:
     output_tokens: int
     requests_file: Optional[str]
     system_prompt: Optional[str]
+    prompt_calibration: Optional[Sequence[float]]  # the fields of Calibration: given, or found by the warm-up
     results_csv: Optional[str]
     append: bool
     overwrite: bool
@@ -526,6 +552,11 @@ def share(total: int, shard: int, shards: int) -> int:
     return total // shards + (shard < total % shards)
 
 
+def default_warmup(concurrency: int, total_requests: int) -> int:
+    """A warm-up request for each connection, but no more than will be measured; from two on they calibrate lengths."""
+    return min(max(concurrency, LENGTHS_TO_CALIBRATE), total_requests)
+
+
 # === 4. Workload (what) (parse pure, load not) ===
 
 # 256 common English words, one per byte, each one token (with its space) in the byte-pair vocabularies in wide use.
@@ -546,24 +577,71 @@ WORDS = (
     "without within along toward across behind above"
 ).split()
 SYLLABLES = tuple(consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou")
-HEAD_TOKENS = 8  # what the two invented words at the start cost, about
 WORDS_PER_SENTENCE = 12
 
 
-def synthetic_prompt(key: str, tokens: int) -> str:
-    """About `tokens` tokens of English words, unique from the first characters on; the same `key`, the same text.
+class Calibration(NamedTuple):
+    """What a server counts for a synthetic prompt: tokens per word, full stops included, and a constant besides.
 
-    The start is two invented words of four syllables drawn from the key (90**8 pairs), so no two prompts
-    share the first block of a prefix cache.
+    The constant holds the chat template, the system prompt and the invented words at the start.
+    """
+
+    tokens_per_word: float
+    constant_tokens: float
+
+    def words(self, tokens: int) -> int:
+        """How many words make a prompt of so many tokens.
+
+        >>> Calibration(1.25, 10).words(110)
+        80
+        """
+        return max(0, round((tokens - self.constant_tokens) / self.tokens_per_word))
+
+
+# Without the server's counts: words of one token, a full stop per sentence, the start, and no template.
+UNCALIBRATED = Calibration((WORDS_PER_SENTENCE + 1) / WORDS_PER_SENTENCE, 8)
+
+
+def calibration_of(config: Config) -> Calibration:
+    return Calibration(*config.prompt_calibration) if config.prompt_calibration else UNCALIBRATED
+
+
+def fitted(counted: Sequence[Sequence[int]]) -> Optional[Calibration]:
+    """The least-squares line through (words, tokens counted) of prompts of two lengths; None where there is none.
+
+    >>> fitted([(0, 10), (16, 30), (16, 30)])
+    Calibration(tokens_per_word=1.25, constant_tokens=10.0)
+    """
+    words_mean = sum(words for words, _ in counted) / max(1, len(counted))
+    tokens_mean = sum(tokens for _, tokens in counted) / max(1, len(counted))
+    spread = sum((words - words_mean) ** 2 for words, _ in counted)
+    slope = sum((words - words_mean) * (tokens - tokens_mean) for words, tokens in counted) / (spread or 1)
+    if slope < LEAST_TOKENS_PER_WORD:  # it counts something else, or always the same
+        return None
+    return Calibration(round(slope, 4), round(tokens_mean - slope * words_mean, 2))
+
+
+def calibrated(config: Config, counted: Sequence[Sequence[int]]) -> Config:
+    """The configuration with what the warm-up's counts tell, where it has synthetic prompts and was not told itself."""
+    if config.requests_file or config.prompt_calibration:
+        return config
+    return dataclasses.replace(config, prompt_calibration=fitted(counted))
+
+
+def synthetic_prompt(key: str, count: int, evenly: bool = False) -> str:
+    """So many English words in sentences, unique from the first characters on; the same `key`, the same text.
+
+    Before them stand two invented words of four syllables drawn from the key (90**8 pairs), so no two prompts
+    share the first block of a prefix cache. `evenly`: each word as often as any other, so that one prompt costs as
+    many tokens as the mean of many.
     """
     rng = random.Random(key)
     head = "".join(rng.choices(SYLLABLES, k=8))
-    count = max(0, tokens - HEAD_TOKENS)
-    words = [WORDS[byte] for byte in rng.randbytes(count - count // (WORDS_PER_SENTENCE + 1))]
-    sentences = (
-        " ".join(words[start : start + WORDS_PER_SENTENCE]) for start in range(0, len(words), WORDS_PER_SENTENCE)
-    )
-    body = ". ".join(sentences)
+    drawn = itertools.islice(itertools.cycle(rng.sample(range(256), 256)), count) if evenly else rng.randbytes(count)
+    words = [WORDS[byte] for byte in drawn]
+    # The first sentence is half as long: then the full stops, too, are proportional to the words, to the nearest one.
+    starts = range(-WORDS_PER_SENTENCE // 2, count, WORDS_PER_SENTENCE)
+    body = ". ".join(" ".join(words[max(0, start) : start + WORDS_PER_SENTENCE]) for start in starts)
     return f"{head[:8]} {head[8:]}" + (f" {body}" if body else "")
 
 
@@ -580,14 +658,38 @@ def chat(prompt: str, system_prompt: Optional[str]) -> list[dict[str, Any]]:
 
 def synthetic_request(config: Config, index: int) -> Request:
     """The measured request of a job without a corpus."""
-    return Request(chat(synthetic_prompt(f"{config.seed}/run/{index}", config.prompt_tokens), config.system_prompt))
+    words = calibration_of(config).words(config.prompt_tokens)
+    return Request(chat(synthetic_prompt(f"{config.seed}/run/{index}", words), config.system_prompt))
 
 
 def warmup_request(config: Config, index: int) -> Request:
     """A request that no measured one shares a prefix with, short in its answer."""
-    tokens = WARMUP_PROMPT_TOKENS if config.requests_file else config.prompt_tokens
-    prompt = synthetic_prompt(f"{config.seed}/warmup/{index}", tokens)
-    return Request(chat(prompt, config.system_prompt), WARMUP_OUTPUT_TOKENS)
+    prompt = synthetic_prompt(f"{config.seed}/warmup/{index}", warmup_words(config, index), evenly=True)
+    return Request(chat(prompt, config.system_prompt), warmup_limit(config))
+
+
+def warmup_words(config: Config, index: int) -> int:
+    """Those of a measured prompt; where lengths are to be calibrated, at least every word once, or none at all."""
+    if config.requests_file:
+        return UNCALIBRATED.words(WARMUP_PROMPT_TOKENS)
+    words = calibration_of(config).words(config.prompt_tokens)
+    if config.prompt_calibration:
+        return words
+    return 0 if index % ONE_IN_SHORT == 1 else max(words, len(WORDS))
+
+
+OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")  # fields of a body
+OUTPUT_MINIMA = ("min_tokens", "min_new_tokens", "min_completion_tokens")
+
+
+def warmup_limit(config: Config) -> int:
+    """Output tokens of a warm-up reply: few, but as many as the body demands, and no more than the run allows."""
+
+    def asked(names: Sequence[str]) -> list[int]:
+        values = (config.extra_body.get(name) for name in names)
+        return [value for value in values if isinstance(value, int) and value > 0]
+
+    return min(max(WARMUP_OUTPUT_TOKENS, *asked(OUTPUT_MINIMA), 0), *(asked(OUTPUT_LIMITS) or [config.output_tokens]))
 
 
 def parse_request(line: str, system_prompt: Optional[str]) -> Request:
@@ -644,7 +746,7 @@ def _messages_of(row: Mapping[str, Any], system_prompt: Optional[str]) -> list[d
 
 
 def _limit_of(row: Mapping[str, Any]) -> Optional[int]:
-    names = ("max_tokens", "max_completion_tokens", "output_tokens")
+    names = (*OUTPUT_LIMITS, "output_tokens")
     limit = next((row[name] for name in names if row.get(name) is not None), None)
     if limit is None:
         return None
@@ -653,30 +755,101 @@ def _limit_of(row: Mapping[str, Any]) -> Optional[int]:
     return limit
 
 
-def load_requests(path: Optional[str], system_prompt: Optional[str]) -> list[Request]:
-    """Every prompt of a JSONL corpus, checked before any load. Raises UserError naming the line at fault."""
-    requests: list[Request] = []
-    if path is None:
-        return requests
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+
+
+class Corpus(Sequence[Request]):
+    """The prompts of a JSONL file, all checked before any load, then read and parsed one by one as they are needed.
+
+    Kept are offsets only, so that several processes hold no copy of the file each. What can be read only once, as a
+    pipe, goes to a temporary file, which `close` removes; `path` is where another process finds the lines.
+    """
+
+    def __init__(self, name: str, system_prompt: Optional[str]) -> None:
+        """`name`: the file, as the user calls it."""
+        self.path = os.path.realpath(name)
+        self._name = name
+        self._system_prompt = system_prompt
+        self._starts = array("Q")  # of each prompt's line, and where the file ends
+        self.own_tokens = array("Q")  # of each prompt its length and its shared prefix, as the line says; 0: unsaid
+        self._file = -1
+        self._copy = ""
+
+    def open(self, check: bool = True) -> Corpus:
+        """Find the lines and, unless another process has done it, check each. Raises UserError naming the line."""
+        at = number = 0
+        try:
+            self._file = os.open(self._name, _READ_ONLY)
+            if not self._can_be_read_again():
+                self._copy_to_disk()
+            with open(self._file, "rb", closefd=False) as file:
+                for raw in file:
+                    number += 1
+                    line = raw.decode("utf-8" if at else "utf-8-sig")
                     if line.strip():
-                        requests.append(parse_request(line, system_prompt))
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}, line {number}: not UTF-8; save the corpus as UTF-8") from None
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read --requests-file {path}: {error.strerror or error}") from None
-    if not requests:
-        raise UserError(f"{path} holds no prompt; one JSON object per line with 'text', 'prompt' or 'messages'")
-    return requests
+                        self._starts.append(at)
+                        if check:
+                            asked = parse_request(line, self._system_prompt)
+                            self.own_tokens.extend((asked.input_tokens or 0, asked.prefix_tokens or 0))
+                    at += len(raw)
+        except UnicodeDecodeError:
+            raise UserError(f"{self._name}, line {number}: not UTF-8; save the corpus as UTF-8") from None
+        except ValueError as error:
+            raise UserError(f"{self._name}, line {number}: {error}") from None
+        except OSError as error:
+            raise UserError(f"cannot read --requests-file {self._name}: {error.strerror or error}") from None
+        self._starts.append(at)
+        return self
+
+    def _can_be_read_again(self) -> bool:
+        opened = os.fstat(self._file)
+        with contextlib.suppress(OSError):
+            return not stat.S_ISFIFO(opened.st_mode) and os.path.samestat(os.stat(self.path), opened)
+        return False
+
+    def _copy_to_disk(self) -> None:
+        place, self._copy = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
+        with open(self._file, "rb") as source, open(place, "wb") as target:
+            shutil.copyfileobj(source, target)
+        self.path = self._copy
+        self._file = os.open(self.path, _READ_ONLY)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        """Raises RunError when the file is no longer what it was."""
+        start, end = self._starts[number], self._starts[number + 1]
+        try:
+            os.lseek(self._file, start, os.SEEK_SET)
+            line = os.read(self._file, end - start).decode("utf-8" if start else "utf-8-sig")
+            return parse_request(line.strip(), self._system_prompt)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self._name} has changed during the run: {error}") from None
+
+    def close(self) -> None:
+        file, self._file, copy, self._copy = self._file, -1, self._copy, ""
+        if file >= 0:
+            os.close(file)
+        if copy:
+            with contextlib.suppress(OSError):
+                os.unlink(copy)
 
 
-def workload_of(config: Config, corpus: Sequence[Request]) -> Workload:
+def load_requests(path: str, system_prompt: Optional[str]) -> Corpus:
+    """Every prompt of a JSONL corpus, checked before any load. Raises UserError naming the line at fault."""
+    corpus = Corpus(path, system_prompt)
+    try:
+        if not corpus.open():
+            keys = "one JSON object per line with 'text', 'prompt' or 'messages'"
+            raise UserError(f"{path} holds no prompt; {keys}")
+        return corpus
+    except BaseException:
+        corpus.close()
+        raise
+
+
+def workload_of(config: Config, corpus: Optional[Sequence[Request]]) -> Workload:
     """Job number -> request: from the corpus, cycled, or made up."""
     if not corpus:
         return partial(synthetic_request, config)
@@ -1057,6 +1230,8 @@ class StreamReader:
             for choice in choices if isinstance(choices, list) else ():
                 if isinstance(choice, dict):
                     self._choice(stamp_ns, choice, usage.get("completion_tokens"))
+            if usage and self._finish is not None:
+                self.complete = True  # some servers never send [DONE]
 
     def _choice(self, stamp_ns: int, choice: Mapping[str, Any], counted: Optional[int]) -> None:
         """`counted`: completion tokens up to here, where every chunk tells them."""
@@ -1199,6 +1374,73 @@ def describe(sample: Iterable[float]) -> Distribution:
     return Distribution(len(ordered), mean, deviation, ordered[-1], ranks)
 
 
+class Sample:
+    """The values of one metric: the first EXACT_SAMPLES as they are, those beyond counted in logarithmic buckets.
+
+    The buckets are DDSketch's (Masson, Rim, Lee: DDSketch, VLDB 2019, section 2): bucket i counts the values in
+    [g**i, g**(i+1)), g = (1+e)/(1-e), and stands for 2 g**(i+1) / (1+g), which is within e of each of them. So memory
+    does not grow with the run; mean, deviation, maximum and n stay exact, percentiles are within e = BUCKET_ERROR.
+    """
+
+    _RATIO = (1 + BUCKET_ERROR) / (1 - BUCKET_ERROR)
+
+    def __init__(self, code: str, most: int = EXACT_SAMPLES) -> None:
+        """`code`: the array type of the values kept."""
+        self.exact: array[float] = array(code)
+        self._most = most
+        self._buckets: Counter[int] = Counter()
+        self._n = 0  # of values in the buckets, with their sum, that of their squares, and the largest
+        self._sum = self._squares = 0.0
+        self._max = -math.inf
+        self._shift = 0.0  # a value among them, taken off each before it is squared: for precision
+
+    def extend(self, values: Sequence[float]) -> None:
+        if len(self.exact) < self._most:
+            self.exact.extend(values)
+        else:
+            self._shift = self._shift or self.exact[0]
+            self._count(values)
+
+    def _count(self, values: Sequence[float]) -> None:
+        logs = map(math.log, map(max, values, itertools.repeat(LEAST_BUCKET)))
+        self._buckets.update(map(math.floor, map((1 / math.log(self._RATIO)).__mul__, logs)))
+        off = [value - self._shift for value in values]
+        self._n += len(off)
+        self._sum += math.fsum(off)
+        self._squares += math.fsum(map(float.__mul__, off, off))
+        self._max = max(self._max, *values)
+
+    def describe(self) -> Distribution:
+        """Call it once, when nothing more comes: it counts what was kept, where there is more than that."""
+        if not self._n:
+            return describe(self.exact)
+        for start in range(0, len(self.exact), 1 << 16):
+            self._count(self.exact[start : start + (1 << 16)])
+        self.exact = self.exact[:0]
+        mean = self._sum / self._n
+        deviation = math.sqrt(max(0.0, self._squares / self._n - mean**2))
+        ordered = BucketValues(self._buckets, self._RATIO, self._max)
+        ranks = {rank: percentile(ordered, rank) for rank in PERCENTILES}
+        return Distribution(self._n, mean + self._shift, deviation, self._max, ranks)
+
+
+class BucketValues(Sequence[float]):
+    """The order statistics of counted buckets, each as its bucket's value and none above the maximum."""
+
+    def __init__(self, buckets: Mapping[int, int], ratio: float, most: float) -> None:
+        self._numbers = sorted(buckets)
+        self._ends = list(itertools.accumulate(buckets[number] for number in self._numbers))
+        self._ratio = ratio
+        self._most = most
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, at: Any) -> Any:
+        number = self._numbers[bisect.bisect_right(self._ends, at)]
+        return min(self._most, 2 * self._ratio ** (number + 1) / (1 + self._ratio))
+
+
 def _one(value: Optional[float]) -> Sequence[float]:
     return () if value is None else (value,)
 
@@ -1246,11 +1488,11 @@ COUNTED_BESIDES = (
 class Tally:
     """The running sums and samples of a run, fed one record at a time; keeps numbers, never replies.
 
-    `corpus`: the requests that the run cycles through, to compare their own token counts with the server's.
+    `own_tokens`: of each prompt that the run cycles through, its length and its shared prefix as the corpus says.
     """
 
-    def __init__(self, corpus: Sequence[Request] = ()) -> None:
-        self._corpus = corpus
+    def __init__(self, own_tokens: Sequence[int] = ()) -> None:
+        self._own_tokens = own_tokens
         self.ok = 0
         self.errors = 0
         self.aborted = 0
@@ -1262,7 +1504,8 @@ class Tally:
         self.last_done_s = -math.inf
         self.counts: Counter[str] = Counter()
         self.finish_reasons: Counter[str] = Counter()
-        self.samples: dict[str, array[float]] = {metric.key: array(metric.code) for metric in METRICS}
+        self.first_error_s: Optional[float] = None
+        self.samples = {metric.key: Sample(metric.code) for metric in METRICS}
         self._failures: dict[tuple[str, str], list[Any]] = {}
 
     def add(self, record: Record) -> None:
@@ -1306,25 +1549,24 @@ class Tally:
             counts["first_merged"] += reply.first_merged
             counts["late_first"] += reply.first_ns is None
             counts["one_piece"] += reply.first_ns == reply.last_ns and (reply.completion_tokens or 0) > 1
-        if self._corpus and reply.prompt_tokens:
-            asked = self._corpus[record.job.index % len(self._corpus)]
-            if asked.input_tokens:
-                counts["corpus_tokens"] += asked.input_tokens
+        if self._own_tokens and reply.prompt_tokens:
+            at = 2 * record.job.index % len(self._own_tokens)
+            length, prefix = self._own_tokens[at : at + 2]
+            if length:
+                counts["corpus_tokens"] += length
                 counts["corpus_counted"] += reply.prompt_tokens
-                counts["prefix_tokens"] += asked.prefix_tokens or 0
+                counts["prefix_tokens"] += prefix
 
     def _add_failure(self, record: Record) -> None:
         self.errors += 1
+        if record.ended_s is not None and (self.first_error_s is None or record.ended_s < self.first_error_s):
+            self.first_error_s = record.ended_s
         group = self._failures.setdefault((record.status, record.error_kind), [0, record.error])
         group[0] += 1
 
     @property
     def elapsed_s(self) -> float:
         return max(0.0, self.last_done_s - self.first_sent_s) if self.ok + self.errors else 0.0
-
-    def identical_failures(self) -> int:
-        """How many calls failed, if nothing succeeded and all failed alike; else 0."""
-        return self.errors if not self.ok and len(self._failures) == 1 else 0
 
     def first_error(self) -> str:
         return next((f"{kind}: {text}" for (_, kind), (_, text) in self._failures.items()), "no reply")
@@ -1334,7 +1576,7 @@ class Tally:
         return sorted(groups, key=lambda group: -group.count)
 
     def summary(self) -> Summary:
-        distributions = {key: describe(sample) for key, sample in self.samples.items()}
+        distributions = {key: sample.describe() for key, sample in self.samples.items()}
         return Summary(
             ok=self.ok,
             errors=self.errors,
@@ -1346,6 +1588,7 @@ class Tally:
             error_groups=self.error_groups(),
             finish_reasons=dict(self.finish_reasons),
             busy_s=self.busy_s,
+            first_error_s=self.first_error_s,
             **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
 
@@ -1459,16 +1702,20 @@ def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> O
 
 
 def _warn_prompt_length(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    counted = summary.distributions["prompt"].mean
+    counted, asked = summary.distributions["prompt"].mean, config.prompt_tokens
+    calibration = calibration_of(config)
     if config.requests_file or counted is None:
         return None
-    if abs(counted / config.prompt_tokens - 1) <= PROMPT_LENGTH_TOLERANCE:
+    if abs(counted - asked) <= max(PROMPT_LENGTH_TOLERANCE * asked, calibration.tokens_per_word):
         return None
-    better = max(1, round(config.prompt_tokens**2 / counted))
-    text = (
-        f"the server counted {counted:.1f} prompt tokens on average, --prompt-tokens asked for {config.prompt_tokens}"
-    )
-    return ReportWarning(text, f"--prompt-tokens {better}; for exact lengths a corpus by generate_requests.py")
+    cure = "a corpus by generate_requests.py, which counts with the model's own tokenizer"
+    if not config.prompt_calibration:
+        cure = "a warm-up of two requests or more, whose counts calibrate the prompts"
+    elif asked < calibration.constant_tokens:
+        least = math.ceil(calibration.constant_tokens)
+        cure = f"--prompt-tokens {least} or more: template, system prompt and a unique start take so many"
+    text = f"the server counted {counted:.1f} prompt tokens on average, --prompt-tokens asked for {asked}"
+    return ReportWarning(text, cure)
 
 
 def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -1545,6 +1792,18 @@ def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health])
         return None
     text = f"{summary.reconnects} requests were sent anew: the server had closed the kept connection"
     return ReportWarning(text, "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)")
+
+
+def error_warning(summary: Summary) -> Optional[ReportWarning]:
+    """The first line of a report whose run failed in part; None for a share of errors that changes no figure."""
+    if summary.error_share <= TELLING_ERROR_SHARE:
+        return None
+    first = "" if summary.first_error_s is None else f", the first {summary.first_error_s:.3f} s after the start"
+    total = summary.ok + summary.errors
+    return ReportWarning(
+        f"{summary.errors} of {total} requests failed ({percent(summary.errors, total):.1f} %){first}:"
+        " the rates above are successes over the whole time, the latencies those of successes"
+    )
 
 
 WARNINGS = (
@@ -1681,6 +1940,16 @@ def split_login(url: str) -> tuple[str, dict[str, str]]:
     return url.replace(f"{login}@{host}", host, 1), {"Authorization": f"Basic {token}"}
 
 
+def split_query(url: str) -> tuple[str, str]:
+    """(the URL without its query, the query)
+
+    >>> split_query("http://host:1/v1?api-version=2")
+    ('http://host:1/v1', 'api-version=2')
+    """
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(query="", fragment="")), parts.query
+
+
 def _line_length(text: str) -> int:
     """How many characters of this text fit a line of the report; Chinese and Japanese ones take two columns."""
     return REPORT_COLUMNS if max(text, default="") < "\u1100" else REPORT_COLUMNS // 2
@@ -1808,8 +2077,10 @@ def distribution_table(summary: Summary) -> list[str]:
             cells[-1] += "*"
             starred = True
         rows.append([_metric_label(metric, summary), _figure(sample.mean), *cells, _figure(sample.max), str(sample.n)])
-    note = [f"* fewer than {FEW_SAMPLES_FOR_P99} samples: hardly more than the maximum"] if starred else []
-    return [*table(rows), *note] if len(rows) > 1 else []
+    notes = [f"* fewer than {FEW_SAMPLES_FOR_P99} samples: hardly more than the maximum"] if starred else []
+    if max(sample.n for sample in summary.distributions.values()) > EXACT_SAMPLES:
+        notes.append(f"n above {EXACT_SAMPLES:,}: percentiles from a histogram, within {BUCKET_ERROR:.1%} of the value")
+    return [*table(rows), *notes] if len(rows) > 1 else []
 
 
 def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
@@ -1882,13 +2153,16 @@ def config_block(config: Config) -> str:
     values = Redactor.config(config)
     lines = [f"{label}: {_config_cell(values.pop(label.strip()))}" for label in CONFIG_LABELS]
     for name, value in values.items():
-        default = config.concurrency if name == "warmup" else DEFAULTS.get(name)
+        usual = default_warmup(config.concurrency, config.total_requests)
+        default = usual if name == "warmup" else DEFAULTS.get(name)
         if value != default and value is not None and value is not False:
             lines.append(f"{name:>14}: {_config_cell(value)}")
     return "\n".join(("=== Benchmark Configuration ===", *map(shortened, lines)))
 
 
 def _config_cell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
     return plain(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value))
 
 
@@ -2312,7 +2586,7 @@ _ANCILLARY_BYTES = 128 if sys.platform == "win32" else socket.CMSG_SPACE(_TIMESP
 _READABLE, _WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _MESSAGE_END = b"\r\n\r\n"
 OFFSET_LIMIT_NS = 20_000
-TCP_INFO_BYTES = 104  # of Linux's struct tcp_info, as far as it is used
+TCP_UNACKNOWLEDGED, TCP_RESENT = 24, 100  # places in struct tcp_info: tcpi_unacked, tcpi_total_retrans
 CLOCK_STEP_NS = 50_000  # a stamp further off than this is no stamp: the wall clock was set meanwhile
 
 
@@ -2470,12 +2744,13 @@ class Call:
         self.payload = b""
         self.failure: Optional[Failure] = None  # decided by a limit of ours
         self.error_body = bytearray()
-        self.retry_after = ""
+        self.retry_after = self.location = ""
         self.watchdog: Any = None  # set with the permit
         self.dropped = False  # the run ended before its permit came
         self.is_whole = False
         self.size = 0
         self.newest_ns: Optional[int] = None  # the newest arrival
+        self.ended_ns: Optional[int] = None  # its permit was given back
         self._stamps: list[int] = []  # of the pieces of the body that the reader has not seen yet
         self._pieces: list[bytes] = []
         self._reader = reader(self.reply)
@@ -2488,9 +2763,23 @@ class Call:
         self._feed()
         return self.is_whole or (self._reader.complete and self.reply.http_status == 200)
 
-    def head(self, status: int, encoding: str, retry_after: str) -> None:
+    def may_be_unread(self) -> bool:
+        """Whether a reset says that the server had closed the kept connection before it read the request."""
+        reply = self.reply
+        late = (time.perf_counter_ns() - (reply.sent_ns or 0)) / 1e9 > STALE_S
+        return reply.new_connection is False and not reply.reads and not late
+
+    def free_permit(self, since_ns: Optional[int] = None) -> None:
+        """It has ended, with its last byte or, if broken, now. Its permit is free since its end was known, or now."""
+        now_ns = time.perf_counter_ns()
+        whole_ns = self.newest_ns if self.is_whole or self.settled else None
+        self.ended_ns = whole_ns or now_ns
+        self.permits.release(since_ns or now_ns)
+
+    def head(self, status: int, encoding: str, retry_after: str, location: str) -> None:
         self.reply.http_status = status
         self.retry_after = retry_after
+        self.location = location
         if encoding in ("gzip", "x-gzip", "deflate"):
             zlib = importlib.import_module("zlib")
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -2541,20 +2830,21 @@ class Call:
 
     def end(self, failure: Optional[Failure]) -> Reply:
         """The call is over: decide what it came to."""
-        reply, now_ns = self.reply, time.perf_counter_ns()
+        reply = self.reply
+        reply.end_ns = self.ended_ns or time.perf_counter_ns()
         failure = self.failure or failure
         if failure is None and reply.http_status is not None and not 200 <= reply.http_status < 300:
             failure = self._refusal(reply.http_status)
-        elif failure is not None:
-            self.newest_ns = None  # it ends now, not when its last byte came
-        else:
+        elif failure is None:
             self._feed()
             self._reader.finish()
         reply.failure = failure or reply.failure
-        reply.end_ns = self.newest_ns or now_ns
         return reply
 
     def _refusal(self, status: int) -> Failure:
+        if self.location and 300 <= status < 400:
+            text = f"HTTP {status}: redirects are not followed; Location: {Redactor.url(self.location)}"
+            return Failure("http_error", f"http_{status}", plain(text))
         text = error_body_text(bytes(self.error_body)) or "no message"
         later = f" (Retry-After: {plain(self.retry_after, 40)})" if self.retry_after else ""
         return Failure("http_error", f"http_{status}", plain(f"HTTP {status}{later}: {text}"))
@@ -2635,13 +2925,13 @@ def ask_for_stamps(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
 
 
-def resent_packets(sock: socket.socket) -> int:
-    """Of a new connection: how often its packets had to be sent again (Linux; else 0)."""
+def tcp_info(sock: socket.socket, place: int) -> Optional[int]:
+    """The number at this place, in bytes, of the kernel's struct tcp_info; None where it does not tell (not Linux)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
-            return int.from_bytes(info[TCP_INFO_BYTES - 4 :], sys.byteorder)  # tcpi_total_retrans
-    return 0
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, place + 4)
+            return int.from_bytes(info[place:], sys.byteorder)
+    return None
 
 
 class Tls:
@@ -2662,7 +2952,7 @@ class Tls:
                 await loop.sock_sendall(sock, self._out.read())
                 data = await loop.sock_recv(sock, READ_BUFFER_BYTES)
                 if not data:
-                    raise CallError("tls_error", "closed during the TLS handshake: does it speak TLS?") from None
+                    raise CallError("tls_error", "closed during the TLS handshake") from None
                 self._in.write(data)
             else:
                 await loop.sock_sendall(sock, self._out.read())
@@ -2782,6 +3072,7 @@ class Connection:
         self.closed = False
         self._first_hold = 1 + number % HELD_READS
         self._unsent: memoryview = memoryview(b"")
+        self._refused = False  # the other side took no more bytes of the request
         self._parser: Any = None
         self._done: Optional[asyncio.Future[bool]] = None
         self._stamp_ns = 0
@@ -2795,7 +3086,7 @@ class Connection:
     # --- sending ---
 
     def carry(self, call: Call, done: asyncio.Future[bool]) -> None:
-        """Send; `done` becomes True for a whole reply, False for a stale reuse, or a CallError."""
+        """Send; `done` becomes True for a whole reply, False for a request to send again, or a CallError."""
         self.call, self._done = call, done
         self._parser = self._stopwatch.new_parser(self)
         self._chunked = self._at_chunk = self._delimited = self._keep = self._complete = False
@@ -2821,6 +3112,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             self._stopwatch.watch(self, _READABLE | _WRITABLE)
         except ConnectionError:  # it has stopped listening: perhaps it has said why
+            self._refused = True
             self._stopwatch.watch(self, _READABLE)
         except OSError as error:
             self.broken(error)
@@ -2946,8 +3238,8 @@ class Connection:
         self._delimited = self._chunked or b"content-length" in headers or status in (204, 304)
         self._keep = self._delimited and self._parser.should_keep_alive()
         self.hold = self._first_hold if self._chunked else 1
-        encoding, retry_after = (headers.get(name, b"").decode("latin-1").strip() for name in KEPT_HEADERS)
-        call.head(status, encoding.lower(), retry_after)
+        encoding, *others = (headers.get(name, b"").decode("latin-1").strip() for name in KEPT_HEADERS)
+        call.head(status, encoding.lower(), *others)
 
     def on_body(self, data: bytes) -> None:
         self._at_chunk = False
@@ -2976,9 +3268,26 @@ class Connection:
         elif call.reply.http_status is not None and not self._delimited:
             self._finish(None)
         elif call.reply.reads == 0:
-            self._finish(CallError("closed", "the server closed the connection without a reply"))
+            self._stopwatch.ignore(self)
+            self._closed_unanswered(call)
         else:
             self._finish(CallError("cut", f"the connection was closed within the reply, after {call.size} bytes"))
+
+    def _closed_unanswered(self, call: Call) -> None:
+        """Closed without a reply: by a server that had read the request, or by one that never will?
+
+        One that has read everything ends its connection in order, however it fails. One that has not answers with a
+        reset, within one round trip: at once, or right behind the end that was under way when the request was sent.
+        """
+        if self.call is not call:  # out of time meanwhile
+            return
+        taken = tcp_info(self.sock, TCP_UNACKNOWLEDGED) == 0
+        reset = self._refused or self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+        if reset or taken or not call.may_be_unread():
+            why = "closed", "the server closed the connection without a reply"
+            self._finish(CallError(*why), unread=reset and call.may_be_unread())
+        else:
+            self._stopwatch.loop.call_later(STALE_S / 200, self._closed_unanswered, call)
 
     def broken(self, error: OSError) -> None:
         """What the system said instead of reading or writing; that there is nothing to read is no trouble."""
@@ -2989,10 +3298,11 @@ class Connection:
         if self.call is None:
             self._stopwatch.discard(self)
         else:
-            self._finish(CallError(*classify(error)))
+            failed = CallError(*classify(error))
+            self._finish(failed, unread=failed.failure.kind == "reset" and self.call.may_be_unread())
 
-    def _finish(self, error: Optional[CallError]) -> None:
-        """The reply has ended: the connection, and then the permit, go to whoever is next."""
+    def _finish(self, error: Optional[CallError], unread: bool = False) -> None:
+        """The reply has ended: the connection, and then the permit, go to whoever is next; an unread request, again."""
         call, done = self.call, self._done
         self.call = self._done = None
         if error is None and self._keep and not self._unsent:
@@ -3004,12 +3314,11 @@ class Connection:
         call.watchdog.stop()
         over_ns = call.newest_ns if self._complete else None  # else the end of the connection has ended it
         call.permits.answered(call, over_ns)
-        stale = error is not None and error.failure.kind in ("closed", "reset") and not call.reply.reads
-        if stale and call.reply.new_connection is False:
+        if unread:
             self._stopwatch.steps.queue(done, False)
             return
         call.is_whole = error is None
-        call.permits.release(over_ns if call.is_whole and over_ns else time.perf_counter_ns())
+        call.free_permit(over_ns if call.is_whole else None)
         self._stopwatch.steps.queue(done, error or True)
 
     def give_up(self, kind: str, message: str) -> None:
@@ -3019,13 +3328,20 @@ class Connection:
         if self.call is not None:
             self._finish(CallError(kind, message))
 
+    def end_if_complete(self) -> None:
+        """The end of the reply is overdue: it is not waited for where nothing of the answer can be missing."""
+        if self.pieces:
+            self.parse()
+        if self.call is not None and self.call.settled:
+            self._finish(CallError("no_end", "a complete reply without an end"))
+
     def abandon(self) -> None:
         """The caller has left."""
         if self.call is not None:
             self._finish(CallError("aborted", "stopped before the reply had ended"))
 
 
-KEPT_HEADERS = (b"content-encoding", b"retry-after")
+KEPT_HEADERS = (b"content-encoding", b"retry-after", b"location")
 
 
 def _reason(error: BaseException) -> str:
@@ -3119,6 +3435,7 @@ class Stopwatch:
         self._alive_ns = time.perf_counter_ns()  # when the event loop last was in time, as far as is known
         self._beat_handle = self.loop.call_later(BEAT_S, self._beat)
         self.loop.add_reader(self._poller.fileno(), self._read_ready)
+        self._sweep_handle = self.loop.call_later(END_GRACE_S / 2, self._sweep)
 
     @staticmethod
     def missing() -> str:
@@ -3175,14 +3492,14 @@ class Stopwatch:
         try:
             connection = await self._connect()
         except CallError as error:
-            call.permits.release(time.perf_counter_ns())
+            call.free_permit()
             self.steps.queue(done, error)
             return
         except BaseException:  # cancelled: the caller has left
-            call.permits.release(time.perf_counter_ns())
+            call.free_permit()
             raise
         call.reply.connect_ns = (call.reply.connect_ns or 0) + time.perf_counter_ns() - begun_ns
-        call.reply.syn_resent += resent_packets(connection.sock)
+        call.reply.syn_resent += tcp_info(connection.sock, TCP_RESENT) or 0
         connection.carry(call, done)
 
     async def _connect_ahead(self, total: int) -> None:
@@ -3216,29 +3533,59 @@ class Stopwatch:
         if not self._addresses:
             origin = self._origin
             self._addresses = await self.loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-        refusal: Optional[OSError] = None
-        for family, kind, proto, _, address in self._addresses:
-            sock = socket.socket(family, kind, proto)
-            try:
-                return sock, await self._prepare(sock, address)
-            except OSError as error:
-                sock.close()
-                refusal = error  # the next address may answer
-            except BaseException:
-                sock.close()
-                raise
-        raise refusal or OSError("no address")
+        race = len(self._addresses) > 1
+        sock = await (self._race(list(self._addresses)) if race else self._dial(self._addresses[0]))
+        try:
+            tls = None
+            if self._tls_context is not None:
+                tls = Tls(self._tls_context, self._origin.host)
+                await tls.handshake(self.loop, sock)
+            ask_for_stamps(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock, tls
 
-    async def _prepare(self, sock: socket.socket, address: Any) -> Optional[Tls]:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await self.loop.sock_connect(sock, address)
-        tls = None
-        if self._tls_context is not None:
-            tls = Tls(self._tls_context, self._origin.host)
-            await tls.handshake(self.loop, sock)
-        ask_for_stamps(sock)
-        return tls
+    async def _race(self, addresses: Sequence[Any]) -> socket.socket:
+        """The first connection of several addresses, each tried when the one before has failed or is slow to answer.
+
+        Whichever answers is asked first from then on. (Event loops can do it, too, but uvloop cannot.)
+        """
+        waiting, refusal = list(addresses), OSError("no address")
+        attempts: dict[asyncio.Future[socket.socket], Any] = {}
+        try:
+            while waiting or attempts:
+                if waiting:
+                    address = waiting.pop(0)
+                    attempts[asyncio.ensure_future(self._dial(address))] = address
+                limit_s = NEXT_ADDRESS_S if waiting else None
+                done, _ = await asyncio.wait(attempts, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in done:
+                    address = attempts.pop(attempt)
+                    try:
+                        sock: socket.socket = attempt.result()
+                    except OSError as error:
+                        refusal = error
+                        continue
+                    self._addresses = [address, *(other for other in addresses if other != address)]
+                    return sock
+            raise refusal
+        finally:
+            for attempt in attempts:
+                attempt.add_done_callback(_close_what_came)
+                attempt.cancel()
+
+    async def _dial(self, address: Any) -> socket.socket:
+        family, kind, proto, _, place = address
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self.loop.sock_connect(sock, place)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     # --- what connections ask for ---
 
@@ -3249,12 +3596,16 @@ class Stopwatch:
     def keep(self, connection: Connection) -> None:
         self._idle.append(connection)
 
+    def ignore(self, connection: Connection) -> None:
+        """It has nothing more to say."""
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            self._poller.remove(connection)
+
     def discard(self, connection: Connection) -> None:
         if connection.closed:
             return
         connection.closed = True
-        with contextlib.suppress(KeyError, ValueError, OSError):
-            self._poller.remove(connection)
+        self.ignore(connection)
         connection.sock.close()
         self._all.discard(connection)
         with contextlib.suppress(ValueError):
@@ -3359,7 +3710,17 @@ class Stopwatch:
         self._tick_handle = self.loop.call_later(self._tick_s, self._tick)
         self._read_ready()
 
+    def _sweep(self) -> None:
+        """End complete replies whose last chunk does not come: they would hold their permits until --timeout."""
+        self._sweep_handle = self.loop.call_later(END_GRACE_S / 2, self._sweep)
+        self._read_ready()  # a process that was stopped has it waiting in its sockets
+        quiet_ns = time.perf_counter_ns() - int(END_GRACE_S * 1e9)
+        for connection in list(self._all):
+            if connection.call and connection.call.newest_ns and connection.call.newest_ns < quiet_ns:
+                connection.end_if_complete()
+
     def close(self) -> None:
+        self._sweep_handle.cancel()
         self._set_tick(0.0)
         self._beat_handle.cancel()
         self.loop.remove_reader(self._poller.fileno())
@@ -3368,15 +3729,23 @@ class Stopwatch:
         self._poller.close()
 
 
+def _close_what_came(attempt: asyncio.Future[socket.socket]) -> None:
+    """A connection that came second."""
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
+
+
 class Watchdog:
     """Ends a call that takes too long: one timer, re-armed at the nearest of the limits."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Timeouts) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Timeouts, end_grace_s: float = math.inf) -> None:
+        """`end_grace_s`: how long a complete reply may owe its end; infinite where somebody else looks after that."""
         self._loop = loop
         self._limits = limits
+        self._end_grace_s = end_grace_s
         self._deadline_s = loop.time() + limits.total_s
         # A limit that starts to run only later (the idle one, with the first byte) is met by looking again.
-        self._look_again_s = min(limits.first_byte_s or math.inf, limits.idle_s or math.inf)
+        self._look_again_s = min(limits.first_byte_s or math.inf, limits.idle_s or math.inf, end_grace_s)
         self._armed_s = loop.time()
         self._excused_ns: Optional[int] = -1  # the newest arrival when lateness was last excused
         self._handle: Optional[asyncio.TimerHandle] = None
@@ -3398,6 +3767,9 @@ class Watchdog:
             quiet_s = (time.perf_counter_ns() - since_ns) / 1e9
             if now_s + limit_s - quiet_s < at_s:
                 at_s, kind, message = now_s + limit_s - quiet_s, name, f"{what} for {limit_s:g} s"
+        quiet_since_ns = time.perf_counter_ns() - self._end_grace_s * 1e9
+        if call.newest_ns is not None and call.newest_ns < quiet_since_ns and call.settled:
+            at_s = now_s
         late = now_s - self._armed_s > LATE_LOOP_S and self._excused_ns != call.newest_ns
         if at_s > now_s:
             self._arm(min(at_s, now_s + self._look_again_s), call)
@@ -3461,7 +3833,7 @@ def classify(error: BaseException) -> tuple[str, str]:
     if isinstance(chain[-1], (TimeoutError, asyncio.TimeoutError, asyncio.CancelledError)):
         chain = [cause for cause in chain if type(cause).__name__ == "ConnectTimeout"] or chain  # it says which
     for cause in reversed(chain):
-        code = importlib.import_module("errno").errorcode.get(getattr(cause, "errno", None) or 0, "")
+        code = errno.errorcode.get(getattr(cause, "errno", None) or 0, "")
         if code in _CLIENT_LIMITS:
             return "client_limit", _CLIENT_LIMITS[code]
         if code in _UNREACHABLE:
@@ -3483,6 +3855,12 @@ class Dialect:
     limit_field: str = "max_tokens"
     include_usage: bool = True
     continuous_usage: bool = False
+
+    @classmethod
+    def before(cls, config: Config) -> Dialect:
+        """What is tried first."""
+        limit_field = "max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field
+        return cls(limit_field, continuous_usage=config.continuous_usage)
 
 
 def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str, Any]:
@@ -3575,8 +3953,6 @@ def failure_of(call: Call, error: Exception) -> Optional[Failure]:
     if status is not None and not 200 <= status < 300 and not isinstance(error, CallError):
         return None  # said by the status itself
     kind, message = classify(error)
-    if kind == "tls_error":
-        message += "; --ca-file FILE trusts a private authority, --insecure trusts anybody"
     return Failure("http_error", kind, plain(message))
 
 
@@ -3595,6 +3971,7 @@ class Sdk:
     def __init__(self, config: Config, http_client: Any) -> None:
         openai, _ = import_sdk()
         api_base, login = split_login(config.api_base)
+        api_base, query = split_query(api_base)
         self.client = client_class(openai)(
             api_key=config.api_key or "none",
             base_url=api_base,
@@ -3602,6 +3979,7 @@ class Sdk:
             timeout=config.timeout,
             http_client=http_client,
             default_headers={"Accept-Encoding": "identity", **login},
+            default_query=dict(parse_qsl(query, keep_blank_values=True)),
         )
         # `Omit` leaves a field out; before openai 1.98 it has no public name.
         omit = getattr(openai, "Omit", None) or importlib.import_module("openai._types").Omit
@@ -3671,11 +4049,12 @@ class StopwatchTransport:
                 if content is None:
                     content = json.dumps(parts.get("json"), ensure_ascii=False, separators=(",", ":")).encode()
                 pairs = headers if isinstance(headers, list) else list(headers.items())
-                key = (method, url, tuple(pairs))
+                key = (method, url, tuple(pairs))  # the query is the client's own, and so the same for all
                 if key not in kept:
                     kept.clear()
-                    request = httpx.Request(method, url, headers=pairs)
-                    kept[key] = request, httpx.Response(200, request=request), http_head(method, str(url), pairs)
+                    request = httpx.Request(method, url, params=parts.get("params"), headers=pairs)
+                    head = http_head(method, str(request.url), pairs)
+                    kept[key] = request, httpx.Response(200, request=request), head
                 request, _, head = kept[key]
                 _CALL.get().payload = b"%sContent-Length: %d\r\n\r\n%s" % (head, len(content), content)
                 return request
@@ -3745,7 +4124,7 @@ class SdkTransport:
             if asking:
                 asking.cancel()
 
-        watchdog = Watchdog(asyncio.get_running_loop(), self._timeouts)
+        watchdog = Watchdog(asyncio.get_running_loop(), self._timeouts, END_GRACE_S)
         watchdog.start(call, give_up)
         return watchdog
 
@@ -3758,20 +4137,47 @@ class SdkTransport:
             raise
         watchdog = self._watch(call)
         try:
-            await self._read(call, await self._sdk.create(body))
+            await self._read(call, await self._create(call, body))
         finally:
             watchdog.stop()
             call.permits.answered(call)
-            call.permits.release(call.newest_ns or time.perf_counter_ns())
+            call.free_permit()
+
+    async def _create(self, call: Call, body: Mapping[str, Any]) -> Any:
+        """The SDK's stream; asked for again as long as a kept connection turns out to have been closed before."""
+        while True:
+            try:
+                return await self._sdk.create(body)
+            except Exception as error:
+                if classify(error)[0] != "reset" or not call.may_be_unread():
+                    raise
+                call.reply.reconnects += 1
+
+    async def _trace(self, event: str, _: Mapping[str, Any]) -> None:
+        """What the HTTP client tells of a request on its way: connecting, ready to write, written."""
+        call, now_ns = _CALL.get(), time.perf_counter_ns()
+        reply = call.reply
+        if event == "connection.connect_tcp.started":
+            self.connections += 1
+            reply.new_connection = True
+        elif event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            reply.connect_ns = now_ns - (reply.sent_ns or now_ns)  # as yet the time at which it was handed over
+        elif event == "http11.send_request_headers.started" and not reply.reconnects:
+            reply.ready_ns = now_ns
+        elif event == "http11.send_request_body.complete":
+            reply.sent_ns = now_ns
+            call.permits.sent(call)
 
     def _http_client(self, httpx: ModuleType) -> Any:
         # Of its own time-outs only the one to connect: the watchdog has the others, as in the stopwatch.
         limits = {"connect": self._timeouts.connect_s, "read": None, "write": None, "pool": None}
+        own = {"timeout": limits, "trace": self._trace}
 
         class Client(httpx.AsyncClient):  # type: ignore[name-defined, misc]
             async def send(self, request: Any, **options: Any) -> Any:
                 call = _CALL.get()
-                request.extensions = {**request.extensions, "timeout": limits, "trace": partial(follow, call)}
+                request.extensions = {**request.extensions, **own}
+                call.reply.new_connection = False
                 call.reply.ready_ns = call.reply.sent_ns = time.perf_counter_ns()
                 response = await super().send(request, **{**options, "stream": True})
                 call.newest_ns = time.perf_counter_ns()
@@ -3798,20 +4204,6 @@ class SdkTransport:
 
     async def aclose(self) -> None:
         await self._sdk.client.close()
-
-
-async def follow(call: Call, event: str, info: Mapping[str, Any]) -> None:
-    """What the SDK's HTTP library tells of a request on its way: connecting, ready to write, written."""
-    reply, now_ns = call.reply, time.perf_counter_ns()
-    if event == "connection.connect_tcp.started":
-        reply.new_connection, reply.ready_ns = True, now_ns
-    elif event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-        reply.connect_ns = now_ns - (reply.ready_ns or now_ns)
-    elif event == "http11.send_request_headers.started":
-        reply.ready_ns = now_ns
-    elif event == "http11.send_request_body.complete":
-        reply.sent_ns = now_ns
-        call.permits.sent(call)
 
 
 async def start_of(response: Any) -> bytes:
@@ -3873,23 +4265,45 @@ def open_transport(config: Config, concurrency: int) -> Transport:
     return StopwatchTransport(config)
 
 
+_NOT_TLS = re.compile("wrong version number|record layer|packet length|closed during the TLS handshake", re.IGNORECASE)
+
+
+def advice(failure: Failure, config: Config, environ: Mapping[str, str]) -> str:
+    """What a user can do about a failure that an option explains; empty for any other."""
+    if failure.kind == "http_404" and "/v" not in urlsplit(config.api_base).path:
+        return "does --api-base lack its /v1?"
+    if failure.kind in ("http_401", "http_403"):
+        given = environ.get("OPENAI_API_KEY")
+        source = "--api-key" if given or config.api_key != DEFAULT_API_KEY else "the default: no $OPENAI_API_KEY"
+        return f"the key was that of {'$OPENAI_API_KEY' if config.api_key == given else source}"
+    if failure.kind != "tls_error":
+        return ""
+    if _NOT_TLS.search(failure.message):
+        return "the port seems not to speak TLS: http:// instead of https://?"
+    return "" if config.insecure else "--ca-file FILE trusts a private authority, --insecure trusts anybody"
+
+
 class Sender:
     """Asks the server one request at a time in the dialect it takes, and blanks secrets in what it says."""
 
     def __init__(self, config: Config, concurrency: int) -> None:
         self.transport = open_transport(config, concurrency)
-        limit_field = "max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field
-        self.dialect = Dialect(limit_field, continuous_usage=config.continuous_usage)
+        self.dialect = Dialect.before(config)
         self._config = config
         self._redactor = Redactor.of(config, os.environ)
 
     async def __call__(self, request: Request, permits: Permits) -> Reply:
         reply = await self.transport.exchange(request_body(self._config, self.dialect, request), permits)
-        if reply.failure:  # some servers say which key they did not like
-            reply.failure = reply.failure._replace(message=self._redactor.text(reply.failure.message))
+        if reply.failure:
+            reply.failure = reply.failure._replace(message=self._explained(reply.failure))
         if reply.finish_reason:
             reply.finish_reason = self._redactor.text(plain(reply.finish_reason, 40))
         return reply
+
+    def _explained(self, failure: Failure) -> str:
+        """Without secrets, as some servers say which key they did not like; the cure behind, where there is one."""
+        message, cure = self._redactor.text(failure.message), advice(failure, self._config, os.environ)
+        return f"{message[: ERROR_TEXT_CHARS - len(cure) - 2]}; {cure}" if cure else message
 
 
 # === 11. Runner ===
@@ -3918,21 +4332,58 @@ class Stop:
         self.now.set()
 
 
-class Breaker:
-    """Ends a run that fails everything, or more than was allowed."""
+SHEDDING = ("http_429", "http_503")  # by these a server says that it is busy, and serves others meanwhile
 
-    def __init__(self, tally: Tally, stop: Stop, most_errors: Optional[int]) -> None:
+
+class Breaker:
+    """Ends a run that fails everything, that nobody listens to any more, or that fails more than was allowed.
+
+    By itself it does so only after a row of like failures, and when whatever was under way as the row began has ended,
+    too: a server that refuses within milliseconds may be serving others all the while. What was under way is known by
+    the permits: each has exactly one request that got it before that time and ended after it.
+    """
+
+    def __init__(self, tally: Tally, stop: Stop, concurrency: int, most_errors: Optional[int]) -> None:
         self._tally = tally
         self._stop = stop
+        self._concurrency = concurrency
         self._most = most_errors
+        self._newest_ns = 0
+        self._kind: Optional[str] = None  # of the row
+        self._row = 0
+        self._kinds: set[str] = set()
+        self._since_ns = 0  # when the row began, or went on
+        self._heard = 0  # requests under way then that have ended
 
     def add(self, record: Record) -> None:
-        if record.ok or record.aborted:
+        reply, kind = record.reply, record.error_kind
+        self._newest_ns = max(self._newest_ns, reply.end_ns or 0)
+        if reply.free_ns is not None and reply.free_ns < self._since_ns <= (reply.end_ns or 0):
+            self._heard += 1
+        if record.aborted:
+            return
+        if record.ok:
+            self._kind = None
             return
         if self._most is not None and self._tally.errors >= self._most:
             self._stop.end(f"stopped after {self._tally.errors} errors (--stop-after-errors)")
-        elif self._tally.identical_failures() >= IDENTICAL_FAILURES_TO_STOP:
-            self._stop.end(f"stopped: the first {self._tally.errors} requests all failed alike")
+        if kind in SHEDDING:
+            return
+        if kind != self._kind:
+            self._kind, self._row = kind, 0
+            self._kinds.add(kind)
+        if self._row % (IDENTICAL_FAILURES_TO_STOP + 4 * self._concurrency) == 0:
+            # Anew from time to time: a process that had not begun yet had nothing under way.
+            self._heard, self._since_ns = 1, self._newest_ns
+        self._row += 1
+        if self._row >= IDENTICAL_FAILURES_TO_STOP and self._heard >= self._concurrency:
+            self._judge(kind)
+
+    def _judge(self, kind: str) -> None:
+        if kind == "connect_refused":
+            self._stop.end(f"stopped: {self._row} connections in a row were refused")
+        elif not self._tally.ok and len(self._kinds) == 1:
+            self._stop.end(f"stopped: the first {self._row} requests all failed alike")
 
 
 @dataclass(frozen=True)
@@ -4081,6 +4532,22 @@ def waiting_for_core_s() -> float:
         return 0.0
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a warm-up has taught: the dialect, and (words, prompt tokens counted) of each synthetic prompt."""
+
+    dialect: Dialect
+    counted: Sequence[Sequence[int]] = ()
+
+
+def agreed(config: Config, lessons: Sequence[Lesson]) -> Lesson:
+    """What all processes go by: every concession that one of them had to make, and all their counts."""
+    first = dataclasses.asdict(Dialect.before(config))
+    said = [item for lesson in lessons for item in dataclasses.asdict(lesson.dialect).items()]
+    conceded = {name: value for name, value in said if value != first[name]}
+    return Lesson(Dialect(**{**first, **conceded}), [pair for lesson in lessons for pair in lesson.counted])
+
+
 @dataclass
 class Part:
     """One process's part of a measured point: its jobs, its share of the concurrency, and where records go."""
@@ -4090,56 +4557,85 @@ class Part:
     schedule: ClosedLoop
     sinks: Sequence[Sink]
     stop: Stop
-    # Told the start of the timed part, in ns of perf_counter, and how to ask for the tokens of replies under way.
-    begin: Callable[[int, Callable[[], int]], None]
+    # Told the start of the timed part, in ns of perf_counter, its options, and how to ask for the tokens on their way.
+    begin: Callable[[int, Config, Callable[[], int]], None]
 
     @property
     def concurrency(self) -> int:
         return share(self.config.concurrency, self.schedule.shard, self.schedule.shards)
 
+    @property
+    def warmup(self) -> int:
+        """Its share of the warm-up: at least one request, as each process has something to open and to learn."""
+        whole = self.config.warmup
+        return max(1, share(whole, self.schedule.shard, self.schedule.shards)) if whole else 0
 
-async def warm_up(part: Part, sender: Sender) -> None:
+    def after(self, lesson: Lesson) -> Part:
+        """The same with synthetic prompts of the length that the server counts."""
+        config = calibrated(self.config, lesson.counted)
+        changed = config.prompt_calibration != self.config.prompt_calibration
+        return dataclasses.replace(self, config=config, workload=workload_of(config, None)) if changed else self
+
+
+class Kept(list[Record]):
+    """A sink that keeps its records: for the few of a warm-up."""
+
+    add = list.append
+
+
+async def warm_up(part: Part, sender: Sender) -> Lesson:
     """Open every connection, learn what the server takes. Raises RunError when every call fails."""
-    count = share(part.config.warmup, part.schedule.shard, part.schedule.shards)
-    tally = await _warm_up_once(part, sender, count)
+    tally, kept = await _warm_up_once(part, sender)
     while tally.errors and not tally.ok:
         dialect = concede(sender.dialect, part.config, tally.error_groups())
         if dialect is None or part.stop.draining.is_set():
             break
         note(f"the server refused ({tally.first_error()}); trying {dialect}")
         sender.dialect = dialect
-        tally = await _warm_up_once(part, sender, count)
-    if part.stop.interrupted:
-        return
-    if tally.errors and not tally.ok:
-        raise RunError(f"the warm-up failed, nothing was measured: {tally.first_error()}")
-    if tally.errors:
-        note(f"{tally.errors} of {count} warm-up requests failed: {tally.first_error()}")
+        tally, kept = await _warm_up_once(part, sender)
+    if tally.errors and not part.stop.interrupted:
+        if not tally.ok:
+            raise RunError(f"the warm-up failed, nothing was measured: {tally.first_error()}")
+        note(f"{tally.errors} of {part.warmup} warm-up requests failed: {tally.first_error()}")
+    counts = ((warmup_words(part.config, record.job.index), record.reply.prompt_tokens) for record in kept if record.ok)
+    return Lesson(sender.dialect, [(words, tokens) for words, tokens in counts if tokens])
 
 
-async def _warm_up_once(part: Part, sender: Sender, count: int) -> Tally:
+async def _warm_up_once(part: Part, sender: Sender) -> tuple[Tally, Kept]:
     """All at once, as the measured run will be, so that it finds its connections open."""
-    tally = Tally()
+    tally, kept = Tally(), Kept()
     shard, shards = part.schedule.shard, part.schedule.shards
-    schedule = ClosedLoop(count * shards, shard, shards)
-    pool = Pool(Load(schedule, partial(warmup_request, part.config), sender, [tally], part.concurrency), part.stop)
+    schedule = ClosedLoop(part.warmup * shards, shard, shards)
+    load = Load(schedule, partial(warmup_request, part.config), sender, [tally, kept], part.concurrency)
+    pool = Pool(load, part.stop)
     await pool.prepare()
     await pool.drain(time.perf_counter_ns())
-    return tally
+    return tally, kept
 
 
-async def measure(part: Part, released: Optional[Callable[[], Awaitable[int]]] = None) -> Optional[Health]:
-    """Warm up, prepare, wait for the release if there is one, run; None when stopped before the timed part."""
+class Peers:
+    """Those who run at the same time: what all go by after the warm-up, and when all start. Here nobody else."""
+
+    async def agree(self, lesson: Lesson) -> Lesson:
+        return lesson
+
+    async def start_ns(self) -> int:
+        return time.perf_counter_ns()
+
+
+async def measure(part: Part, peers: Peers) -> Optional[Health]:
+    """Warm up, agree on what it taught, prepare, start together; None when stopped before the timed part."""
     sender = Sender(part.config, part.concurrency)
     try:
-        await warm_up(part, sender)
+        lesson = await peers.agree(await warm_up(part, sender))
+        sender.dialect, part = lesson.dialect, part.after(lesson)
         pool = Pool(Load(part.schedule, part.workload, sender, part.sinks, part.concurrency), part.stop)
         await pool.prepare()
-        origin_ns = await released() if released else time.perf_counter_ns()
+        origin_ns = await peers.start_ns()
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
             return None
-        part.begin(origin_ns, pool.permits.arriving_tokens)
+        part.begin(origin_ns, part.config, pool.permits.arriving_tokens)
         client = ClientHealth()
         opened_before = sender.transport.connections
         client.start()
@@ -4251,28 +4747,25 @@ async def shard_main(shard: int, shards: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # the parent decides
     orders, pipe = await _stdin_lines()
     config = Config(**json.loads(await orders.readline()))
-    workload = workload_of(config, load_requests(config.requests_file, config.system_prompt))
+    corpus = Corpus(config.requests_file, config.system_prompt).open(check=False) if config.requests_file else None
     stop = Stop()
     schedule = ClosedLoop(config.total_requests).part(shard, shards)
     telling: list[asyncio.Future[None]] = []
 
-    def begin(origin_ns: int, arriving: Callable[[], int]) -> None:
+    def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
         telling.append(asyncio.ensure_future(tell_progress(arriving)))
 
-    part = Part(config, workload, schedule, [ParentSink()], stop, begin)
-    go: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    listener = asyncio.ensure_future(follow_orders(orders, stop, go))
-
-    async def released() -> int:
-        send_to_parent({"ready": shard})
-        return await go
-
+    part = Part(config, workload_of(config, corpus), schedule, [ParentSink()], stop, begin)
+    siblings = Siblings()
+    listener = asyncio.ensure_future(follow_orders(orders, stop, siblings))
     try:
-        health = await measure(part, released)
+        health = await measure(part, siblings)
         send_to_parent({"health": dataclasses.asdict(health) if health else None})
     except (UserError, RunError) as error:
         send_to_parent({"fatal": str(error)})
     finally:
+        if corpus:
+            corpus.close()
         for task in (listener, *telling):
             task.cancel()
         pipe.close()
@@ -4292,19 +4785,42 @@ async def _stdin_lines() -> tuple[asyncio.StreamReader, asyncio.BaseTransport]:
     return reader, pipe
 
 
-async def follow_orders(orders: asyncio.StreamReader, stop: Stop, go: asyncio.Future[int]) -> None:
-    """Orders of the parent: `go ORIGIN_NS`, `press`, `end`; its end of file ends everything."""
+class Siblings(Peers):
+    """The other processes of the same run, by way of the parent."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.agreed: asyncio.Future[Lesson] = loop.create_future()
+        self.go: asyncio.Future[int] = loop.create_future()
+
+    async def agree(self, lesson: Lesson) -> Lesson:
+        send_to_parent({"lesson": dataclasses.asdict(lesson)})
+        return await self.agreed
+
+    async def start_ns(self) -> int:
+        send_to_parent({"ready": True})
+        return await self.go
+
+
+def lesson_from(said: Mapping[str, Any]) -> Lesson:
+    return Lesson(Dialect(**said["dialect"]), said["counted"])
+
+
+async def follow_orders(orders: asyncio.StreamReader, stop: Stop, siblings: Siblings) -> None:
+    """Orders of the parent: `agreed LESSON`, `go ORIGIN_NS`, `press`, `end`; its end of file ends everything."""
     while True:
-        words = (await orders.readline()).split()
-        if not words:
+        order, _, value = (await orders.readline()).strip().partition(b" ")
+        if not order:
             os._exit(1)
-        if words[0] == b"go":
-            if not go.done():
-                go.set_result(int(words[1]))
-        elif words[0] == b"press":
+        if order == b"agreed":
+            siblings.agreed.set_result(lesson_from(json.loads(value)))
+        elif order == b"go":
+            if not siblings.go.done():
+                siblings.go.set_result(int(value))
+        elif order == b"press":
             stop.press()
-            if not go.done():
-                go.set_result(0)
+            if not siblings.go.done():
+                siblings.go.set_result(0)
         else:
             stop.end("")
 
@@ -4316,8 +4832,9 @@ class Shard:
         """`part`: what this process has to do, its records going to the parent's own sinks."""
         self._part = part
         self._process: Optional[asyncio.subprocess.Process] = None
+        self.lesson: asyncio.Future[Optional[Lesson]] = asyncio.get_running_loop().create_future()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._seen: set[int] = set()
+        self._seen = bytearray(len(part.schedule))  # 1: its record has come; by the place among this process's jobs
         self.health: Optional[Health] = None
         self.done = False
         self.arriving_tokens = 0
@@ -4356,12 +4873,11 @@ class Shard:
             except ValueError:  # cut by its death
                 break
             if "record" in message:
-                record = record_from(message["record"])
-                self._seen.add(record.job.index)
-                for sink in self._part.sinks:
-                    sink.add(record)
+                self._take(record_from(message["record"]))
             elif "arriving" in message:
                 self.arriving_tokens = message["arriving"]
+            elif "lesson" in message:
+                self.lesson.set_result(lesson_from(message["lesson"]))
             elif "ready" in message:
                 self.ready.set_result(None)
             elif "fatal" in message:
@@ -4369,9 +4885,15 @@ class Shard:
             else:
                 self.done = True
                 self.health = Health(**message["health"]) if message["health"] else None
-        if not self.ready.done():
-            self.ready.set_result(None)
+        for waiting in (self.lesson, self.ready):
+            if not waiting.done():
+                waiting.set_result(None)
         await self._process.wait()
+
+    def _take(self, record: Record) -> None:
+        self._seen[record.job.index // self._part.schedule.shards] = 1
+        for sink in self._part.sinks:
+            sink.add(record)
 
     def close(self) -> None:
         if self._process and self._process.stdin:
@@ -4386,10 +4908,11 @@ class Shard:
         """Jobs that died with it become records, too."""
         if self.done:
             return
-        jobs = [job for job in self._part.schedule if job.index not in self._seen]
-        note(f"process {self._part.schedule.shard} died; its {len(jobs)} unfinished requests count as errors")
         lost = Failure("http_error", "process_lost", "the client process that had this request died")
-        for job in jobs:
+        unfinished = self._seen.count(0)
+        why = f"died ({self.fatal})" if self.fatal else "died"
+        note(f"process {self._part.schedule.shard} {why}; its {unfinished} unfinished requests count as errors")
+        for job in itertools.compress(self._part.schedule, map((1).__sub__, self._seen)):
             for sink in self._part.sinks:
                 sink.add(Record(job, Reply(failure=lost), origin_ns))
 
@@ -4405,13 +4928,17 @@ async def measure_sharded(part: Part) -> list[Health]:
         for shard in shards:
             await shard.start()
             listeners.append(asyncio.ensure_future(shard.listen()))
-        await asyncio.gather(*(shard.ready for shard in shards))
+        lessons = await asyncio.gather(*(shard.lesson for shard in shards))
         fatal = next((shard.fatal for shard in shards if shard.fatal), "")
         if fatal:
             raise RunError(fatal)
+        lesson = agreed(part.config, [one for one in lessons if one])
+        for shard in shards:
+            shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
+        await asyncio.gather(*(shard.ready for shard in shards))
         origin_ns = time.perf_counter_ns()
         if not part.stop.draining.is_set():
-            part.begin(origin_ns, lambda: sum(shard.arriving_tokens for shard in shards))
+            part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
         for shard in shards:
             shard.order(f"go {origin_ns}")
         await asyncio.gather(*listeners)
@@ -4495,7 +5022,7 @@ def _url(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"takes a URL like {DEFAULT_API_BASE}, not {plain(Redactor.url(re.sub('.*@', '***@', text)), 80)!r}"
         )
-    return text.rstrip("/")
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
 
 
 def _api_key(text: str) -> str:
@@ -4513,6 +5040,30 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError('takes a JSON object like {"ignore_eos": true}')
     return value
+
+
+def _extra_body(text: str) -> dict[str, Any]:
+    value = _json_object(text)
+    for name, option in (("model", "--model"), ("messages", "--requests-file"), ("stream", "--stream")):
+        if name in value:
+            raise argparse.ArgumentTypeError(f"takes no {name}: {option} sets it")
+    if value.get("n", 1) not in (1, None):
+        raise argparse.ArgumentTypeError(
+            "takes no n but 1: first token, gaps and tokens of several choices in one reply cannot be told apart"
+        )
+    return value
+
+
+def _calibration(text: str) -> list[float]:
+    try:
+        per_word, constant = map(float, text.split(","))
+        if 0 < per_word < math.inf and abs(constant) < math.inf:
+            return [per_word, constant]
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"takes two numbers, tokens per word and tokens besides, as a report shows them, not {plain(text, 60)!r}"
+    )
 
 
 def _engine(text: str) -> str:
@@ -4585,7 +5136,12 @@ def build_parser() -> Parser:
         metavar="N",
         help="requests to make (default: 1024, or one per prompt given)",
     )
-    add("--warmup", type=_count_or_none, metavar="N", help="unmeasured requests before (default: the concurrency)")
+    add(
+        "--warmup",
+        type=_count_or_none,
+        metavar="N",
+        help="unmeasured requests before, all at once (default: as many as are in flight)",
+    )
     add("--stream", action="store_true", help="stream the replies: adds TTFT, TPOT and gaps between chunks")
     add("--continuous-usage", action="store_true", help="with --stream: token counts in every chunk (vLLM, SGLang)")
     add("--temperature", type=_temperature, metavar="T", help="sampling temperature (default: %(default)s)")
@@ -4594,18 +5150,24 @@ def build_parser() -> Parser:
         choices=TOKEN_FIELDS,
         help="name of the output limit (auto: whichever the warm-up accepts)",
     )
-    add("--extra-body", type=_json_object, metavar="JSON", help="object merged into every request body")
+    add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
     add = parser.add_argument_group("Prompts").add_argument
     add(
         "--prompt-tokens",
         type=_positive,
         metavar="N",
-        help="about so long are generated prompts (default: %(default)s)",
+        help="length of generated prompts, by the server's count (default: %(default)s)",
     )
     add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
     add("--requests-file", type=_path, metavar="FILE", help="JSONL, per line: text, prompt or messages; max_tokens")
     add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
     add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
+    add(
+        "--prompt-calibration",
+        type=_calibration,
+        metavar="A,B",
+        help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
+    )
     add = parser.add_argument_group("Output").add_argument
     add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
     add("--append", action="store_true", help="add to an existing --results-csv")
@@ -4636,27 +5198,61 @@ def build_parser() -> Parser:
     return parser
 
 
+def _told_by_body(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that --extra-body overrides, so that the report says what is sent."""
+    body = options.extra_body
+    told = {name: body[name] for name in ("temperature",) if isinstance(body.get(name), (int, float))}
+    for name in OUTPUT_LIMITS:
+        if isinstance(body.get(name), int) and body[name] > 0:
+            told.update(output_tokens=body[name], max_tokens_field=name)
+    return told
+
+
 def build_config(options: argparse.Namespace, prompts: int) -> Config:
     """Options and what follows from them. `prompts`: of the corpus, 0 without one."""
-    given = vars(options)
+    given = {**vars(options), **_told_by_body(options)}
     total = options.total_requests or prompts or 1024
     concurrency = options.concurrency
     derived: dict[str, Any] = {
         "total_requests": total,
-        "output_tokens": options.output_tokens or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
-        "warmup": concurrency if options.warmup is None else options.warmup,
+        "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
+        "warmup": default_warmup(concurrency, total) if options.warmup is None else options.warmup,
         "seed": secrets.randbelow(1 << 32) if options.seed is None else options.seed,
-        "processes": min(concurrency, options.processes or enough_processes(concurrency, options.stream)),
+        "processes": min(concurrency, total, options.processes or enough_processes(options, concurrency)),
     }
     names = [item.name for item in dataclasses.fields(Config)]
     values: dict[str, Any] = {**{name: given.get(name) for name in names}, **derived}
     return Config(**values)
 
 
-def enough_processes(concurrency: int, streamed: bool) -> int:
-    """What --processes auto means: enough for the load, never more than the cores."""
-    each = STREAMS_PER_PROCESS if streamed else WHOLE_PER_PROCESS
-    return max(1, min(os.cpu_count() or 1, math.ceil(concurrency / each)))
+def enough_processes(options: argparse.Namespace, concurrency: int) -> int:
+    """What --processes auto means: so many that each needs at most half a core, never more than the cores; said."""
+    read_us = read_cost_us()
+    tokens = options.output_tokens or 1024
+    requests_per_s = concurrency * AUTO_TOKENS_PER_S / tokens
+    reads_per_s = requests_per_s * READS_PER_REQUEST + (concurrency * AUTO_TOKENS_PER_S if options.stream else 0)
+    share_of_core = reads_per_s * read_us / 1e6
+    enough = max(1, min(os.cpu_count() or 1, math.ceil(share_of_core / AUTO_CORE_SHARE)))
+    costs = f"{read_us:.1f} us a chunk, {read_us * READS_PER_REQUEST:.0f} us a request here"
+    asked = f"{concurrency} in flight at {AUTO_TOKENS_PER_S} tokens/s each"
+    note(f"--processes auto: {enough}; {asked} would take {share_of_core:.0%} of a core ({costs})")
+    return enough
+
+
+def read_cost_us() -> float:
+    """What one chunk of a stream costs here, received, kept and read; takes a few milliseconds."""
+    event = b'data: {"choices":[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}\n\n'
+    near, far = socket.socketpair()
+    buffers, pieces, stamps = [bytearray(READ_BUFFER_BYTES)], [], []
+    with near, far:
+        begun = time.perf_counter()
+        for _ in range(2 * PLAIN_RUN):
+            far.send(event)
+            size = near.recv_into(buffers[0])
+            stamps.append(time.perf_counter_ns())
+            pieces.append(bytes(buffers[0][:size]))
+        StreamReader(Reply()).feed(stamps, pieces)
+        return (time.perf_counter() - begun) / len(pieces) * 1e6
 
 
 def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
@@ -4676,9 +5272,10 @@ def require_model(options: argparse.Namespace) -> None:
     if options.model:
         return
     base = Redactor.url(options.api_base)
+    parts = urlsplit(options.api_base)
     redactor = Redactor.of(options, os.environ)
     try:
-        listed = fetch_json(f"{options.api_base}/models", options.api_key)
+        listed = fetch_json(urlunsplit(parts._replace(path=f"{parts.path}/models")), options.api_key)
         names = ", ".join(str(model["id"]) for model in listed["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
         reason = redactor.text(plain(_reason(error), 100))
@@ -4795,33 +5392,38 @@ class DemoServer:
 class Point:
     """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
 
-    def __init__(self, config: Config, corpus: Sequence[Request]) -> None:
+    def __init__(self, config: Config, corpus: Optional[Corpus]) -> None:
         self.config = config
-        self.tally = Tally(corpus)
+        self.tally = Tally(corpus.own_tokens if corpus else ())
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
         self._workload = workload_of(config, corpus)
+        self._requests_file = corpus.path if corpus else None
 
     async def measure(self, stop: Stop, csv_sink: Optional[CsvSink]) -> None:
         """Raises RunError when the warm-up fails."""
         live: list[LiveLine] = []
 
-        def begin(origin_ns: int, arriving: Callable[[], int]) -> None:
+        def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
             self.origin_ns = origin_ns
+            self.config = dataclasses.replace(config, requests_file=self.config.requests_file)  # as the user named it
+            if not config.requests_file and not config.prompt_calibration:
+                note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
             if csv_sink:
                 csv_sink.begin()
             if not self.config.no_progress:
                 live.append(LiveLine(self.tally, self.config.total_requests, time.perf_counter, arriving))
                 live[0].start()
 
-        breaker = Breaker(self.tally, stop, self.config.stop_after_errors)  # last: it judges by the tally
+        breaker = Breaker(self.tally, stop, self.config.concurrency, self.config.stop_after_errors)  # after the tally
         sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
-        part = Part(self.config, self._workload, ClosedLoop(self.config.total_requests), sinks, stop, begin)
+        config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
+        part = Part(config, self._workload, ClosedLoop(config.total_requests), sinks, stop, begin)
         try:
             if self.config.processes > 1:
                 self.health = await measure_sharded(part)
             else:
-                health = await measure(part)
+                health = await measure(part, Peers())
                 self.health = [health] if health else []
         finally:
             for line in live:
@@ -4871,7 +5473,8 @@ class Invocation:
         if not finished + summary.aborted:
             _say("Interrupted before the first measured request had ended: nothing to report.")
             return 130
-        notices = [ReportWarning(text) for text in self._notices(summary, config, stop)]
+        failed = error_warning(summary)
+        notices = [*([failed] if failed else []), *map(ReportWarning, self._notices(summary, config, stop))]
         truth = self._truth(summary, demo, point.origin_ns) if demo else ""
         details = detail_lines(summary, config, point.health, notices, truth)
         report(summary_block(summary, config.concurrency))
@@ -4880,8 +5483,8 @@ class Invocation:
         self._write_summary(summary, point, stop)
         if stop.interrupted:
             return 130
-        failed = summary.ok == 0 or bool(stop.reason) or summary.errors > config.max_error_rate * finished
-        return 1 if failed else 0
+        useless = summary.ok == 0 or bool(stop.reason) or summary.error_share > config.max_error_rate
+        return 1 if useless else 0
 
     def _truth(self, summary: Summary, demo: DemoServer, since_ns: int) -> str:
         try:
@@ -4938,8 +5541,18 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.ca_file or options.insecure:
         tls_context(Origin.of("https://localhost", options.ca_file, options.insecure))
     keep_files_apart(options)
-    corpus = load_requests(options.requests_file, options.system_prompt)
-    config = build_config(options, len(corpus))
+    corpus = load_requests(options.requests_file, options.system_prompt) if options.requests_file else None
+    try:
+        return benchmark_with(corpus, options, argv)
+    finally:
+        if corpus:
+            corpus.close()
+
+
+def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """The same from where the prompts are known."""
+    prompts = len(corpus) if corpus else 0
+    config = build_config(options, prompts)
     # The simulated server inherits the limit and has every connection.
     need_descriptors(config.concurrency if config.demo else -(-config.concurrency // config.processes))
     invocation = Invocation(config, argv)
@@ -4948,8 +5561,9 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
         if config.demo:
             demo = DemoServer(options.demo_engine)
             config = dataclasses.replace(config, api_base=demo.api_base)
-        import_sdk()  # when it is missing, before any socket is opened
-        for line in notes_before(config, len(corpus)):
+        if importlib.util.find_spec("openai") is None:  # before any socket is opened
+            raise UserError("cannot import openai: pip install openai")
+        for line in notes_before(config, prompts):
             note(line)
         return invocation.run(Point(config, corpus), demo)
     finally:

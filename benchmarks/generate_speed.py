@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["tokenizers>=0.20", "huggingface_hub>=0.23", "tiktoken>=0.7", "tqdm>=4.60"]
+# dependencies = ["transformers>=4.51", "tiktoken>=0.7"]
 # ///
 """What exact prompts cost: generating a corpus against one batch encoding of the very same prompts.
 

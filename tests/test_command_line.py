@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -276,7 +277,8 @@ def test_a_failed_tls_check_tells_the_way_out(cli: Callable[..., Outcome], demo:
     done = cli("--api-base", server.url.replace("http:", "https:"), "--model", "m", *SMALL)
     assert done.code == 1
     assert "tls_error" in done.err
-    assert "--insecure" in done.err
+    assert "http:// instead of https://?" in done.err
+    assert "--insecure" not in done.err  # nothing would become better by it
 
 
 def test_a_proxy_carries_requests_to_hosts_beyond_this_one_and_is_printed(
@@ -292,6 +294,22 @@ def test_a_proxy_carries_requests_to_hosts_beyond_this_one_and_is_printed(
     refused = cli("--api-base", "http://gpu.example/v1", "--model", "m", *SMALL, "--transport", "stopwatch")
     assert refused.code == 2
     assert "--transport sdk does without" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--extra-body", '{"n": 2}'], "no n but 1"),
+        (["--prompt-calibration", "1.1"], "takes two numbers"),
+        (["--prompt-calibration", "0,8"], "takes two numbers"),
+        (["--prompt-calibration", "1.1,nan"], "takes two numbers"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(cli: Callable[..., Outcome], words: list[str], complaint: str) -> None:
+    done = cli("--model", "m", *words)
+    assert done.code == 2
+    assert complaint in done.err
+    assert done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -328,6 +346,8 @@ def test_the_warm_up_learns_what_the_server_takes(
         "1",
         "--total-requests",
         "3",
+        "--warmup",
+        "1",
         "--prompt-tokens",
         "16",
     )
@@ -355,3 +375,15 @@ def peak_kb(server: Demo, count: int) -> int:
 def test_memory_does_not_follow_the_number_of_requests(demo: Callable[..., Demo]) -> None:
     server = demo(ttft_ms=0, gap_ms=0)
     assert peak_kb(server, 5_000) - peak_kb(server, 500) < 3 * 4_500  # kB: 3 a request would be a record kept
+
+
+def test_processes_auto_says_what_it_reckons_with(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    target = [*demo(ttft_ms=1, gap_ms=0).target, *SMALL, "--processes", "auto", "--stream"]
+    done = cli(*target)
+    assert done.code == 0, done.err
+    said = re.search(
+        r"--processes auto: (\d+); (\d+) in flight at 100 tokens/s each .* us a chunk, .* us a request", done.err
+    )
+    assert said, done.err
+    assert 1 <= int(said[1]) <= (os.cpu_count() or 1)
+    assert f"Client: {said[1]} process" in done.out

@@ -190,6 +190,19 @@ def test_retry_after_is_kept_and_never_slept_on(transport: str) -> None:
     assert got.outcome.seconds < 60
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_complete_reply_is_not_kept_waiting_for_its_end(transport: str) -> None:
+    """[DONE], or the counts after a finish_reason, and then no last chunk: the permit is free long before a limit."""
+    names = ("stream_stall_after_done", "stream_stall_after_counts")
+    prompts = [fault_prompt(name) for name in names for _ in range(2)] + [GOOD_PROMPT]
+    with chosen(transport) as value, FaultServer(ACTS) as server:
+        got = run(server.api_base, prompts, concurrency=2, transport=value, stream=True, **PATIENT)
+        assert server.left_open() == 0
+    assert {fate(row) for row in got.rows} == {SUCCESS}
+    assert {row["completion_tokens"] for row in got.rows} == {"3"}
+    assert got.seconds < PATIENT["timeout"]
+
+
 # --- faults that strike before there is a request ---
 
 
@@ -233,8 +246,9 @@ def test_refused(transport: str, streamed: bool) -> None:
 @EVERY_WAY
 def test_no_connection_in_time(transport: str, streamed: bool) -> None:
     with full_queue() as port:
-        wanted = {"http_error/connect_timeout"}
-        assert all_fail(f"http://127.0.0.1:{port}/v1", transport, streamed, first_byte_timeout=None) == wanted
+        limits = {**PATIENT, "connect_timeout": CONNECT_S}
+        fates = all_fail(f"http://127.0.0.1:{port}/v1", transport, streamed, **limits)
+        assert fates == {"http_error/connect_timeout"}
 
 
 @EVERY_WAY

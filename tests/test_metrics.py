@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import random
 import statistics
+import tracemalloc
+from array import array
 from typing import Any
 
 import pytest
@@ -185,8 +187,7 @@ def test_a_full_listen_queue_is_named_and_no_process_is_advised() -> None:
 
 @pytest.mark.parametrize(("counted", "warns"), [(1000, False), (1030, True), (980, True)])
 def test_the_corpus_own_count_is_compared_with_the_servers(counted: int, warns: bool) -> None:
-    corpus = [bench.Request([], None, 990), bench.Request([], None, 1010)]
-    tally = bench.Tally(corpus)
+    tally = bench.Tally([990, 0, 1010, 0])
     for index in range(6):
         tally.add(make_record(index, prompt_tokens=counted))
     said = warned(tally.summary(), requests_file="c.jsonl")
@@ -196,7 +197,7 @@ def test_the_corpus_own_count_is_compared_with_the_servers(counted: int, warns: 
 
 @pytest.mark.parametrize(("cached", "said"), [(None, "these prompts share 90 %"), (0, ""), (5, "50.0 % of the prompt")])
 def test_a_cache_that_the_server_does_not_tell_is_inferred_from_the_corpus(cached: Any, said: str) -> None:
-    tally = bench.Tally([bench.Request([], None, 10, 9)])
+    tally = bench.Tally([10, 9])
     tally.add(make_record(cached_tokens=cached))
     assert warned(tally.summary(), requests_file="c.jsonl").startswith(said)
 
@@ -228,18 +229,96 @@ def test_short_replies_and_long_prompts_are_pointed_out_with_their_cure() -> Non
         "the server counted 10.0 prompt tokens on average",
         "replies of 5.0 tokens on average",
     ]
-    assert found[0].cure.startswith("--prompt-tokens 40;")
+    assert "warm-up" in found[0].cure
     assert "ignore_eos" in found[1].cure
+
+
+def test_prompts_below_the_template_are_told_the_least() -> None:
+    config = make_config(prompt_tokens=20, prompt_calibration=[1.1, 31.5])
+    found = bench.warnings_of(summary_of(make_record(prompt_tokens=32)), config, [])
+    assert found[0].cure.startswith("--prompt-tokens 32 or more")
+    assert not bench.warnings_of(summary_of(make_record(prompt_tokens=21)), config, [])[0].text.startswith("the server")
 
 
 def test_every_warning_says_what_to_do() -> None:
     """All rules at once: a bad run, and each line of it with a cure."""
     bad = make_record(has_usage=False, cached_tokens=5, merged_reads=3, reconnects=1, free_s=0.5, syn_resent=1)
     at_once = make_record(1, last_s=1.1)
-    tally = bench.Tally([bench.Request([], None, 5)])
+    tally = bench.Tally([5, 0])
     for record in (bad, at_once):
         tally.add(record)
     config = make_config(output_tokens=50, prompt_tokens=20)
     found = bench.warnings_of(tally.summary(), config, [health()])
     assert len(found) == len(bench.WARNINGS)
     assert all(warning.cure for warning in found)
+
+
+def sample_of(values: list[float], most: int) -> bench.Sample:
+    sample = bench.Sample("d", most)
+    for at in range(0, len(values), 100):
+        sample.extend(array("d", values[at : at + 100]))
+    return sample
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e7])
+def test_beyond_the_values_kept_percentiles_are_within_their_error(scale: float) -> None:
+    rng = random.Random(1)
+    values = [scale * rng.lognormvariate(0, 2) for _ in range(50_000)]
+    exact, told = bench.describe(values), sample_of(values, 1_000).describe()
+    assert told.n == exact.n
+    assert told.max == exact.max
+    assert told.mean == pytest.approx(exact.mean, rel=1e-9)
+    assert told.std == pytest.approx(exact.std, rel=1e-6)
+    for rank, value in exact.percentiles.items():
+        assert told.percentiles[rank] == pytest.approx(value, rel=1.001 * bench.BUCKET_ERROR)
+
+
+def test_zeros_and_equal_values_survive_the_buckets() -> None:
+    told = sample_of([0.0] * 600 + [20.0] * 400, 200).describe()
+    assert told.percentiles[50.0] < 1e-5
+    assert told.percentiles[95.0] == pytest.approx(20.0, rel=bench.BUCKET_ERROR)
+    assert told.std == pytest.approx(bench.describe([0.0] * 600 + [20.0] * 400).std)
+    assert sample_of([7.0] * 1000, 200).describe().std == pytest.approx(0.0, abs=1e-9)
+
+
+def test_up_to_the_values_kept_everything_is_exact() -> None:
+    values = [float(n % 97) for n in range(5_000)]
+    assert sample_of(values, 5_000).describe() == bench.describe(values)
+
+
+def test_memory_ends_with_the_values_kept() -> None:
+    """Ten times as many gaps, no more memory; the report says that percentiles are of a histogram then."""
+    rng = random.Random(2)
+    sample, gaps = bench.Sample("f", 10_000), array("f", [rng.uniform(1, 50) for _ in range(10_000)])
+    tracemalloc.start()
+    try:
+        sizes = []
+        for _ in range(11):
+            sample.extend(gaps)
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert sizes[-1] - sizes[1] < 20_000
+    assert sample.describe().n == 110_000
+
+
+def test_a_report_of_a_histogram_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = summary_of(*(make_record(n) for n in range(3)))
+    assert not any("histogram" in line for line in bench.distribution_table(summary))
+    monkeypatch.setattr(bench, "EXACT_SAMPLES", 10)
+    assert "n above 10: percentiles from a histogram, within 0.1% of the value" in bench.distribution_table(summary)
+
+
+def test_a_request_costs_at_most_100_bytes_of_the_tally() -> None:
+    tally, record = bench.Tally(), make_record(gaps_ms=(), due_s=0.5)
+    for _ in range(1_000):
+        tally.add(record)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(20_000):
+            tally.add(record)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 100 * 20_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sys
 import time
@@ -13,7 +14,10 @@ import pytest
 
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
-from tests.support.program import Outcome, Running
+from tests.support.program import Outcome, Running, run_script
+from tests.support.program import cli as bench_cli
+from tests.support.replies import as_json, completion, reply
+from tests.support.server import Call, ScriptedServer, says
 from tests.support.virtual_time import in_virtual_time
 
 
@@ -126,14 +130,16 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
     class Refusing(Server):
         async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
             await permits.wait()
+            free_ns = int(asyncio.get_running_loop().time() * 1e9)
             await asyncio.sleep(1.0)
-            permits.release(0)
+            end_ns = int(asyncio.get_running_loop().time() * 1e9)
+            permits.release(end_ns)
             self.served += 1
-            return bench.Reply(end_ns=0, failure=bench.Failure("http_error", "http_500", "no"))
+            return bench.Reply(free_ns=free_ns, end_ns=end_ns, failure=bench.Failure("http_error", "http_500", "no"))
 
     async def main() -> tuple[int, str]:
         stop, tally, server = bench.Stop(), bench.Tally(), Refusing(lambda index: 1.0)
-        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, None)]
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 10, None)]
         pool = bench.Pool(bench.Load(bench.ClosedLoop(5000), numbered, server, sinks, 10), stop)
         await pool.prepare()
         await pool.drain(0)
@@ -142,6 +148,49 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
     served, reason = in_virtual_time(main())
     assert bench.IDENTICAL_FAILURES_TO_STOP <= served <= bench.IDENTICAL_FAILURES_TO_STOP + 10
     assert "all failed alike" in reason
+
+
+class Busy(Server):
+    """The first 23 requests take 2 s and succeed; the others fail within a millisecond."""
+
+    def __init__(self, kind: str, late_status: str = "") -> None:
+        super().__init__(lambda index: 2.0 if index < 23 else 0.001)
+        self._kind = kind
+
+    async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
+        reply = await super().__call__(request, permits)
+        if int(request.messages[0]["content"]) >= 23:
+            reply.failure = bench.Failure("http_error", self._kind, "no")
+        return dataclasses.replace(reply, free_ns=reply.sent_ns)
+
+
+def run_broken(server: Server, jobs: int) -> tuple[bench.Tally, str]:
+    async def main() -> tuple[bench.Tally, str]:
+        stop, tally = bench.Stop(), bench.Tally()
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 64, None)]
+        pool = bench.Pool(bench.Load(bench.ClosedLoop(jobs), numbered, server, sinks, 64), stop)
+        await pool.prepare()
+        await pool.drain(0)
+        return tally, stop.reason
+
+    result: tuple[bench.Tally, str] = in_virtual_time(main())
+    return result
+
+
+@pytest.mark.parametrize("kind", ["http_429", "http_503", "http_500"])
+def test_what_is_being_served_outlives_a_thousand_fast_refusals(kind: str) -> None:
+    """A server that sheds load refuses within milliseconds what it will not serve, and serves the rest."""
+    tally, reason = run_broken(Busy(kind), 1500)
+    assert (tally.ok, tally.errors) == (23, 1477)
+    assert reason == ""
+
+
+@pytest.mark.parametrize(("kind", "stops"), [("connect_refused", True), ("http_500", False), ("http_503", False)])
+def test_refused_connections_end_a_run_that_has_succeeded_before(kind: str, stops: bool) -> None:
+    tally, reason = run_broken(Busy(kind), 200_000 if stops else 12_000)
+    assert tally.ok == 23
+    assert ("connections in a row were refused" in reason) is stops
+    assert tally.errors < 200_000
 
 
 def test_a_defect_of_ours_is_raised_and_not_swallowed() -> None:
@@ -168,7 +217,8 @@ def test_the_server_sees_exactly_the_concurrency(
     if transport == "sdk" and concurrency > 256:
         pytest.skip("the SDK's own transport spends seconds on so many at once")
     server = demo(ttft_ms=200 + 3 * concurrency if transport == "sdk" else 150 + concurrency, gap_ms=0)
-    sizes = ["--concurrency", str(concurrency), "--total-requests", str(max(3, concurrency + concurrency // 2))]
+    total = max(3, concurrency + concurrency // 2)
+    sizes = ["--concurrency", str(concurrency), "--total-requests", str(total)]
     base = ["--api-base", server.url, "--model", "demo", "--prompt-tokens", "16", "--output-tokens", "1"]
     done = cli(*base, *sizes, "--transport", transport, "--no-progress")
     assert done.code == 0, done.err
@@ -176,7 +226,7 @@ def test_the_server_sees_exactly_the_concurrency(
     assert truth["peak_in_flight"] == concurrency
     assert truth["connections"] - 1 <= concurrency  # one of them asks for the truth
     assert truth["in_flight"] == 0
-    assert len(truth["requests"]) == max(3, concurrency + concurrency // 2) + concurrency
+    assert len(truth["requests"]) == total + bench.default_warmup(concurrency, total)
 
 
 def test_the_figures_are_the_servers(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
@@ -203,6 +253,86 @@ def test_warm_up_requests_enter_no_figure(cli: Callable[..., Outcome], demo: Cal
     assert "Requests (ok/err): 10/0" in done.out
     emitted = [row["emitted"] for row in server.truth()["requests"]]
     assert emitted == [8] * 7 + [20] * 10
+
+
+def test_the_warm_up_is_no_larger_than_the_run(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    server = demo(ttft_ms=1, gap_ms=0)
+    done = cli(*server.target, "--prompt-tokens", "16", "--output-tokens", "3", "--total-requests", "1")
+    assert done.code == 0, done.err
+    assert [row["emitted"] for row in server.truth()["requests"]] == [3, 3]  # nor longer in its replies
+
+
+def test_the_warm_up_honours_what_the_body_demands(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:
+    """As vLLM does, the server refuses a min_tokens above the limit: the warm-up's 8 tokens must not be that limit."""
+    server = demo(ttft_ms=1, gap_ms=0)
+    body = '{"min_tokens": 20, "ignore_eos": true}'
+    sizes = ["--concurrency", "2", "--total-requests", "2", "--output-tokens", "30", "--prompt-tokens", "16"]
+    done = cli(*server.target, *sizes, "--extra-body", body, "--no-progress")
+    assert done.code == 0, done.err
+    assert "refused" not in done.err
+    assert [row["emitted"] for row in server.truth()["requests"]] == [20, 20, 30, 30]
+
+
+# --- the length of synthetic prompts ---
+
+
+def counts_in_its_own_way(call: Call) -> None:
+    """A server whose tokens are no words: one more for each word above four letters, and a template of 31."""
+    words = str(json.loads(call.body)["messages"]).split()
+    tokens = 31 + sum(1 + (len(word) > 4) for word in words)
+    usage = {"prompt_tokens": tokens, "completion_tokens": 3, "total_tokens": tokens + 3}
+    call.send(reply("200 OK", as_json(completion(usage=usage))))
+
+
+def counted(done: Outcome) -> float:
+    """The mean of the prompts' lengths, as the server told it."""
+    assert done.code == 0, done.err
+    return sum(int(row["prompt_tokens"]) for row in done.rows) / len(done.rows)
+
+
+def calibration_in(done: Outcome) -> str:
+    return done.out.split("prompt_calibration: ")[1].split()[0]
+
+
+@pytest.mark.parametrize("asked", [58, 1000])
+@pytest.mark.parametrize("more", [[], ["--system-prompt", "Be brief."]], ids=["", "system"])
+def test_prompts_have_the_length_that_was_asked_for_by_the_servers_own_count(
+    script: Callable[..., ScriptedServer], tmp_path: Path, asked: int, more: list[str]
+) -> None:
+    server = script(counts_in_its_own_way)
+    sizes = ["--concurrency", "16", "--total-requests", "64", "--prompt-tokens", str(asked), "--seed", "7", *more]
+    run = ["--api-base", server.api_base, "--model", "m", *sizes, "--no-progress", "--summary-jsonl", tmp_path / "s"]
+    done = bench_cli(*run, "--results-csv", tmp_path / "1.csv")
+    told = calibration_in(done)
+    per_word = float(told.split(",")[0])
+    assert abs(counted(done) - asked) <= max(0.02 * asked, per_word)
+    assert "counted" not in done.out
+    kept = json.loads((tmp_path / "s").read_text())["config"]["prompt_calibration"]
+    assert told == ",".join(map(str, kept))
+
+    sent = set(server.bodies[-64:])
+    again = bench_cli(*run, "--results-csv", tmp_path / "2.csv", "--warmup", "0", "--prompt-calibration", told)
+    assert again.code == 0, again.err
+    assert set(server.bodies[-64:]) == sent
+
+
+def test_several_processes_calibrate_alike(demo: Callable[..., Demo], tmp_path: Path) -> None:
+    """One of them has only long prompts in its warm-up, the other only a short one."""
+    server = demo(ttft_ms=1, gap_ms=0)
+    sizes = ["--concurrency", "2", "--total-requests", "20", "--output-tokens", "1", "--prompt-tokens", "300"]
+    done = run_script(*server.target, *sizes, "--processes", "2", "--results-csv", tmp_path / "r.csv")
+    assert counted(done) == pytest.approx(300, rel=0.02)
+    assert calibration_in(done)
+
+
+def test_without_counts_the_lengths_are_estimates_and_called_so(
+    cli: Callable[..., Outcome], script: Callable[..., ScriptedServer]
+) -> None:
+    server = script(says(reply("200 OK", as_json(completion(usage=None)))))
+    done = cli("--api-base", server.api_base, "--model", "m", "--total-requests", "4", "--no-progress")
+    assert done.code == 0, done.err
+    assert "prompt lengths are estimates" in done.err
+    assert "prompt_calibration" not in done.out
 
 
 def test_no_warm_up_is_none(cli: Callable[..., Outcome], demo: Callable[..., Demo]) -> None:

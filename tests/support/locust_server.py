@@ -179,8 +179,8 @@ class Connection(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
             return
+        took_ms = truth.took_ms[text] = (time.perf_counter() - arrived) * 1000  # the client may have it right after
         self.transport.write(data)
-        took_ms = truth.took_ms[text] = (time.perf_counter() - arrived) * 1000
         truth.answered += 1
         truth.total_ms += took_ms
         if close:
