@@ -717,7 +717,7 @@ def detailed_requests(result: Mapping[str, Any]) -> Optional[Requests]:
     ttft, itls = np.array(given.get("ttfts", [math.nan] * count), dtype=float), given.get("itls", [[]] * count)
     latency = np.array(given["latencies"], dtype=float) if "latencies" in given else ttft + [sum(gaps) for gaps in itls]
     ok = np.array([not error for error in given.get("errors", [""] * count)], dtype=bool) & (latency > 0)
-    if ok.sum() != result.get("completed"):  # which of them failed is not told
+    if int(ok.sum()) != result.get("completed"):  # which of them failed is not told
         return None
     columns = {"index": np.arange(count, dtype=float), "latency_ms": latency * 1e3, "ttft_ms": ttft * 1e3}
     for name, column in (("input_lens", "prompt_tokens"), ("output_lens", "completion_tokens")):
@@ -1400,14 +1400,23 @@ def findings(levels: Sequence[Level], slos: Sequence[Slo]) -> list[str]:
             where = f" at {', '.join(label for label, _ in bound)} {unit}" if len(run_levels) > 1 else ""
             lines.append(f"{name} is client-bound{where}: {bound[-1][1]}")
         lines += _peak(name, run_levels, unit) if len(run_levels) > 1 else []
-        limits = " and ".join(f"{slo.name} {slo.op} {slo.limit:g}" for slo in slos)
-        passing = highest_passing(run_levels, slos)
-        if slos:
-            lines.append(
-                f"{name}: up to {passing.label} {unit} hold {limits}" if passing else f"{name}: none holds {limits}"
-            )
+        lines += [f"{name}: {_limits_kept(run_levels, slos)}"] if slos else []
     notes = dict.fromkeys((point.tool, point.note) for level in levels for point in level.points if point.note)
     return lines + [f"{tool} counts otherwise: {note}" for tool, note in notes]
+
+
+def _limits_kept(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
+    """The highest level within all limits, and whether those below are."""
+    limits = " and ".join(f"{slo.name} {slo.op} {slo.limit:g}" for slo in slos)
+    best = highest_passing(levels, slos)
+    if best is None:
+        return f"none holds {limits}"
+    unit = "req/s" if best.by_rate else "in flight"
+    below = levels[: list(levels).index(best)]
+    failing = [level.label for level in below if highest_passing([level], slos) is None]
+    if failing:
+        return f"{best.label} {unit} is the highest to hold {limits}, but {', '.join(failing)} did not"
+    return f"up to {best.label} {unit} hold {limits}"
 
 
 def _peak(name: str, levels: Sequence[Level], unit: str) -> list[str]:
@@ -1824,7 +1833,8 @@ def _load_trace(levels: Sequence[Level], metric: Metric, place: int, rank: int) 
 
 def _limit_words(slo: Slo, log: bool) -> dict[str, Any]:
     place = math.log10(slo.limit) if log and slo.limit > 0 else slo.limit
-    return note_at(shown(f"{slo.name.partition('_')[0]} {slo.op} {slo.limit:g} ms"), "@limit", x=0.02, y=place)
+    words = shown(f"{slo.name.partition('_')[0]} {slo.op} {slo.limit:g} ms")
+    return note_at(words, "@limit", x=0.02, y=place, bgcolor="@paper")
 
 
 def _load_title(runs: Mapping[str, Sequence[Level]], metric: Metric, limits: Sequence[Slo], slos: Sequence[Slo]) -> str:
@@ -2083,7 +2093,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: right; padding: 4px 7px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .words td:not(:first-child) { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 8em; }
-.verdict td:last-child { white-space: normal; text-align: left; min-width: 11em; }
+.verdict :is(th, td):last-child { white-space: normal; text-align: left; min-width: 8.5em; }
 figure { margin: 0; }
 """
 
@@ -2245,7 +2255,7 @@ def page_html(levels: Sequence[Level], slos: Sequence[Slo], title: str, plotly_j
         "</header><noscript><p>The pictures need JavaScript; the tables do not.</p></noscript>"
         f"{verdict_html(levels, slos)}{cards_html(levels[0]) if len(levels) == 1 else ''}"
         f'<section id="table">{table_html(rows)}<p class="soft">{table_note(rows)}</p></section>'
-        f'<div class="grid">{boxes}</div>{list_html(left_out) if left_out else ""}'
+        f'<div class="grid">{boxes}</div><p class="soft">{escape(" ".join(left_out))}</p>'
         + "".join(details_html(levels, strips))
         + f"</main><script>{plotly_js}</script><script>const THEMES = {json_in_page(THEMES)};{SCRIPT}</script>"
         "</body></html>\n"

@@ -44,10 +44,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import contextvars
 import csv
 import dataclasses
+import errno
 import gc
 import importlib
 import importlib.util
@@ -64,8 +66,10 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -77,7 +81,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, NamedTuple, Optional, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 try:
     import fcntl
@@ -97,7 +101,7 @@ LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 # Defaults of the options; one that is not here is off, absent, or worked out from others.
 DEFAULTS: Mapping[str, Any] = {
     "concurrency": 128, "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
-    "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0, "max_error_rate": 1.0,
+    "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0, "max_error_rate": 0.5,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -108,6 +112,7 @@ LEAST_TOKENS_PER_WORD = 0.5  # a slope below it is no count of words
 DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
 IDENTICAL_FAILURES_TO_STOP = 100
+TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
 
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
@@ -115,6 +120,9 @@ LAG_SAMPLE_S = 0.05
 GC_THRESHOLDS = (5_000, 100, 1000)  # short young passes, no full one
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+EXACT_SAMPLES = 2_000_000  # values of one metric kept as they are; those beyond are counted in buckets
+BUCKET_ERROR = 0.001  # how far a bucket's value may be from those in it, as a share of them
+LEAST_BUCKET = 1e-6  # of ms: the clock's ns; what is less, 0 above all, counts as this
 FEW_SAMPLES_FOR_P99 = 100
 REPORT_COLUMNS = 100
 ERROR_GROUPS_SHOWN = 5
@@ -135,6 +143,8 @@ TICKS_PER_GAP = 5  # the tick stays this far below the gap between tokens
 RATE_WINDOW_S = 0.1
 SPARE_DESCRIPTORS = 64
 CONNECTS_AT_ONCE = 64  # below the listening queue of the usual servers
+NEXT_ADDRESS_S = 0.25  # until the next address of a name is tried as well (RFC 8305, Connection Attempt Delay)
+STALE_S = 1.0  # a kept connection that is reset later than this after the sending had not been closed before it
 SOCKET_BACKLOG = 4096
 AUTO_TOKENS_PER_S = 100  # of each stream, where --processes auto reckons
 AUTO_CORE_SHARE = 0.5  # of a core that a process is to need at most
@@ -255,6 +265,10 @@ class Record:
         return self._at_s(self.done_ns)
 
     @property
+    def ended_s(self) -> Optional[float]:
+        return self._at_s(self.reply.end_ns)
+
+    @property
     def busy_ms(self) -> Optional[float]:
         """How long it was in flight, whatever its fate."""
         return _span_ms(self.reply.sent_ns, self.reply.end_ns)
@@ -372,6 +386,11 @@ class Summary:
     busy_s: float  # sum of all requests' time in flight
     queue_ms_mean: Optional[float]
     service_ms_mean: Optional[float]
+    first_error_s: Optional[float]  # when the first failure had ended, from the start
+
+    @property
+    def error_share(self) -> float:
+        return self.errors / ((self.ok + self.errors) or 1)
 
     @property
     def requests_per_s(self) -> float:
@@ -689,30 +708,99 @@ def _limit_of(row: Mapping[str, Any]) -> Optional[int]:
     return limit
 
 
-def load_requests(path: Optional[str], system_prompt: Optional[str]) -> list[Request]:
-    """Every prompt of a JSONL corpus, checked before any load. Raises UserError naming the line at fault."""
-    requests: list[Request] = []
-    if path is None:
-        return requests
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+
+
+class Corpus(Sequence[Request]):
+    """The prompts of a JSONL file, all checked before any load, then read and parsed one by one as they are needed.
+
+    Kept are offsets only, so that several processes hold no copy of the file each. What can be read only once, as a
+    pipe, goes to a temporary file, which `close` removes; `path` is where another process finds the lines.
+    """
+
+    def __init__(self, name: str, system_prompt: Optional[str]) -> None:
+        """`name`: the file, as the user calls it."""
+        self.path = os.path.realpath(name)
+        self._name = name
+        self._system_prompt = system_prompt
+        self._starts = array("Q")  # of each prompt's line, and where the file ends
+        self._file = -1
+        self._copy = ""
+
+    def open(self, check: bool = True) -> Corpus:
+        """Find the lines and, unless another process has done it, check each. Raises UserError naming the line."""
+        at = number = 0
+        try:
+            self._file = os.open(self._name, _READ_ONLY)
+            if not self._can_be_read_again():
+                self._copy_to_disk()
+            with open(self._file, "rb", closefd=False) as file:
+                for raw in file:
+                    number += 1
+                    line = raw.decode("utf-8" if at else "utf-8-sig")
                     if line.strip():
-                        requests.append(parse_request(line, system_prompt))
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}, line {number}: not UTF-8; save the corpus as UTF-8") from None
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read --requests-file {path}: {error.strerror or error}") from None
-    if not requests:
-        raise UserError(f"{path} holds no prompt; one JSON object per line with 'text', 'prompt' or 'messages'")
-    return requests
+                        self._starts.append(at)
+                        if check:
+                            parse_request(line, self._system_prompt)
+                    at += len(raw)
+        except UnicodeDecodeError:
+            raise UserError(f"{self._name}, line {number}: not UTF-8; save the corpus as UTF-8") from None
+        except ValueError as error:
+            raise UserError(f"{self._name}, line {number}: {error}") from None
+        except OSError as error:
+            raise UserError(f"cannot read --requests-file {self._name}: {error.strerror or error}") from None
+        self._starts.append(at)
+        return self
+
+    def _can_be_read_again(self) -> bool:
+        opened = os.fstat(self._file)
+        with contextlib.suppress(OSError):
+            return not stat.S_ISFIFO(opened.st_mode) and os.path.samestat(os.stat(self.path), opened)
+        return False
+
+    def _copy_to_disk(self) -> None:
+        place, self._copy = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
+        with open(self._file, "rb") as source, open(place, "wb") as target:
+            shutil.copyfileobj(source, target)
+        self.path = self._copy
+        self._file = os.open(self.path, _READ_ONLY)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        """Raises RunError when the file is no longer what it was."""
+        start, end = self._starts[number], self._starts[number + 1]
+        try:
+            os.lseek(self._file, start, os.SEEK_SET)
+            line = os.read(self._file, end - start).decode("utf-8" if start else "utf-8-sig")
+            return parse_request(line, self._system_prompt)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self._name} has changed during the run: {error}") from None
+
+    def close(self) -> None:
+        file, self._file, copy, self._copy = self._file, -1, self._copy, ""
+        if file >= 0:
+            os.close(file)
+        if copy:
+            with contextlib.suppress(OSError):
+                os.unlink(copy)
 
 
-def workload_of(config: Config, corpus: Sequence[Request]) -> Workload:
+def load_requests(path: str, system_prompt: Optional[str]) -> Corpus:
+    """Every prompt of a JSONL corpus, checked before any load. Raises UserError naming the line at fault."""
+    corpus = Corpus(path, system_prompt)
+    try:
+        if not corpus.open():
+            keys = "one JSON object per line with 'text', 'prompt' or 'messages'"
+            raise UserError(f"{path} holds no prompt; {keys}")
+        return corpus
+    except BaseException:
+        corpus.close()
+        raise
+
+
+def workload_of(config: Config, corpus: Optional[Sequence[Request]]) -> Workload:
     """Job number -> request: from the corpus, cycled, or made up."""
     if not corpus:
         return partial(synthetic_request, config)
@@ -1190,6 +1278,73 @@ def describe(sample: Iterable[float]) -> Distribution:
     return Distribution(len(ordered), mean, deviation, ordered[-1], ranks)
 
 
+class Sample:
+    """The values of one metric: the first EXACT_SAMPLES as they are, those beyond counted in logarithmic buckets.
+
+    The buckets are DDSketch's (Masson, Rim, Lee: DDSketch, VLDB 2019, section 2): bucket i counts the values in
+    [g**i, g**(i+1)), g = (1+e)/(1-e), and stands for 2 g**(i+1) / (1+g), which is within e of each of them. So memory
+    does not grow with the run; mean, deviation, maximum and n stay exact, percentiles are within e = BUCKET_ERROR.
+    """
+
+    _RATIO = (1 + BUCKET_ERROR) / (1 - BUCKET_ERROR)
+
+    def __init__(self, code: str, most: int = EXACT_SAMPLES) -> None:
+        """`code`: the array type of the values kept."""
+        self.exact: array[float] = array(code)
+        self._most = most
+        self._buckets: Counter[int] = Counter()
+        self._n = 0  # of values in the buckets, with their sum, that of their squares, and the largest
+        self._sum = self._squares = 0.0
+        self._max = -math.inf
+        self._shift = 0.0  # a value among them, taken off each before it is squared: for precision
+
+    def extend(self, values: Sequence[float]) -> None:
+        if len(self.exact) < self._most:
+            self.exact.extend(values)
+        else:
+            self._shift = self._shift or self.exact[0]
+            self._count(values)
+
+    def _count(self, values: Sequence[float]) -> None:
+        logs = map(math.log, map(max, values, itertools.repeat(LEAST_BUCKET)))
+        self._buckets.update(map(math.floor, map((1 / math.log(self._RATIO)).__mul__, logs)))
+        off = [value - self._shift for value in values]
+        self._n += len(off)
+        self._sum += math.fsum(off)
+        self._squares += math.fsum(map(float.__mul__, off, off))
+        self._max = max(self._max, *values)
+
+    def describe(self) -> Distribution:
+        """Call it once, when nothing more comes: it counts what was kept, where there is more than that."""
+        if not self._n:
+            return describe(self.exact)
+        for start in range(0, len(self.exact), 1 << 16):
+            self._count(self.exact[start : start + (1 << 16)])
+        self.exact = self.exact[:0]
+        mean = self._sum / self._n
+        deviation = math.sqrt(max(0.0, self._squares / self._n - mean**2))
+        ordered = BucketValues(self._buckets, self._RATIO, self._max)
+        ranks = {rank: percentile(ordered, rank) for rank in PERCENTILES}
+        return Distribution(self._n, mean + self._shift, deviation, self._max, ranks)
+
+
+class BucketValues(Sequence[float]):
+    """The order statistics of counted buckets, each as its bucket's value and none above the maximum."""
+
+    def __init__(self, buckets: Mapping[int, int], ratio: float, most: float) -> None:
+        self._numbers = sorted(buckets)
+        self._ends = list(itertools.accumulate(buckets[number] for number in self._numbers))
+        self._ratio = ratio
+        self._most = most
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, at: Any) -> Any:
+        number = self._numbers[bisect.bisect_right(self._ends, at)]
+        return min(self._most, 2 * self._ratio ** (number + 1) / (1 + self._ratio))
+
+
 def _one(value: Optional[float]) -> Sequence[float]:
     return () if value is None else (value,)
 
@@ -1237,7 +1392,8 @@ class Tally:
         self.last_done_s = -math.inf
         self.counts: Counter[str] = Counter()
         self.finish_reasons: Counter[str] = Counter()
-        self.samples: dict[str, array[float]] = {metric.key: array(metric.code) for metric in METRICS}
+        self.first_error_s: Optional[float] = None
+        self.samples = {metric.key: Sample(metric.code) for metric in METRICS}
         self._failures: dict[tuple[str, str], list[Any]] = {}
 
     def add(self, record: Record) -> None:
@@ -1273,16 +1429,14 @@ class Tally:
 
     def _add_failure(self, record: Record) -> None:
         self.errors += 1
+        if record.ended_s is not None and (self.first_error_s is None or record.ended_s < self.first_error_s):
+            self.first_error_s = record.ended_s
         group = self._failures.setdefault((record.status, record.error_kind), [0, record.error])
         group[0] += 1
 
     @property
     def elapsed_s(self) -> float:
         return max(0.0, self.last_done_s - self.first_sent_s) if self.ok + self.errors else 0.0
-
-    def identical_failures(self) -> int:
-        """How many calls failed, if nothing succeeded and all failed alike; else 0."""
-        return self.errors if not self.ok and len(self._failures) == 1 else 0
 
     def first_error(self) -> str:
         return next((f"{kind}: {text}" for (_, kind), (_, text) in self._failures.items()), "no reply")
@@ -1292,7 +1446,7 @@ class Tally:
         return sorted(groups, key=lambda group: -group.count)
 
     def summary(self) -> Summary:
-        distributions = {key: describe(sample) for key, sample in self.samples.items()}
+        distributions = {key: sample.describe() for key, sample in self.samples.items()}
         counted = {name: self.counts[name] for name in (*COUNTED, "new_connections", "cached_tokens")}
         usage = ("without_usage", "chunk_counted", "gap_ends", "chunked_tokens")
         return Summary(
@@ -1307,6 +1461,7 @@ class Tally:
             busy_s=self.busy_s,
             queue_ms_mean=distributions["queue"].mean,
             service_ms_mean=_rate(self.busy_s * 1e3, self.ok + self.errors) or None,
+            first_error_s=self.first_error_s,
             **counted,
             **{name: self.counts[name] for name in usage},
         )
@@ -1441,6 +1596,18 @@ def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health])
     return ReportWarning(text, "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)")
 
 
+def error_warning(summary: Summary) -> Optional[ReportWarning]:
+    """The first line of a report whose run failed in part; None for a share of errors that changes no figure."""
+    if summary.error_share <= TELLING_ERROR_SHARE:
+        return None
+    first = "" if summary.first_error_s is None else f", the first {summary.first_error_s:.3f} s after the start"
+    total = summary.ok + summary.errors
+    return ReportWarning(
+        f"{summary.errors} of {total} requests failed ({percent(summary.errors, total):.1f} %){first}:"
+        " the rates above are successes over the whole time, the latencies those of successes"
+    )
+
+
 WARNINGS = (
     _warn_client,
     _warn_usage,
@@ -1572,6 +1739,16 @@ def split_login(url: str) -> tuple[str, dict[str, str]]:
     return url.replace(f"{login}@{host}", host, 1), {"Authorization": f"Basic {token}"}
 
 
+def split_query(url: str) -> tuple[str, str]:
+    """(the URL without its query, the query)
+
+    >>> split_query("http://host:1/v1?api-version=2")
+    ('http://host:1/v1', 'api-version=2')
+    """
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(query="", fragment="")), parts.query
+
+
 def _line_length(text: str) -> int:
     """How many characters of this text fit a line of the report; Chinese and Japanese ones take two columns."""
     return REPORT_COLUMNS if max(text, default="") < "\u1100" else REPORT_COLUMNS // 2
@@ -1695,8 +1872,10 @@ def distribution_table(summary: Summary) -> list[str]:
             cells[-1] += "*"
             starred = True
         rows.append([_metric_label(metric, summary), _figure(sample.mean), *cells, _figure(sample.max), str(sample.n)])
-    note = [f"* fewer than {FEW_SAMPLES_FOR_P99} samples: hardly more than the maximum"] if starred else []
-    return [*table(rows), *note] if len(rows) > 1 else []
+    notes = [f"* fewer than {FEW_SAMPLES_FOR_P99} samples: hardly more than the maximum"] if starred else []
+    if max(sample.n for sample in summary.distributions.values()) > EXACT_SAMPLES:
+        notes.append(f"n above {EXACT_SAMPLES:,}: percentiles from a histogram, within {BUCKET_ERROR:.1%} of the value")
+    return [*table(rows), *notes] if len(rows) > 1 else []
 
 
 def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
@@ -2304,12 +2483,13 @@ class Call:
         self.payload = b""
         self.failure: Optional[Failure] = None  # decided by a limit of ours
         self.error_body = bytearray()
-        self.retry_after = ""
+        self.retry_after = self.location = ""
         self.watchdog: Any = None  # set with the permit
         self.dropped = False  # the run ended before its permit came
         self.is_whole = False
         self.size = 0
         self.newest_ns: Optional[int] = None  # the newest arrival
+        self.ended_ns: Optional[int] = None  # its permit was given back
         self._stamps: list[int] = []  # of the pieces of the body that the reader has not seen yet
         self._pieces: list[bytes] = []
         self._reader = reader(self.reply)
@@ -2321,9 +2501,22 @@ class Call:
         self._feed()
         return self.is_whole or (self._reader.complete and self.reply.http_status == 200)
 
-    def head(self, status: int, encoding: str, retry_after: str) -> None:
+    def may_be_unread(self) -> bool:
+        """Whether a reset says that the server had closed the kept connection before it read the request."""
+        reply = self.reply
+        late = (time.perf_counter_ns() - (reply.sent_ns or 0)) / 1e9 > STALE_S
+        return reply.new_connection is False and not reply.reads and not late
+
+    def free_permit(self) -> None:
+        """It has ended: its permit goes to the next, free since the last byte came or, of a broken reply, since now."""
+        whole_ns = self.newest_ns if self.is_whole or self.settled else None
+        self.ended_ns = whole_ns or time.perf_counter_ns()
+        self.permits.release(self.ended_ns)
+
+    def head(self, status: int, encoding: str, retry_after: str, location: str) -> None:
         self.reply.http_status = status
         self.retry_after = retry_after
+        self.location = location
         if encoding in ("gzip", "x-gzip", "deflate"):
             zlib = importlib.import_module("zlib")
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -2370,20 +2563,21 @@ class Call:
 
     def end(self, failure: Optional[Failure]) -> Reply:
         """The call is over: decide what it came to."""
-        reply, now_ns = self.reply, time.perf_counter_ns()
+        reply = self.reply
+        reply.end_ns = self.ended_ns or time.perf_counter_ns()
         failure = self.failure or failure
         if failure is None and reply.http_status is not None and not 200 <= reply.http_status < 300:
             failure = self._refusal(reply.http_status)
-        elif failure is not None:
-            self.newest_ns = None  # it ends now, not when its last byte came
-        else:
+        elif failure is None:
             self._feed()
             self._reader.finish()
         reply.failure = failure or reply.failure
-        reply.end_ns = self.newest_ns or now_ns
         return reply
 
     def _refusal(self, status: int) -> Failure:
+        if self.location and 300 <= status < 400:
+            text = f"HTTP {status}: redirects are not followed; Location: {Redactor.url(self.location)}"
+            return Failure("http_error", f"http_{status}", plain(text))
         text = error_body_text(bytes(self.error_body)) or "no message"
         later = f" (Retry-After: {plain(self.retry_after, 40)})" if self.retry_after else ""
         return Failure("http_error", f"http_{status}", plain(f"HTTP {status}{later}: {text}"))
@@ -2464,6 +2658,15 @@ def ask_for_stamps(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
 
 
+def all_taken(sock: socket.socket) -> bool:
+    """Whether the other side's kernel has taken every byte of ours; False where this one does not tell (not Linux)."""
+    if sys.platform != "linux":
+        return False
+    unacknowledged = 24  # its place in struct tcp_info, after 8 bytes and 4 numbers
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, unacknowledged + 4)
+    return struct.unpack_from("@I", info, unacknowledged) == (0,)
+
+
 class Tls:
     """TLS over the same socket: bytes in, bytes out, so that the kernel's stamps serve there too."""
 
@@ -2482,7 +2685,7 @@ class Tls:
                 await loop.sock_sendall(sock, self._out.read())
                 data = await loop.sock_recv(sock, READ_BUFFER_BYTES)
                 if not data:
-                    raise CallError("tls_error", "closed during the TLS handshake: does it speak TLS?") from None
+                    raise CallError("tls_error", "closed during the TLS handshake") from None
                 self._in.write(data)
             else:
                 await loop.sock_sendall(sock, self._out.read())
@@ -2602,6 +2805,7 @@ class Connection:
         self.closed = False
         self._first_hold = 1 + number % HELD_READS
         self._unsent: memoryview = memoryview(b"")
+        self._refused = False  # the other side took no more bytes of the request
         self._parser: Any = None
         self._done: Optional[asyncio.Future[bool]] = None
         self._stamp_ns = 0
@@ -2615,7 +2819,7 @@ class Connection:
     # --- sending ---
 
     def carry(self, call: Call, done: asyncio.Future[bool]) -> None:
-        """Send; `done` becomes True for a whole reply, False for a stale reuse, or a CallError."""
+        """Send; `done` becomes True for a whole reply, False for a request to send again, or a CallError."""
         self.call, self._done = call, done
         self._parser = self._stopwatch.new_parser(self)
         self._chunked = self._at_chunk = self._delimited = self._keep = self._complete = False
@@ -2639,6 +2843,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             self._stopwatch.watch(self, _READABLE | _WRITABLE)
         except ConnectionError:  # it has stopped listening: perhaps it has said why
+            self._refused = True
             self._stopwatch.watch(self, _READABLE)
         except OSError as error:
             self.broken(error)
@@ -2764,8 +2969,8 @@ class Connection:
         self._delimited = self._chunked or b"content-length" in headers or status in (204, 304)
         self._keep = self._delimited and self._parser.should_keep_alive()
         self.hold = self._first_hold if self._chunked else 1
-        encoding, retry_after = (headers.get(name, b"").decode("latin-1").strip() for name in KEPT_HEADERS)
-        call.head(status, encoding.lower(), retry_after)
+        encoding, *others = (headers.get(name, b"").decode("latin-1").strip() for name in KEPT_HEADERS)
+        call.head(status, encoding.lower(), *others)
 
     def on_body(self, data: bytes) -> None:
         self._at_chunk = False
@@ -2794,9 +2999,26 @@ class Connection:
         elif call.reply.http_status is not None and not self._delimited:
             self._finish(None)
         elif call.reply.reads == 0:
-            self._finish(CallError("closed", "the server closed the connection without a reply"))
+            self._stopwatch.ignore(self)
+            self._closed_unanswered(call)
         else:
             self._finish(CallError("cut", f"the connection was closed within the reply, after {call.size} bytes"))
+
+    def _closed_unanswered(self, call: Call) -> None:
+        """Closed without a reply: by a server that had read the request, or by one that never will?
+
+        One that has read everything ends its connection in order, however it fails. One that has not answers with a
+        reset, within one round trip: at once, or right behind the end that was under way when the request was sent.
+        """
+        if self.call is not call:  # out of time meanwhile
+            return
+        taken = all_taken(self.sock)
+        reset = self._refused or self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+        if reset or taken or not call.may_be_unread():
+            why = "closed", "the server closed the connection without a reply"
+            self._finish(CallError(*why), unread=reset and call.may_be_unread())
+        else:
+            self._stopwatch.loop.call_later(STALE_S / 200, self._closed_unanswered, call)
 
     def broken(self, error: OSError) -> None:
         if self.call is not None and self.pieces:
@@ -2804,10 +3026,11 @@ class Connection:
         if self.call is None:
             self._stopwatch.discard(self)
         else:
-            self._finish(CallError(*classify(error)))
+            failed = CallError(*classify(error))
+            self._finish(failed, unread=failed.failure.kind == "reset" and self.call.may_be_unread())
 
-    def _finish(self, error: Optional[CallError]) -> None:
-        """The reply has ended: the connection, and then the permit, go to whoever is next."""
+    def _finish(self, error: Optional[CallError], unread: bool = False) -> None:
+        """The reply has ended: the connection, and then the permit, go to whoever is next; an unread request, again."""
         call, done = self.call, self._done
         self.call = self._done = None
         if error is None and self._keep and not self._unsent:
@@ -2818,12 +3041,11 @@ class Connection:
             return
         call.watchdog.stop()
         call.permits.answered()
-        stale = error is not None and error.failure.kind in ("closed", "reset") and not call.reply.reads
-        if stale and call.reply.new_connection is False:
+        if unread:
             self._stopwatch.steps.queue(done, False)
             return
         call.is_whole = error is None
-        call.permits.release(call.newest_ns if call.is_whole and call.newest_ns else time.perf_counter_ns())
+        call.free_permit()
         self._stopwatch.steps.queue(done, error or True)
 
     def give_up(self, kind: str, message: str) -> None:
@@ -2846,7 +3068,7 @@ class Connection:
             self._finish(CallError("aborted", "stopped before the reply had ended"))
 
 
-KEPT_HEADERS = (b"content-encoding", b"retry-after")
+KEPT_HEADERS = (b"content-encoding", b"retry-after", b"location")
 
 
 def _reason(error: BaseException) -> str:
@@ -2995,11 +3217,11 @@ class Stopwatch:
         try:
             connection = await self._connect()
         except CallError as error:
-            call.permits.release(time.perf_counter_ns())
+            call.free_permit()
             self.steps.queue(done, error)
             return
         except BaseException:  # cancelled: the caller has left
-            call.permits.release(time.perf_counter_ns())
+            call.free_permit()
             raise
         call.reply.connect_ns = (call.reply.connect_ns or 0) + time.perf_counter_ns() - begun_ns
         connection.carry(call, done)
@@ -3035,29 +3257,59 @@ class Stopwatch:
         if not self._addresses:
             origin = self._origin
             self._addresses = await self.loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-        refusal: Optional[OSError] = None
-        for family, kind, proto, _, address in self._addresses:
-            sock = socket.socket(family, kind, proto)
-            try:
-                return sock, await self._prepare(sock, address)
-            except OSError as error:
-                sock.close()
-                refusal = error  # the next address may answer
-            except BaseException:
-                sock.close()
-                raise
-        raise refusal or OSError("no address")
+        race = len(self._addresses) > 1
+        sock = await (self._race(list(self._addresses)) if race else self._dial(self._addresses[0]))
+        try:
+            tls = None
+            if self._tls_context is not None:
+                tls = Tls(self._tls_context, self._origin.host)
+                await tls.handshake(self.loop, sock)
+            ask_for_stamps(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock, tls
 
-    async def _prepare(self, sock: socket.socket, address: Any) -> Optional[Tls]:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await self.loop.sock_connect(sock, address)
-        tls = None
-        if self._tls_context is not None:
-            tls = Tls(self._tls_context, self._origin.host)
-            await tls.handshake(self.loop, sock)
-        ask_for_stamps(sock)
-        return tls
+    async def _race(self, addresses: Sequence[Any]) -> socket.socket:
+        """The first connection of several addresses, each tried when the one before has failed or is slow to answer.
+
+        Whichever answers is asked first from then on. (Event loops can do it, too, but uvloop cannot.)
+        """
+        waiting, refusal = list(addresses), OSError("no address")
+        attempts: dict[asyncio.Future[socket.socket], Any] = {}
+        try:
+            while waiting or attempts:
+                if waiting:
+                    address = waiting.pop(0)
+                    attempts[asyncio.ensure_future(self._dial(address))] = address
+                limit_s = NEXT_ADDRESS_S if waiting else None
+                done, _ = await asyncio.wait(attempts, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in done:
+                    address = attempts.pop(attempt)
+                    try:
+                        sock: socket.socket = attempt.result()
+                    except OSError as error:
+                        refusal = error
+                        continue
+                    self._addresses = [address, *(other for other in addresses if other != address)]
+                    return sock
+            raise refusal
+        finally:
+            for attempt in attempts:
+                attempt.add_done_callback(_close_what_came)
+                attempt.cancel()
+
+    async def _dial(self, address: Any) -> socket.socket:
+        family, kind, proto, _, place = address
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self.loop.sock_connect(sock, place)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     # --- what connections ask for ---
 
@@ -3068,12 +3320,16 @@ class Stopwatch:
     def keep(self, connection: Connection) -> None:
         self._idle.append(connection)
 
+    def ignore(self, connection: Connection) -> None:
+        """It has nothing more to say."""
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            self._poller.remove(connection)
+
     def discard(self, connection: Connection) -> None:
         if connection.closed:
             return
         connection.closed = True
-        with contextlib.suppress(KeyError, ValueError, OSError):
-            self._poller.remove(connection)
+        self.ignore(connection)
         connection.sock.close()
         self._all.discard(connection)
         with contextlib.suppress(ValueError):
@@ -3182,6 +3438,12 @@ class Stopwatch:
         self._poller.close()
 
 
+def _close_what_came(attempt: asyncio.Future[socket.socket]) -> None:
+    """A connection that came second."""
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
+
+
 class Watchdog:
     """Ends a call that takes too long: one timer, re-armed at the nearest of the limits."""
 
@@ -3280,7 +3542,7 @@ def classify(error: BaseException) -> tuple[str, str]:
     if isinstance(chain[-1], (TimeoutError, asyncio.TimeoutError, asyncio.CancelledError)):
         chain = [cause for cause in chain if type(cause).__name__ == "ConnectTimeout"] or chain  # it says which
     for cause in reversed(chain):
-        code = importlib.import_module("errno").errorcode.get(getattr(cause, "errno", None) or 0, "")
+        code = errno.errorcode.get(getattr(cause, "errno", None) or 0, "")
         if code in _CLIENT_LIMITS:
             return "client_limit", _CLIENT_LIMITS[code]
         if code in _UNREACHABLE:
@@ -3396,8 +3658,6 @@ def failure_of(call: Call, error: Exception) -> Optional[Failure]:
     if status is not None and not 200 <= status < 300 and not isinstance(error, CallError):
         return None  # said by the status itself
     kind, message = classify(error)
-    if kind == "tls_error":
-        message += "; --ca-file FILE trusts a private authority, --insecure trusts anybody"
     return Failure("http_error", kind, plain(message))
 
 
@@ -3416,6 +3676,7 @@ class Sdk:
     def __init__(self, config: Config, http_client: Any) -> None:
         openai, _ = import_sdk()
         api_base, login = split_login(config.api_base)
+        api_base, query = split_query(api_base)
         self.client = client_class(openai)(
             api_key=config.api_key or "none",
             base_url=api_base,
@@ -3423,6 +3684,7 @@ class Sdk:
             timeout=config.timeout,
             http_client=http_client,
             default_headers={"Accept-Encoding": "identity", **login},
+            default_query=dict(parse_qsl(query, keep_blank_values=True)),
         )
         # `Omit` leaves a field out; before openai 1.98 it has no public name.
         omit = getattr(openai, "Omit", None) or importlib.import_module("openai._types").Omit
@@ -3492,11 +3754,12 @@ class StopwatchTransport:
                 if content is None:
                     content = json.dumps(parts.get("json"), ensure_ascii=False, separators=(",", ":")).encode()
                 pairs = headers if isinstance(headers, list) else list(headers.items())
-                key = (method, url, tuple(pairs))
+                key = (method, url, tuple(pairs))  # the query is the client's own, and so the same for all
                 if key not in kept:
                     kept.clear()
-                    request = httpx.Request(method, url, headers=pairs)
-                    kept[key] = request, httpx.Response(200, request=request), http_head(method, str(url), pairs)
+                    request = httpx.Request(method, url, params=parts.get("params"), headers=pairs)
+                    head = http_head(method, str(request.url), pairs)
+                    kept[key] = request, httpx.Response(200, request=request), head
                 request, _, head = kept[key]
                 _CALL.get().payload = b"%sContent-Length: %d\r\n\r\n%s" % (head, len(content), content)
                 return request
@@ -3580,20 +3843,38 @@ class SdkTransport:
         watchdog = self._watch(call)
         call.permits.sent()
         try:
-            await self._read(call, await self._sdk.create(body))
+            await self._read(call, await self._create(call, body))
         finally:
             watchdog.stop()
             call.permits.answered()
-            call.permits.release(call.newest_ns or time.perf_counter_ns())
+            call.free_permit()
+
+    async def _create(self, call: Call, body: Mapping[str, Any]) -> Any:
+        """The SDK's stream; asked for again as long as a kept connection turns out to have been closed before."""
+        while True:
+            try:
+                return await self._sdk.create(body)
+            except Exception as error:
+                if classify(error)[0] != "reset" or not call.may_be_unread():
+                    raise
+                call.reply.reconnects += 1
+
+    async def _trace(self, event: str, _: Mapping[str, Any]) -> None:
+        """What the HTTP client tells of a request: here, that it opens a connection for it."""
+        if event == "connection.connect_tcp.started":
+            self.connections += 1
+            _CALL.get().reply.new_connection = True
 
     def _http_client(self, httpx: ModuleType) -> Any:
         # Of its own time-outs only the one to connect: the watchdog has the others, as in the stopwatch.
         limits = {"connect": self._timeouts.connect_s, "read": None, "write": None, "pool": None}
+        own = {"timeout": limits, "trace": self._trace}
 
         class Client(httpx.AsyncClient):  # type: ignore[name-defined, misc]
             async def send(self, request: Any, **options: Any) -> Any:
                 call = _CALL.get()
-                request.extensions = {**request.extensions, "timeout": limits}
+                request.extensions = {**request.extensions, **own}
+                call.reply.new_connection = False
                 call.reply.ready_ns = call.reply.sent_ns = time.perf_counter_ns()
                 response = await super().send(request, **{**options, "stream": True})
                 call.newest_ns = time.perf_counter_ns()
@@ -3681,6 +3962,24 @@ def open_transport(config: Config, concurrency: int) -> Transport:
     return StopwatchTransport(config)
 
 
+_NOT_TLS = re.compile("wrong version number|record layer|packet length|closed during the TLS handshake", re.IGNORECASE)
+
+
+def advice(failure: Failure, config: Config, environ: Mapping[str, str]) -> str:
+    """What a user can do about a failure that an option explains; empty for any other."""
+    if failure.kind == "http_404" and "/v" not in urlsplit(config.api_base).path:
+        return "does --api-base lack its /v1?"
+    if failure.kind in ("http_401", "http_403"):
+        given = environ.get("OPENAI_API_KEY")
+        source = "--api-key" if given or config.api_key != DEFAULT_API_KEY else "the default: no $OPENAI_API_KEY"
+        return f"the key was that of {'$OPENAI_API_KEY' if config.api_key == given else source}"
+    if failure.kind != "tls_error":
+        return ""
+    if _NOT_TLS.search(failure.message):
+        return "the port seems not to speak TLS: http:// instead of https://?"
+    return "" if config.insecure else "--ca-file FILE trusts a private authority, --insecure trusts anybody"
+
+
 class Sender:
     """Asks the server one request at a time in the dialect it takes, and blanks secrets in what it says."""
 
@@ -3692,11 +3991,16 @@ class Sender:
 
     async def __call__(self, request: Request, permits: Permits) -> Reply:
         reply = await self.transport.exchange(request_body(self._config, self.dialect, request), permits)
-        if reply.failure:  # some servers say which key they did not like
-            reply.failure = reply.failure._replace(message=self._redactor.text(reply.failure.message))
+        if reply.failure:
+            reply.failure = reply.failure._replace(message=self._explained(reply.failure))
         if reply.finish_reason:
             reply.finish_reason = self._redactor.text(plain(reply.finish_reason, 40))
         return reply
+
+    def _explained(self, failure: Failure) -> str:
+        """Without secrets, as some servers say which key they did not like; the cure behind, where there is one."""
+        message, cure = self._redactor.text(failure.message), advice(failure, self._config, os.environ)
+        return f"{message[: ERROR_TEXT_CHARS - len(cure) - 2]}; {cure}" if cure else message
 
 
 # === 11. Runner ===
@@ -3725,21 +4029,56 @@ class Stop:
         self.now.set()
 
 
-class Breaker:
-    """Ends a run that fails everything, or more than was allowed."""
+SHEDDING = ("http_429", "http_503")  # by these a server says that it is busy, and serves others meanwhile
 
-    def __init__(self, tally: Tally, stop: Stop, most_errors: Optional[int]) -> None:
+
+class Breaker:
+    """Ends a run that fails everything, that nobody listens to any more, or that fails more than was allowed.
+
+    By itself it does so only after a row of like failures, and when whatever was under way as the row began has ended,
+    too: a server that refuses within milliseconds may be serving others all the while. What was under way is known by
+    the permits: each has exactly one request that got it before that time and ended after it.
+    """
+
+    def __init__(self, tally: Tally, stop: Stop, concurrency: int, most_errors: Optional[int]) -> None:
         self._tally = tally
         self._stop = stop
+        self._concurrency = concurrency
         self._most = most_errors
+        self._newest_ns = 0
+        self._kind: Optional[str] = None  # of the row
+        self._row = 0
+        self._kinds: set[str] = set()
+        self._since_ns = 0  # when the row began, or went on
+        self._heard = 0  # requests under way then that have ended
 
     def add(self, record: Record) -> None:
+        reply, kind = record.reply, record.error_kind
+        self._newest_ns = max(self._newest_ns, reply.end_ns or 0)
+        if reply.free_ns is not None and reply.free_ns < self._since_ns <= (reply.end_ns or 0):
+            self._heard += 1
         if record.ok:
+            self._kind = None
             return
         if self._most is not None and self._tally.errors >= self._most:
             self._stop.end(f"stopped after {self._tally.errors} errors (--stop-after-errors)")
-        elif self._tally.identical_failures() >= IDENTICAL_FAILURES_TO_STOP:
-            self._stop.end(f"stopped: the first {self._tally.errors} requests all failed alike")
+        if kind in SHEDDING:
+            return
+        if kind != self._kind:
+            self._kind, self._row = kind, 0
+            self._kinds.add(kind)
+        if self._row % (IDENTICAL_FAILURES_TO_STOP + 4 * self._concurrency) == 0:
+            # Anew from time to time: a process that had not begun yet had nothing under way.
+            self._heard, self._since_ns = 1, self._newest_ns
+        self._row += 1
+        if self._row >= IDENTICAL_FAILURES_TO_STOP and self._heard >= self._concurrency:
+            self._judge(kind)
+
+    def _judge(self, kind: str) -> None:
+        if kind == "connect_refused":
+            self._stop.end(f"stopped: {self._row} connections in a row were refused")
+        elif not self._tally.ok and len(self._kinds) == 1:
+            self._stop.end(f"stopped: the first {self._row} requests all failed alike")
 
 
 @dataclass(frozen=True)
@@ -3925,7 +4264,7 @@ class Part:
         """The same with synthetic prompts of the length that the server counts."""
         config = calibrated(self.config, lesson.counted)
         changed = config.prompt_calibration != self.config.prompt_calibration
-        return dataclasses.replace(self, config=config, workload=workload_of(config, ())) if changed else self
+        return dataclasses.replace(self, config=config, workload=workload_of(config, None)) if changed else self
 
 
 class Kept(list[Record]):
@@ -4098,10 +4437,10 @@ async def shard_main(shard: int, shards: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # the parent decides
     orders, pipe = await _stdin_lines()
     config = Config(**json.loads(await orders.readline()))
-    workload = workload_of(config, load_requests(config.requests_file, config.system_prompt))
+    corpus = Corpus(config.requests_file, config.system_prompt).open(check=False) if config.requests_file else None
     stop = Stop()
     schedule = ClosedLoop(config.total_requests).part(shard, shards)
-    part = Part(config, workload, schedule, [ParentSink()], stop, lambda *_: None)
+    part = Part(config, workload_of(config, corpus), schedule, [ParentSink()], stop, lambda *_: None)
     siblings = Siblings()
     listener = asyncio.ensure_future(follow_orders(orders, stop, siblings))
     try:
@@ -4110,6 +4449,8 @@ async def shard_main(shard: int, shards: int) -> None:
     except (UserError, RunError) as error:
         send_to_parent({"fatal": str(error)})
     finally:
+        if corpus:
+            corpus.close()
         listener.cancel()
         pipe.close()
         await asyncio.sleep(0)  # it closes a turn later
@@ -4171,7 +4512,7 @@ class Shard:
         self._process: Optional[asyncio.subprocess.Process] = None
         self.lesson: asyncio.Future[Optional[Lesson]] = asyncio.get_running_loop().create_future()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._seen: set[int] = set()
+        self._seen = bytearray(len(part.schedule))  # 1: its record has come; by the place among this process's jobs
         self.health: Optional[Health] = None
         self.done = False
         self.fatal = ""
@@ -4210,7 +4551,7 @@ class Shard:
                 break
             if "record" in message:
                 record = record_from(message["record"])
-                self._seen.add(record.job.index)
+                self._seen[record.job.index // self._part.schedule.shards] = 1
                 for sink in self._part.sinks:
                     sink.add(record)
             elif "lesson" in message:
@@ -4240,10 +4581,11 @@ class Shard:
         """Jobs that died with it become records, too."""
         if self.done:
             return
-        jobs = [job for job in self._part.schedule if job.index not in self._seen]
-        note(f"process {self._part.schedule.shard} died; its {len(jobs)} unfinished requests count as errors")
         lost = Failure("http_error", "process_lost", "the client process that had this request died")
-        for job in jobs:
+        unfinished = self._seen.count(0)
+        why = f"died ({self.fatal})" if self.fatal else "died"
+        note(f"process {self._part.schedule.shard} {why}; its {unfinished} unfinished requests count as errors")
+        for job in itertools.compress(self._part.schedule, map((1).__sub__, self._seen)):
             for sink in self._part.sinks:
                 sink.add(Record(job, Reply(failure=lost), origin_ns))
 
@@ -4353,7 +4695,7 @@ def _url(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"takes a URL like {DEFAULT_API_BASE}, not {plain(Redactor.url(re.sub('.*@', '***@', text)), 80)!r}"
         )
-    return text.rstrip("/")
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
 
 
 def _api_key(text: str) -> str:
@@ -4375,6 +4717,9 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _extra_body(text: str) -> dict[str, Any]:
     value = _json_object(text)
+    for name, option in (("model", "--model"), ("messages", "--requests-file"), ("stream", "--stream")):
+        if name in value:
+            raise argparse.ArgumentTypeError(f"takes no {name}: {option} sets it")
     if value.get("n", 1) not in (1, None):
         raise argparse.ArgumentTypeError(
             "takes no n but 1: first token, gaps and tokens of several choices in one reply cannot be told apart"
@@ -4526,14 +4871,24 @@ def build_parser() -> Parser:
     return parser
 
 
+def _told_by_body(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that --extra-body overrides, so that the report says what is sent."""
+    body = options.extra_body
+    told = {name: body[name] for name in ("temperature",) if isinstance(body.get(name), (int, float))}
+    for name in OUTPUT_LIMITS:
+        if isinstance(body.get(name), int) and body[name] > 0:
+            told.update(output_tokens=body[name], max_tokens_field=name)
+    return told
+
+
 def build_config(options: argparse.Namespace, prompts: int) -> Config:
     """Options and what follows from them. `prompts`: of the corpus, 0 without one."""
-    given = vars(options)
+    given = {**vars(options), **_told_by_body(options)}
     total = options.total_requests or prompts or 1024
     concurrency = options.concurrency
     derived: dict[str, Any] = {
         "total_requests": total,
-        "output_tokens": options.output_tokens or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
+        "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
         "warmup": default_warmup(concurrency, total) if options.warmup is None else options.warmup,
         "seed": secrets.randbelow(1 << 32) if options.seed is None else options.seed,
         "processes": min(concurrency, total, options.processes or enough_processes(options, concurrency)),
@@ -4590,9 +4945,10 @@ def require_model(options: argparse.Namespace) -> None:
     if options.model:
         return
     base = Redactor.url(options.api_base)
+    parts = urlsplit(options.api_base)
     redactor = Redactor.of(options, os.environ)
     try:
-        listed = fetch_json(f"{options.api_base}/models", options.api_key)
+        listed = fetch_json(urlunsplit(parts._replace(path=f"{parts.path}/models")), options.api_key)
         names = ", ".join(str(model["id"]) for model in listed["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
         reason = redactor.text(plain(_reason(error), 100))
@@ -4709,19 +5065,21 @@ class DemoServer:
 class Point:
     """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
 
-    def __init__(self, config: Config, workload: Workload) -> None:
+    def __init__(self, config: Config, corpus: Optional[Corpus]) -> None:
         self.config = config
         self.tally = Tally()
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
-        self._workload = workload
+        self._workload = workload_of(config, corpus)
+        self._requests_file = corpus.path if corpus else None
 
     async def measure(self, stop: Stop, csv_sink: Optional[CsvSink]) -> None:
         """Raises RunError when the warm-up fails."""
         live: list[LiveLine] = []
 
         def begin(origin_ns: int, config: Config) -> None:
-            self.origin_ns, self.config = origin_ns, config
+            self.origin_ns = origin_ns
+            self.config = dataclasses.replace(config, requests_file=self.config.requests_file)  # as the user named it
             if not config.requests_file and not config.prompt_calibration:
                 note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
             if csv_sink:
@@ -4730,9 +5088,10 @@ class Point:
                 live.append(LiveLine(self.tally, self.config.total_requests, time.perf_counter))
                 live[0].start()
 
-        breaker = Breaker(self.tally, stop, self.config.stop_after_errors)  # last: it judges by the tally
+        breaker = Breaker(self.tally, stop, self.config.concurrency, self.config.stop_after_errors)  # after the tally
         sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
-        part = Part(self.config, self._workload, ClosedLoop(self.config.total_requests), sinks, stop, begin)
+        config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
+        part = Part(config, self._workload, ClosedLoop(config.total_requests), sinks, stop, begin)
         try:
             if self.config.processes > 1:
                 self.health = await measure_sharded(part)
@@ -4786,7 +5145,8 @@ class Invocation:
         if not summary.ok + summary.errors:
             _say("Interrupted before the first measured request had ended: nothing to report.")
             return 130
-        notices = [ReportWarning(text) for text in self._notices(summary, config, stop)]
+        failed = error_warning(summary)
+        notices = [*([failed] if failed else []), *map(ReportWarning, self._notices(summary, config, stop))]
         truth = self._truth(summary, demo, point.origin_ns) if demo else ""
         details = detail_lines(summary, config, point.health, notices, truth)
         report(summary_block(summary, config.concurrency))
@@ -4795,9 +5155,8 @@ class Invocation:
         self._write_summary(summary, point, stop)
         if stop.interrupted:
             return 130
-        error_rate = summary.errors / (summary.ok + summary.errors)
-        failed = summary.ok == 0 or bool(stop.reason) or error_rate > config.max_error_rate
-        return 1 if failed else 0
+        useless = summary.ok == 0 or bool(stop.reason) or summary.error_share > config.max_error_rate
+        return 1 if useless else 0
 
     def _truth(self, summary: Summary, demo: DemoServer, since_ns: int) -> str:
         try:
@@ -4852,8 +5211,18 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.ca_file or options.insecure:
         tls_context(Origin.of("https://localhost", options.ca_file, options.insecure))
     keep_files_apart(options)
-    corpus = load_requests(options.requests_file, options.system_prompt)
-    config = build_config(options, len(corpus))
+    corpus = load_requests(options.requests_file, options.system_prompt) if options.requests_file else None
+    try:
+        return benchmark_with(corpus, options, argv)
+    finally:
+        if corpus:
+            corpus.close()
+
+
+def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """The same from where the prompts are known."""
+    prompts = len(corpus) if corpus else 0
+    config = build_config(options, prompts)
     # The simulated server inherits the limit and has every connection.
     need_descriptors(config.concurrency if config.demo else -(-config.concurrency // config.processes))
     invocation = Invocation(config, argv)
@@ -4864,9 +5233,9 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
             config = dataclasses.replace(config, api_base=demo.api_base)
         if importlib.util.find_spec("openai") is None:  # before any socket is opened
             raise UserError("cannot import openai: pip install openai")
-        for line in notes_before(config, len(corpus)):
+        for line in notes_before(config, prompts):
             note(line)
-        return invocation.run(Point(config, workload_of(config, corpus)), demo)
+        return invocation.run(Point(config, corpus), demo)
     finally:
         invocation.close()
         if demo:

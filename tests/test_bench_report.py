@@ -20,7 +20,7 @@ from typing import Any, Callable, Optional
 
 import pytest
 
-from tests.conftest import ROOT, Outcome, run_script
+from tests.support.program import ROOT, Outcome, run_script
 
 np = pytest.importorskip("numpy")
 import bench_report as report  # noqa: E402  (it needs numpy)
@@ -435,6 +435,14 @@ def test_knee_and_highest_passing_level_are_named(tmp_path: Path, cli: Callable[
     assert "up to 8 in flight hold p99_ttft_ms < 100" in done.out
     assert "fails p99_ttft_ms" in next(line for line in done.out.splitlines() if line.startswith("16 "))
     assert cli("show", sweep(tmp_path), "--slo", "p99_ttft_ms=100").code == 2
+
+
+def test_a_lower_level_that_fails_is_not_passed_over(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    points = [
+        summary(max_concurrency=n, p99_ttft_ms=ttft) for n, ttft in ((1, 20.0), (2, 150.0), (4, 90.0), (8, 300.0))
+    ]
+    out = cli("show", write_json(tmp_path / "s.jsonl", *points), "--slo", "p99_ttft_ms<100").out
+    assert "4 in flight is the highest to hold p99_ttft_ms < 100, but 2 did not" in out
 
 
 def test_limits_come_from_the_measured_configuration(tmp_path: Path, cli: Callable[..., Outcome]) -> None:

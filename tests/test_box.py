@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +20,13 @@ from typing import Any, Callable
 import pytest
 
 import online_bench_openai_async as bench
-from tests.support.checked_runs import CONCURRENCY, GOOD_PROMPT, checked, run
+from tests.support.checked_runs import CONCURRENCY, GOOD_PROMPT, PATIENT, checked, run
 from tests.support.demo import Demo
-from tests.support.faults import FAULTS, FaultServer, fault_prompt
+from tests.support.faults import FAULTS, FaultServer, fault_prompt, good
 from tests.support.processes import needs_proc
 from tests.support.program import SCRIPT, Outcome, Running, run_script, words_of
+from tests.support.replies import reply
+from tests.support.server import Call, HttpServer
 from tests.support.tables import assert_whole, fate, rows_of, write_corpus
 
 pytest.importorskip("openai")
@@ -441,7 +446,7 @@ def test_a_server_that_fails_everything_is_not_hammered(streamed: bool, transpor
         got = run(server.api_base, [BAD] * 1000, stream=streamed, transport=transport)
         asked = server.seen["status_400_object"]
     assert got.code == 1
-    assert bench.IDENTICAL_FAILURES_TO_STOP <= asked <= bench.IDENTICAL_FAILURES_TO_STOP + CONCURRENCY
+    assert bench.IDENTICAL_FAILURES_TO_STOP <= asked <= bench.IDENTICAL_FAILURES_TO_STOP + 2 * CONCURRENCY
     assert len(got.rows) <= asked + CONCURRENCY
     assert "WARNING: stopped: the first 100 requests all failed alike" in got.out
 
@@ -464,7 +469,7 @@ def test_a_server_that_fails_in_part_is_measured_to_the_end(prompts: list[str]) 
     with FaultServer(ACTS) as server:
         got = run(server.api_base, prompts, concurrency=1)
     assert len(got.rows) == len(prompts)
-    assert got.code == (0 if GOOD_PROMPT in prompts else 1)
+    assert got.code == 1  # more errors than --max-error-rate allows
 
 
 def test_a_warm_up_that_fails_measures_nothing() -> None:
@@ -474,3 +479,62 @@ def test_a_warm_up_that_fails_measures_nothing() -> None:
     assert got.code == 1
     assert not got.rows
     assert "the warm-up failed, nothing was measured: connect_refused" in got.err
+
+
+def shed_or_serve(call: Call) -> None:
+    """Three of a kind are served, slowly; whatever comes meanwhile is refused at once."""
+    if call.number:
+        call.send(reply("503 Service Unavailable", b"busy"))
+        return
+    with SERVED:
+        served = next(COUNT) < 3
+    if served:
+        time.sleep(0.3)
+        good(call)
+    else:
+        call.send(reply("503 Service Unavailable", b"busy"))
+
+
+SERVED, COUNT = threading.Lock(), itertools.count()
+
+
+def test_a_server_that_sheds_load_serves_what_it_took() -> None:
+    """Hundreds of fast 503s beside three slow replies: nothing that the server serves is cut off."""
+    with HttpServer(shed_or_serve) as server:
+        got = run(server.api_base, [GOOD_PROMPT] * 400, concurrency=16, **PATIENT)
+    assert len(got.rows) == 400
+    assert {fate(row) for row in got.rows} == {"success/", "http_error/http_503"}
+    assert [fate(row) for row in got.rows].count("success/") == 3
+    lines = got.out.splitlines()
+    assert "Avg latency" in lines[6]
+    assert lines[8].startswith("WARNING: 397 of 400 requests failed (99.2 %), the first 0.")
+    assert got.code == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_server_that_goes_away_ends_the_run_and_its_errors_come_first(processes: int, tmp_path: Path) -> None:
+    with FaultServer(ACTS) as server:
+        words = [*("--api-base", server.api_base, "--model", "m", "--warmup", "0", "--total-requests", "100000")]
+        program = Running(tmp_path, *words, "--concurrency", "8", "--processes", str(processes), "--prompt-tokens", "8")
+        program.wait_for_rows(50)
+    got = program.outcome()
+    assert got.code == 1
+    assert "WARNING: stopped: " in got.out
+    assert "connections in a row were refused" in got.out
+    assert 150 <= len(got.rows) < 100_000
+    first = got.out.splitlines()[8]
+    assert re.match(r"WARNING: \d+ of \d+ requests failed \(\d+\.\d %\), the first \d+\.\d{3} s after the start", first)
+
+
+@pytest.mark.parametrize(("bad", "said"), [(1, False), (2, True)])
+def test_more_errors_than_one_in_a_hundred_are_said_first(bad: int, said: bool) -> None:
+    with FaultServer(ACTS) as server:
+        got = run(server.api_base, [*[BAD] * bad, *[GOOD_PROMPT] * (100 - bad)])
+    assert got.code == 0
+    assert (f"WARNING: {bad} of 100 requests failed ({bad}.0 %)" in got.out.splitlines()[8]) is said
+
+
+def test_more_failures_than_successes_are_a_failure_by_default() -> None:
+    with FaultServer(ACTS) as server:
+        assert run(server.api_base, [*[BAD] * 11, *[GOOD_PROMPT] * 9]).code == 1
+        assert run(server.api_base, [*[BAD] * 11, *[GOOD_PROMPT] * 9], max_error_rate=0.6).code == 0

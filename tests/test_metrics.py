@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import random
 import statistics
+import tracemalloc
+from array import array
 from typing import Any
 
 import pytest
@@ -140,3 +142,74 @@ def test_every_warning_says_what_to_do() -> None:
     found = bench.warnings_of(summary_of(bad), config, [health()])
     assert len(found) == len(bench.WARNINGS)
     assert all(warning.cure for warning in found)
+
+
+def sample_of(values: list[float], most: int) -> bench.Sample:
+    sample = bench.Sample("d", most)
+    for at in range(0, len(values), 100):
+        sample.extend(array("d", values[at : at + 100]))
+    return sample
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e7])
+def test_beyond_the_values_kept_percentiles_are_within_their_error(scale: float) -> None:
+    rng = random.Random(1)
+    values = [scale * rng.lognormvariate(0, 2) for _ in range(50_000)]
+    exact, told = bench.describe(values), sample_of(values, 1_000).describe()
+    assert told.n == exact.n
+    assert told.max == exact.max
+    assert told.mean == pytest.approx(exact.mean, rel=1e-9)
+    assert told.std == pytest.approx(exact.std, rel=1e-6)
+    for rank, value in exact.percentiles.items():
+        assert told.percentiles[rank] == pytest.approx(value, rel=1.001 * bench.BUCKET_ERROR)
+
+
+def test_zeros_and_equal_values_survive_the_buckets() -> None:
+    told = sample_of([0.0] * 600 + [20.0] * 400, 200).describe()
+    assert told.percentiles[50.0] < 1e-5
+    assert told.percentiles[95.0] == pytest.approx(20.0, rel=bench.BUCKET_ERROR)
+    assert told.std == pytest.approx(bench.describe([0.0] * 600 + [20.0] * 400).std)
+    assert sample_of([7.0] * 1000, 200).describe().std == pytest.approx(0.0, abs=1e-9)
+
+
+def test_up_to_the_values_kept_everything_is_exact() -> None:
+    values = [float(n % 97) for n in range(5_000)]
+    assert sample_of(values, 5_000).describe() == bench.describe(values)
+
+
+def test_memory_ends_with_the_values_kept() -> None:
+    """Ten times as many gaps, no more memory; the report says that percentiles are of a histogram then."""
+    rng = random.Random(2)
+    sample, gaps = bench.Sample("f", 10_000), array("f", [rng.uniform(1, 50) for _ in range(10_000)])
+    tracemalloc.start()
+    try:
+        sizes = []
+        for _ in range(11):
+            sample.extend(gaps)
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert sizes[-1] - sizes[1] < 20_000
+    assert sample.describe().n == 110_000
+
+
+def test_a_report_of_a_histogram_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = summary_of(*(make_record(n) for n in range(3)))
+    assert not any("histogram" in line for line in bench.distribution_table(summary))
+    monkeypatch.setattr(bench, "EXACT_SAMPLES", 10)
+    assert "n above 10: percentiles from a histogram, within 0.1% of the value" in bench.distribution_table(summary)
+
+
+def test_a_request_costs_at_most_100_bytes_of_the_tally() -> None:
+    tally, record = bench.Tally(), make_record(gaps_ms=(), due_s=0.5)
+    for _ in range(1_000):
+        tally.add(record)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(20_000):
+            tally.add(record)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 100 * 20_000

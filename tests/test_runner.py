@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Callable
@@ -127,14 +128,16 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
     class Refusing(Server):
         async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
             await permits.wait()
+            free_ns = int(asyncio.get_running_loop().time() * 1e9)
             await asyncio.sleep(1.0)
-            permits.release(0)
+            end_ns = int(asyncio.get_running_loop().time() * 1e9)
+            permits.release(end_ns)
             self.served += 1
-            return bench.Reply(end_ns=0, failure=bench.Failure("http_error", "http_500", "no"))
+            return bench.Reply(free_ns=free_ns, end_ns=end_ns, failure=bench.Failure("http_error", "http_500", "no"))
 
     async def main() -> tuple[int, str]:
         stop, tally, server = bench.Stop(), bench.Tally(), Refusing(lambda index: 1.0)
-        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, None)]
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 10, None)]
         pool = bench.Pool(bench.Load(bench.ClosedLoop(5000), numbered, server, sinks, 10), stop)
         await pool.prepare()
         await pool.drain(0)
@@ -143,6 +146,49 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
     served, reason = in_virtual_time(main())
     assert bench.IDENTICAL_FAILURES_TO_STOP <= served <= bench.IDENTICAL_FAILURES_TO_STOP + 10
     assert "all failed alike" in reason
+
+
+class Busy(Server):
+    """The first 23 requests take 9 s and succeed; the others fail within a millisecond."""
+
+    def __init__(self, kind: str, late_status: str = "") -> None:
+        super().__init__(lambda index: 9.0 if index < 23 else 0.001)
+        self._kind = kind
+
+    async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
+        reply = await super().__call__(request, permits)
+        if int(request.messages[0]["content"]) >= 23:
+            reply.failure = bench.Failure("http_error", self._kind, "no")
+        return dataclasses.replace(reply, free_ns=reply.sent_ns)
+
+
+def run_broken(server: Server, jobs: int) -> tuple[bench.Tally, str]:
+    async def main() -> tuple[bench.Tally, str]:
+        stop, tally = bench.Stop(), bench.Tally()
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 64, None)]
+        pool = bench.Pool(bench.Load(bench.ClosedLoop(jobs), numbered, server, sinks, 64), stop)
+        await pool.prepare()
+        await pool.drain(0)
+        return tally, stop.reason
+
+    result: tuple[bench.Tally, str] = in_virtual_time(main())
+    return result
+
+
+@pytest.mark.parametrize("kind", ["http_429", "http_503", "http_500"])
+def test_what_is_being_served_outlives_a_thousand_fast_refusals(kind: str) -> None:
+    """A server that sheds load refuses within milliseconds what it will not serve, and serves the rest."""
+    tally, reason = run_broken(Busy(kind), 1500)
+    assert (tally.ok, tally.errors) == (23, 1477)
+    assert reason == ""
+
+
+@pytest.mark.parametrize(("kind", "stops"), [("connect_refused", True), ("http_500", False), ("http_503", False)])
+def test_refused_connections_end_a_run_that_has_succeeded_before(kind: str, stops: bool) -> None:
+    tally, reason = run_broken(Busy(kind), 200_000 if stops else 12_000)
+    assert tally.ok == 23
+    assert ("connections in a row were refused" in reason) is stops
+    assert tally.errors < 200_000
 
 
 def test_a_defect_of_ours_is_raised_and_not_swallowed() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from array import array
 from pathlib import Path
 from typing import Any, Callable, cast
@@ -14,7 +15,7 @@ import pytest
 
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
-from tests.support.processes import children_of, command_line_of, needs_proc
+from tests.support.processes import children_of, command_line_of, needs_proc, wait_until
 from tests.support.program import Running, run_script
 from tests.support.records import make_config, make_record
 from tests.support.replies import ANSWER, as_json, reply
@@ -149,3 +150,34 @@ def test_a_key_is_in_no_process_list(demo: Callable[..., Demo], tmp_path: Path) 
     assert "canary" not in shown
     done = program.outcome()
     assert "canary" not in done.out + done.err + program.csv.read_text()
+
+
+def stands_still(pid: int) -> bool:
+    """Whether a process has needed no CPU for a while: here, because nobody reads what it writes."""
+
+    def used() -> list[str]:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+
+    before = used()
+    time.sleep(0.3)
+    return used() == before
+
+
+@needs_proc
+def test_a_run_that_is_suspended_and_continued_loses_nothing(demo: Callable[..., Demo], tmp_path: Path) -> None:
+    """As SLURM suspends: the parent first, so that its processes stand in a write that is cut by the next stop."""
+    long = ["--output-tokens", "3000", "--stream", "--total-requests", "60", "--concurrency", "8"]
+    program = start_sharded(demo(ttft_ms=0, gap_ms=0.1), tmp_path, *long)
+    program.wait_for_rows(4)
+    tree = [program.pid, *program.children]
+    os.kill(program.pid, signal.SIGSTOP)
+    wait_until(lambda: all(map(stands_still, tree[1:])))
+    for child in tree[1:]:
+        os.kill(child, signal.SIGSTOP)
+    for pid in reversed(tree):
+        os.kill(pid, signal.SIGCONT)
+    done = program.outcome()
+    assert done.code == 0, done.err
+    assert [int(row["index"]) for row in done.rows] == list(range(60))
+    assert done.fates == {"success/"}
+    assert "died" not in done.err

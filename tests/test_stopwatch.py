@@ -12,7 +12,7 @@ from typing import Any, Callable, ClassVar, Optional
 import pytest
 
 import online_bench_openai_async as bench
-from tests.support.server import ScriptedServer, behind_tls, says, server_context
+from tests.support.server import Call, ScriptedServer, behind_tls, closed_port, full_queue, says, server_context
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -185,24 +185,84 @@ def test_what_breaks_on_the_wire_is_said(script: Callable[..., ScriptedServer], 
     assert (error.status, error.kind) == ("http_error", kind)
 
 
+GOOD = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
+
+
+def good_then_unread(call: Call) -> None:
+    """The next request on this connection arrives, and is closed upon unread."""
+    GOOD(call)
+    call.sock.recv(1, socket.MSG_PEEK)
+    call.close()
+
+
 def test_a_stale_connection_costs_one_counted_reconnect(script: Callable[..., ScriptedServer]) -> None:
-    """The server closes the kept connection as the second request arrives: sent again on a new one."""
-    good = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
-    server = script(good, says(keep=False), good)
+    """The server closes the kept connection as the second request arrives, unread: sent again on a new one."""
+    server = script(good_then_unread, GOOD)
     exchanges, errors = exchange_with(server.port, count=2)
     assert errors == [None, None]
     assert [exchange.reply.reconnects for exchange in exchanges] == [0, 1]
-    assert server.requests == 3
+    assert (server.requests, server.connections) == (2, 2)
 
 
 def test_a_server_that_keeps_closing_is_tried_twice_and_no_more(script: Callable[..., ScriptedServer]) -> None:
-    good = says(HEAD + b"Content-Length: 2\r\n\r\nhi")
-    server = script(good, says(keep=False))
+    server = script(good_then_unread, says(keep=False))
     _, errors = exchange_with(server.port, count=2)
     assert errors[0] is None
     assert errors[1] is not None
     assert errors[1].kind == "closed"
-    assert server.requests == 3
+    assert (server.requests, server.connections) == (2, 2)
+
+
+def test_a_request_that_was_read_goes_out_once(script: Callable[..., ScriptedServer]) -> None:
+    """The server closes the kept connection after it has read the request: it may have served it."""
+    server = script(GOOD, says(keep=False), GOOD)
+    exchanges, errors = exchange_with(server.port, count=2)
+    assert errors[1] is not None
+    assert errors[1].kind == "closed"
+    assert exchanges[1].reply.reconnects == 0
+    assert server.requests == 2
+
+
+# --- names with several addresses ---
+
+
+def test_a_silent_address_gives_way_to_the_next(
+    script: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: whoever answered is asked first from then on."""
+    server = script(GOOD)
+    dialled = []
+    with full_queue() as silent:
+        places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (silent, server.port)]
+
+        async def both(*_: Any, **__: Any) -> Any:
+            return list(places)
+
+        dial = bench.Stopwatch._dial
+
+        async def watched(self: bench.Stopwatch, address: Any) -> socket.socket:
+            dialled.append(address[4][1])
+            return await dial(self, address)
+
+        monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", both)
+        monkeypatch.setattr(bench.Stopwatch, "_dial", watched)
+        server_keeps_nothing = says(HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi", keep=False)
+        server._scripts[:] = [server_keeps_nothing]
+        _, errors = exchange_with(server.port, count=3)
+    assert errors == [None] * 3
+    assert dialled == [silent, server.port, server.port, server.port]
+
+
+def test_when_no_address_answers_the_last_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closed_port() as first, closed_port() as second:
+
+        async def both(*_: Any, **__: Any) -> Any:
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (first, second)]
+
+        monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", both)
+        _, (error,) = exchange_with(first)
+    assert error is not None
+    assert error.kind == "connect_refused"
 
 
 @pytest.mark.parametrize(

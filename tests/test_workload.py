@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import subprocess
+import sys
 import time
+import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
 import online_bench_openai_async as bench
+from tests.support.demo import Demo
+from tests.support.program import SCRIPT
 from tests.support.records import make_config
+from tests.support.tables import rows_of
 
 
 def prompts(seed: int, count: int = 1024) -> list[str]:
@@ -148,3 +157,82 @@ def test_a_corpus_is_cycled() -> None:
     corpus = [bench.parse_request(f'{{"text": "{name}"}}', None) for name in "abc"]
     workload = bench.workload_of(make_config(), corpus)
     assert [workload(index).messages[-1]["content"] for index in range(5)] == list("abcab")
+
+
+def corpus_of(path: Path, texts: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return path
+
+
+def test_lines_are_found_again_between_empty_ones_and_after_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(
+        '\ufeff\n\n{"text": "erste"}\n \u3000 \n{"text": "zweite \u00fc"}\r\n\n{"text": "dritte"}'.encode()
+    )
+    for check in (True, False):
+        corpus = bench.Corpus(str(path), None).open(check)
+        assert [request.messages[0]["content"] for request in map(corpus.__getitem__, range(3))] == [
+            "erste",
+            "zweite \u00fc",
+            "dritte",
+        ]
+        assert len(corpus) == 3
+        corpus.close()
+
+
+def test_a_corpus_costs_offsets_and_no_copy(tmp_path: Path) -> None:
+    path = corpus_of(tmp_path / "corpus.jsonl", ["x" * 2000 + str(n) for n in range(5_000)])
+    tracemalloc.start()
+    try:
+        corpus = bench.load_requests(str(path), None)
+        assert tracemalloc.get_traced_memory()[0] < path.stat().st_size / 20
+    finally:
+        tracemalloc.stop()
+    assert corpus[4_999].messages[0]["content"].endswith("x4999")
+    corpus.close()
+
+
+def test_a_corpus_that_changes_during_the_run_is_told(tmp_path: Path) -> None:
+    path = corpus_of(tmp_path / "corpus.jsonl", ["one", "two"])
+    corpus = bench.load_requests(str(path), None)
+    path.write_text("")
+    with pytest.raises(bench.RunError, match="has changed during the run"):
+        corpus[1]
+    corpus.close()
+
+
+def test_a_corpus_that_is_replaced_during_the_run_stays_what_it_was(tmp_path: Path) -> None:
+    path = corpus_of(tmp_path / "corpus.jsonl", ["one", "two"])
+    corpus = bench.load_requests(str(path), None)
+    corpus_of(tmp_path / "other", ["three"]).rename(path)
+    assert corpus[1].messages[0]["content"] == "two"
+    corpus.close()
+
+
+@pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="needs /dev/stdin")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("way", ["pipe", "substitution", "file"])
+def test_prompts_that_can_be_read_only_once_reach_every_process(
+    demo: Callable[..., Demo], tmp_path: Path, processes: int, way: str
+) -> None:
+    """`--requests-file <(...)` and /dev/stdin, a pipe or a file; what had to be copied is gone afterwards."""
+    corpus = corpus_of(tmp_path / "corpus.jsonl", ["one", "two", "three", "four"])
+    (tmp_path / "tmp").mkdir()
+    words = [
+        sys.executable,
+        str(SCRIPT),
+        *demo(ttft_ms=1, gap_ms=0).target,
+        "--concurrency",
+        "2",
+        "--output-tokens",
+        "2",
+    ]
+    words += ["--processes", str(processes), "--results-csv", str(tmp_path / "r.csv"), "--warmup", "0"]
+    given = {"pipe": "cat C | P /dev/stdin", "substitution": "P <(cat C)", "file": "P /dev/stdin < C"}[way]
+    line = given.replace("C", shlex.quote(str(corpus))).replace("P ", f"{shlex.join(words)} --requests-file ")
+    env = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=env, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(int(row["index"]) for row in rows_of(tmp_path / "r.csv")) == [0, 1, 2, 3]
+    assert "online-bench-" not in done.stdout + done.stderr
+    assert not list((tmp_path / "tmp").iterdir())
