@@ -774,7 +774,7 @@ class Corpus(Sequence[Request]):
         try:
             os.lseek(self._file, start, os.SEEK_SET)
             line = os.read(self._file, end - start).decode("utf-8" if start else "utf-8-sig")
-            return parse_request(line, self._system_prompt)
+            return parse_request(line.strip(), self._system_prompt)
         except (OSError, ValueError) as error:
             raise RunError(f"{self._name} has changed during the run: {error}") from None
 

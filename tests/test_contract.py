@@ -204,7 +204,7 @@ REPLIES: dict[str, Act] = {
     "no content": GROUPS["connection"]["no_content_204"].act,
     "not HTTP": GROUPS["connection"]["speaks_http_2"].act,
 }
-OWN_WORDS = ("bad_http", "reset", "closed")  # said by other libraries in each script
+OWN_WORDS = ("bad_http", "reset", "closed", "http_401", "http_403")  # of other libraries, or naming the key's source
 MEASURED = ("latency_ms", "sent_s", "new_connection")
 
 

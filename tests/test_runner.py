@@ -149,10 +149,10 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
 
 
 class Busy(Server):
-    """The first 23 requests take 9 s and succeed; the others fail within a millisecond."""
+    """The first 23 requests take 2 s and succeed; the others fail within a millisecond."""
 
     def __init__(self, kind: str, late_status: str = "") -> None:
-        super().__init__(lambda index: 9.0 if index < 23 else 0.001)
+        super().__init__(lambda index: 2.0 if index < 23 else 0.001)
         self._kind = kind
 
     async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:

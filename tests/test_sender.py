@@ -130,7 +130,7 @@ def test_the_query_of_the_base_url_stands_behind_the_path_and_its_secret_nowhere
     server = script(answer)
     words = ["--api-base", f"http://127.0.0.1:{server.port}{base}", "--model", "m", "--concurrency", "1"]
     words += ["--total-requests", "4", "--prompt-tokens", "8", "--transport", transport]
-    words += ["--results-csv", tmp_path / "out.csv", "--summary-jsonl", tmp_path / "out.jsonl"]
+    words += ["--results-csv", str(tmp_path / "out.csv"), "--summary-jsonl", str(tmp_path / "out.jsonl")]
     done = cli(*words)
     assert set(asked) == {"POST /v1/chat/completions?api-version=2024-10-21&key=canary-query HTTP/1.1"}
     written = done.out + done.err + "".join(path.read_text() for path in tmp_path.iterdir())
