@@ -353,9 +353,6 @@ class Maker(Protocol):
 
     def make(self, numbers: Sequence[int]) -> list[Prompt]: ...
 
-    def finish(self) -> None:
-        """What can only be checked when all prompts are made."""
-
 
 # === 3. Words (pure) ===
 
@@ -594,9 +591,6 @@ class Paragraphs:
 
     def make(self, numbers: Sequence[int]) -> list[Prompt]:
         return [self._prompt(number) for number in numbers]
-
-    def finish(self) -> None:
-        """Paragraphs promise nothing that would have to be measured."""
 
     def _prompt(self, number: int) -> Prompt:
         seed, group, language = self._options.seed, number % self._options.prefix_groups, self._language
@@ -1285,9 +1279,11 @@ class ExactPrompts:
             seen = self._partings.setdefault(draft.number % self._options.prefix_groups, set())
             if len(seen) < 2:  # enough to know
                 seen.add(draft.parting_id)
+        if numbers[-1] == self._options.count - 1:
+            self._check_partings()
         return [draft.best for draft in drafts if draft.best]
 
-    def finish(self) -> None:
+    def _check_partings(self) -> None:
         """Every group must part right after its prefix, be it in two of its prompts."""
         lone = self._options.count - self._options.prefix_groups  # groups up to here have a second prompt
         for group, partings in self._partings.items():
@@ -1378,10 +1374,6 @@ class Sessions:
         later = iter(self._later.make(range(numbers[0] * self._more, (numbers[-1] + 1) * self._more)))
         first = self._first.make(numbers)
         return [replace(prompt, later=tuple(itertools.islice(later, self._more))) for prompt in first]
-
-    def finish(self) -> None:
-        self._first.finish()
-        self._later.finish()
 
 
 def later_turns(options: Options) -> Options:
@@ -1502,9 +1494,6 @@ class TracePrompts:
                     "across spaces - use another one"
                 )
         return [draft for draft, _ in drafts]
-
-    def finish(self) -> None:
-        """Every prompt has been held to its planned token ids."""
 
     def _draft(self, number: int) -> tuple[Prompt, list[int]]:
         """A prompt, and the token ids it must have up to what the chat template sets behind it."""
@@ -1681,7 +1670,6 @@ def write_corpus(options: Options, maker: Maker, corpus: CorpusFile) -> Tally:
                 lines.append(line_of(options, number, prompt))
             corpus.write(lines)
             bar.update(len(lines))
-        maker.finish()
     finally:
         if time.monotonic() - started > PROGRESS_DELAY_S:
             bar.delay = 0  # else a bar that was not due for its first line would leave none

@@ -1092,9 +1092,14 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(links, tmp_path, monke
 
     if not links:
         monkeypatch.setattr(os, "link", no_link)
-    finish = gen.Paragraphs.finish
+    make = gen.Paragraphs.make
     name = "requests_100_tokensnatural_overlap0.0_gpt2.jsonl"
-    monkeypatch.setattr(gen.Paragraphs, "finish", lambda self: (tmp_path / name).write_text("mine") and finish(self))
+
+    def meanwhile(self, numbers):
+        (tmp_path / name).write_text("mine")
+        return make(self, numbers)
+
+    monkeypatch.setattr(gen.Paragraphs, "make", meanwhile)
     assert gen.main(["--output", str(tmp_path)]) != 0
     one_line_error(capsys, 2)
     assert (tmp_path / name).read_text() == "mine"
@@ -1193,7 +1198,7 @@ def test_memory_does_not_grow_with_the_count(shelf, tmp_path):
             "--count",
             count,
             "--approx-input-tokens",
-            256,
+            64,
             "--prefix-overlap",
             0.3,
             "--output",
