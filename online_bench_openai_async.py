@@ -2893,12 +2893,15 @@ class KernelClock:
 
     def read_both(self) -> None:
         """Again where something came between the two readings: it would shift a whole batch of stamps."""
+        closest_ns = math.inf
         for _ in range(3):
             before = time.perf_counter_ns()
             wall = time.time_ns()
             after = time.perf_counter_ns()
-            self.offset_ns = wall - (before + after) // 2
-            if after - before < OFFSET_LIMIT_NS:
+            if after - before < closest_ns:
+                closest_ns = after - before
+                self.offset_ns = wall - (before + after) // 2
+            if closest_ns < OFFSET_LIMIT_NS:
                 return
 
     def stamp(self, ancillary: Sequence[Any], floor_ns: int) -> tuple[int, bool]:
