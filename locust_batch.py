@@ -524,7 +524,7 @@ def usage_of(usage: Any) -> dict[str, Any]:
         return {}
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": completion,
+        "completion_tokens": completion or None,  # 0 beside a text is no count
         "cached_tokens": whole_number(usage.get("prompt_tokens_details"), "cached_tokens"),
         "reasoning_tokens": whole_number(usage.get("completion_tokens_details"), "reasoning_tokens"),
     }
