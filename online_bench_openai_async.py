@@ -106,8 +106,8 @@ DEFAULTS: Mapping[str, Any] = {
 
 WARMUP_OUTPUT_TOKENS = 8
 WARMUP_PROMPT_TOKENS = 64  # of a corpus run, whose own prompts must stay unseen
-LENGTHS_TO_CALIBRATE = 2  # of warm-up prompts: tokens per word and the template's constant are two unknowns
-ONE_IN_SHORT = 4  # one warm-up prompt in so many is of the shorter length, no words at all
+LEAST_WARMUP = 3  # two lengths that calibrate prompts, and one as it will be measured
+LENGTHS_TURN = 4  # of so many warm-up prompts two are there to calibrate
 LEAST_TOKENS_PER_WORD = 0.5  # a slope below it is no count of words
 DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
@@ -553,8 +553,8 @@ def share(total: int, shard: int, shards: int) -> int:
 
 
 def default_warmup(concurrency: int, total_requests: int) -> int:
-    """A warm-up request for each connection, but no more than will be measured; from two on they calibrate lengths."""
-    return min(max(concurrency, LENGTHS_TO_CALIBRATE), total_requests)
+    """A warm-up request for each connection, but no more than will be measured."""
+    return min(max(concurrency, LEAST_WARMUP), total_requests)
 
 
 # === 4. Workload (what) (parse pure, load not) ===
@@ -669,13 +669,17 @@ def warmup_request(config: Config, index: int) -> Request:
 
 
 def warmup_words(config: Config, index: int) -> int:
-    """Those of a measured prompt; where lengths are to be calibrated, at least every word once, or none at all."""
+    """Those of a measured prompt; where lengths are to be calibrated, by turns also each word once, and none.
+
+    Where words cost many tokens, those of a measured prompt are too long for the server until they are calibrated.
+    Where they are few, their cost is no mean of all words': each word once is then the least.
+    """
     if config.requests_file:
         return UNCALIBRATED.words(WARMUP_PROMPT_TOKENS)
     words = calibration_of(config).words(config.prompt_tokens)
     if config.prompt_calibration:
         return words
-    return 0 if index % ONE_IN_SHORT == 1 else max(words, len(WORDS))
+    return {0: len(WORDS), 1: 0}.get(index % LENGTHS_TURN, max(words, len(WORDS)))
 
 
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")  # fields of a body

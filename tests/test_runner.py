@@ -316,8 +316,25 @@ def test_prompts_have_the_length_that_was_asked_for_by_the_servers_own_count(
     assert set(server.bodies[-64:]) == sent
 
 
+def takes_few_tokens(call: Call) -> None:
+    """Ten tokens a word, and a context of 4,000."""
+    tokens = 10 * len(json.loads(call.body)["messages"][0]["content"].split())
+    usage = {"prompt_tokens": tokens, "completion_tokens": 3, "total_tokens": tokens + 3}
+    refusal = reply("400 Bad Request", as_json({"error": {"message": "longer than the context"}}))
+    call.send(refusal if tokens > 4000 else reply("200 OK", as_json(completion(usage=usage))))
+
+
+def test_prompts_that_are_too_long_until_calibrated_do_not_stop_it(
+    script: Callable[..., ScriptedServer], tmp_path: Path
+) -> None:
+    server = script(takes_few_tokens)
+    sizes = ["--concurrency", "1", "--total-requests", "10", "--prompt-tokens", "3500", "--no-progress"]
+    target = ["--api-base", server.api_base, "--model", "m", "--results-csv", tmp_path / "r.csv"]
+    assert counted(bench_cli(*target, *sizes)) == pytest.approx(3500, rel=0.02)
+
+
 def test_several_processes_calibrate_alike(demo: Callable[..., Demo], tmp_path: Path) -> None:
-    """One of them has only long prompts in its warm-up, the other only a short one."""
+    """One of them has only a long prompt in its warm-up, the other only a short one."""
     server = demo(ttft_ms=1, gap_ms=0)
     sizes = ["--concurrency", "2", "--total-requests", "20", "--output-tokens", "1", "--prompt-tokens", "300"]
     done = run_script(*server.target, *sizes, "--processes", "2", "--results-csv", tmp_path / "r.csv")
