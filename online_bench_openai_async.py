@@ -767,7 +767,7 @@ class Corpus(Sequence[Request]):
     """The prompts of a JSONL file, all checked before any load, then read and parsed one by one as they are needed.
 
     Kept are offsets only, so that several processes hold no copy of the file each. What can be read only once, as a
-    pipe, goes to a temporary file, which `close` removes; `path` is where another process finds the lines.
+    pipe, goes to a temporary file, without a name or removed by `close`; `path` is where another process finds it.
     """
 
     def __init__(self, name: str, system_prompt: Optional[str]) -> None:
@@ -785,7 +785,7 @@ class Corpus(Sequence[Request]):
         at = number = 0
         try:
             self._file = os.open(self._name, _READ_ONLY)
-            if not self._can_be_read_again():
+            if check and not self._can_be_read_again():
                 self._copy_to_disk()
             with open(self._file, "rb", closefd=False) as file:
                 for raw in file:
@@ -813,11 +813,17 @@ class Corpus(Sequence[Request]):
         return False
 
     def _copy_to_disk(self) -> None:
-        place, self._copy = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
-        with open(self._file, "rb") as source, open(place, "wb") as target:
+        place, self.path = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
+        by_number = f"/proc/{os.getpid()}/fd/{place}"
+        if os.path.exists(by_number):  # then it needs no name, and none is left behind however this process ends
+            os.unlink(self.path)
+            self.path = by_number
+        else:
+            self._copy = self.path
+        with open(self._file, "rb") as source, open(place, "wb", closefd=False) as target:
+            self._file = place
             shutil.copyfileobj(source, target)
-        self.path = self._copy
-        self._file = os.open(self.path, _READ_ONLY)
+        os.lseek(place, 0, os.SEEK_SET)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
