@@ -595,7 +595,7 @@ class StreamReader:
         self.stamp_s = 0.0
         self.head = b""  # to say what came when no event did
         self.tail = bytearray()
-        self.after_cr = False
+        self.opened = self.after_cr = False
         self.choice: Any = None
         self.finish = ""
         self.counts: Mapping[str, Any] = {}
@@ -608,6 +608,8 @@ class StreamReader:
             self.head = (self.head + data)[:STREAM_HEAD_BYTES]
         seam = max(0, len(self.tail) - 1)
         self.tail += self.with_plain_ends(data)
+        if not self.opened and (len(self.tail) >= len(BYTE_ORDER_MARK) or not BYTE_ORDER_MARK.startswith(self.tail)):
+            self.opened, self.tail = True, self.tail[len(BYTE_ORDER_MARK) * self.tail.startswith(BYTE_ORDER_MARK) :]
         if self.tail.find(b"\n\n", seam) >= 0:  # so that an event of megabytes is not looked through once a packet
             *events, tail = bytes(self.tail).split(b"\n\n")
             self.tail = bytearray(tail)
@@ -625,7 +627,7 @@ class StreamReader:
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
 
     def event(self, event: bytes) -> None:
-        data, name = event_fields(event[3:] if event.startswith(BYTE_ORDER_MARK) else event)
+        data, name = event_fields(event)
         if data == b"[DONE]":
             self.complete = bool(self.finish)
         elif data:
@@ -1362,7 +1364,7 @@ class Connection:
                 data, late = self.read()
                 parser.take(data, self.done or 0.0, late)
             except (OSError, HTTPParseError, ConnectionFailed):
-                if not parser.complete:
+                if parser.ended or not parser.complete:
                     raise
                 return
             if len(data) == RECV_BYTES and not parser.ended:

@@ -2,7 +2,6 @@
 
 import ast
 import doctest
-import importlib.util
 import json
 import random
 import re
@@ -16,13 +15,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from typing import Any
 
 import pytest
 
-from tests.support.locust_runs import SCRIPT, WAIT_S, Bench, LocustServer, forked, needs_locust
+from tests.support.demo import Demo
+from tests.support.locust_runs import SCRIPT, WAIT_S, Bench, LocustServer, forked, needs_locust, without_locust
 from tests.support.processes import free_port, wait_until
 from tests.support.program import ROOT
+from tests.support.replies import DONE, FINISH, LAST_CHUNK, ONE, ROLE, STREAM_HEAD, THREE, TWO, chunk
+from tests.support.server import Call, HttpServer
 from tests.support.tables import rows_of
 
 CANARY = "sk-canary-9f3b7c"
@@ -31,51 +32,9 @@ CANARY = "sk-canary-9f3b7c"
 # --- The pure sections: imported without Locust, which would patch this whole process for gevent ---
 
 
-class Anything:
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything()
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-
-def stand_ins():
-    contents: dict[str, dict[str, Any]] = {
-        "locust": {"User": type("User", (), {}), "constant": Anything(), "events": Anything()},
-        "locust.argument_parser": {"get_parser": Anything()},
-        "locust.exception": {"RPCError": Exception, "StopUser": Exception},
-        "locust.runners": {"MasterRunner": Anything, "WorkerRunner": Anything, "WORKER_REPORT_INTERVAL": 3.0},
-        "locust.stats": {"CSV_STATS_INTERVAL_SEC": 1},
-        "gevent": {name: type(name, (BaseException,), {}) for name in ("GreenletExit", "Timeout")},
-        "gevent.socket": {},
-        "gevent.ssl": {},
-        "gevent.event": {"Event": Anything},
-        "geventhttpclient": {},
-        "geventhttpclient.response": {
-            "HTTPParseError": type("HTTPParseError", (Exception,), {}),
-            "HTTPResponse": type("HTTPResponse", (), {}),
-        },
-    }
-    modules = {name: types.ModuleType(name) for name in contents}
-    for name, module in modules.items():
-        vars(module).update(contents[name])
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(modules[parent], child, module)
-    return modules
-
-
 @pytest.fixture(scope="module")
 def lb():
-    spec: Any = importlib.util.spec_from_file_location("locust_batch_without_locust", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stand_in in stand_ins().items():
-            patch.setitem(sys.modules, name, stand_in)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with without_locust() as module:
         yield module
 
 
@@ -169,7 +128,7 @@ def test_what_a_server_repeats_of_a_secret_is_blanked(lb, settings):
         {"request_timeout": "0"},
         {"extra_body": "{"},
         {"extra_body": "[]"},
-        {"extra_body": '{"stream": true}'},
+        {"extra_body": '{"stream": true}', "stream": True},
         {"extra_body": '{"messages": []}'},
         {"extra_body": '{"a": NaN}'},
         {"extra_body": '{"a": "\\ud800"}'},
@@ -212,9 +171,32 @@ def test_failures_count_as_identical_while_nothing_else_has_happened(lb):
 
 def test_a_compressed_reply_beyond_the_limit(lb, monkeypatch):
     monkeypatch.setattr(lb, "MAX_REPLY_BYTES", 2**20)
-    bomb = lb.zlib.compress(b" " * (lb.MAX_REPLY_BYTES + 10**6))
-    outcome = lb.read_reply(lb.Reply(200, bomb, "deflate"))
-    assert (outcome.error_kind, outcome.error) == ("too_large", "the reply is larger than 1 MB")
+    parser = lb.ReplyParser(streamed=False)
+    parser.inflate = lb.zlib.decompressobj()
+    with pytest.raises(lb.ConnectionFailed) as failed:
+        parser.take_body(lb.zlib.compress(b" " * (lb.MAX_REPLY_BYTES + 10**6)), 0.0, False)
+    assert failed.value.args[0] == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("reads", "first", "late_read"),
+    [
+        ([(ROLE, False), (ONE + TWO, False)], 2, False),  # merged on the way, not by us
+        ([(ROLE, True), (ONE, True), (TWO, True)], 2, False),  # each alone: its stamp is its own
+        ([(ROLE, False), (ONE + TWO, True), (THREE, False)], None, True),
+        ([(ROLE + ONE, True), (TWO + THREE, True)], 1, True),
+    ],
+    ids=["merged", "late, one by one", "the first not alone", "the first alone"],
+)
+def test_the_first_token_of_chunks_that_queued_up_here_has_no_time(lb, reads, first, late_read):
+    reader = lb.StreamReader()
+    for stamp, (data, late) in enumerate([*reads, (FINISH + DONE, True)], 1):
+        reader.feed(data, stamp, late)
+    assert reader.said().problem is None
+    assert (reader.first_s, reader.last_s, reader.late_read) == (first, len(reads), late_read)
+    record = lb.Record(0, lb.Outcome("success", completion_tokens=3), 0.5, reader.first_s, reader.last_s)
+    assert record.ttft_ms == (first and (first - 0.5) * 1000)
+    assert record.tpot_ms == ((len(reads) - first) * 500 if first and len(reads) > first else None)
 
 
 def test_text_of_a_server_is_one_line_without_secret_or_escape(lb):
@@ -454,6 +436,46 @@ def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, ser
 
 
 @needs_locust
+def test_streams_of_four_workers_of_which_one_is_killed(bench):
+    """TTFT and TPOT beside those of the server, which knows a request by its tokens in and out."""
+    asked = [(1 + number // 5, 2 + number % 5) for number in range(500)]
+    lines = [{"text": "x " * words, "max_tokens": tokens} for words, tokens in asked]
+    (bench.path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    demo = Demo(ttft_ms=60, gap_ms=20)
+    server = types.SimpleNamespace(url=demo.root)
+    own = ("--csv", bench.path / "own")
+    try:
+        master, workers, _ = start_many(bench, server, 100, 4, *own, STREAM="1", SYSTEM_PROMPT="")
+        wait_until(lambda: len(demo.truth()["requests"]) >= 150, WAIT_S)
+        workers[0].kill()
+        code, out, err = bench.finish(master)
+        truth = {(request["prompt_tokens"], request["emitted"]): request for request in demo.truth()["requests"]}
+    finally:
+        demo.stop()
+    rows = bench.rows()
+    assert sorted(int(row["index"]) for row in rows) == list(range(500))
+    kinds = Counter(row["error_kind"] for row in rows)
+    assert set(kinds) == {"", "process_lost"}
+    assert (code, "Traceback" in err) == (1, False)
+    good = [row for row in rows if row["status"] == "success"]
+    assert Counter(row["late_read"] for row in good).keys() <= {"0", "1"}
+    assert all(row["ttft_ms"] or row["late_read"] == "1" for row in good)
+    for name, title in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):
+        values = [float(row[name]) for row in good if row[name]]
+        quantiles = statistics.quantiles(values, n=100, method="inclusive")
+        for q in (50, 90, 99):
+            (shown,) = re.findall(rf"{title} p{q} \(ms\) +([\d.]+)  exact, n={len(values)}\n", out)
+            assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.0011)
+    assert re.search(r"Stamped by kernel +100%  of the replies; read late by at most", out) or sys.platform != "linux"
+    measured = [row for row in good if row["ttft_ms"]]
+    theirs = [truth[int(row["prompt_tokens"]), int(row["completion_tokens"])] for row in measured]
+    late = [float(row["ttft_ms"]) - (req["first_ns"] - req["arrived_ns"]) / 1e6 for row, req in zip(measured, theirs)]
+    assert min(late) > -1
+    assert statistics.median(late) < 2
+    assert {"ttft_ms", "tpot_ms"} <= {row["Name"] for row in rows_of(bench.path / "own_stats.csv")}
+
+
+@needs_locust
 def test_fewer_and_more_users_than_prompts(bench, serve):
     server, texts = serve("--delay-ms", "5"), TEXTS[:50]
     bench.corpus(texts)
@@ -529,24 +551,66 @@ def test_faults_are_counted_under_their_names_and_show_no_secret(bench, serve):
     assert [path.name for path in bench.path.rglob("*") if path.is_file() and CANARY in path.read_text("utf-8")] == []
 
 
-STALE = """
-import json, sys, time, types
+CALLS = """
+import gevent, json, sys, time, types
 import locust_batch as lb
-settings = lb.settings_from(types.SimpleNamespace(**{n: d for n, d, _ in lb.OPTIONS}), sys.argv[1])
-connection = lb.Connection(settings, None)
+
+def connection_to(url, **given):
+    settings = lb.settings_from(types.SimpleNamespace(**{**{n: d for n, d, _ in lb.OPTIONS}, **given}), url)
+    connection = lb.Connection(settings, None, lb.LoopWatch())
+
+    def call(text):
+        body = lb.request_body(settings, json.dumps({"text": text}))
+        return connection.call(lb.request_head(settings) + b"%d\\r\\n\\r\\n" % len(body) + body).stream
+
+    return connection, call
+
+def hold_up():
+    gevent.sleep(0.1)
+    until = time.perf_counter() + 0.4
+    while time.perf_counter() < until:
+        pass
+
+connection, call = connection_to(sys.argv[1])
+new = []
 for text in ("[fault:just_closes]", "a", "b"):
-    body = lb.request_body(settings, json.dumps({"text": text}))
-    connection.call(lb.request_head(settings) + b"%d\\r\\n\\r\\n" % len(body) + body)
-    print(connection.is_new)
+    call(text)
+    new.append(connection.is_new)
     time.sleep(0.3)
+
+connection, call = connection_to(sys.argv[2], stream=True)
+late = []
+for text in ("a", "b", "c"):
+    blocker = gevent.spawn(hold_up) if text != "a" else None
+    stream = call(text)
+    last_ms = (stream.last_s - connection.sent) * 1000
+    late.append([stream.late_read, stream.first_s is None, connection.away_s > 0.2, connection.by_kernel, last_ms])
+print(json.dumps([new, late]))
 """
 
 
 @needs_locust
-def test_a_connection_that_the_server_has_closed_is_not_used_again(serve):
-    command = [sys.executable, "-c", STALE, serve().url]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=WAIT_S).stdout
-    assert out.split() == ["True", "True", "False"]
+def test_connections_that_the_server_has_closed_and_streams_that_are_read_late(serve):
+    """The loop of the second and third call is held up from 0.1 to 0.5 s."""
+    waits = iter([[0.2, 0.1], [0.2, 0.1], [0.2]])
+
+    def answer(call: Call) -> None:
+        call.send(STREAM_HEAD + chunk(ROLE))
+        for wait in next(waits):
+            time.sleep(wait)
+            call.send(chunk(ONE))
+        time.sleep(0.4)
+        call.send(chunk(FINISH + DONE) + LAST_CHUNK)
+
+    with HttpServer(answer) as server:
+        command = [sys.executable, "-c", CALLS, serve().url, f"http://127.0.0.1:{server.port}"]
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=WAIT_S).stdout
+    new, late = json.loads(out)
+    assert new == [True, True, False]
+    assert [fate[:2] for fate in late] == [[False, False], [True, True], [False, False]]
+    if sys.platform == "linux":
+        assert [fate[2:4] for fate in late] == [[False, True], [True, True], [True, True]]
+        assert late[2][4] < 400, "read at 500 ms; by the kernel's stamp it had come at 200"
 
 
 @needs_locust
@@ -750,5 +814,5 @@ def test_help_lists_the_options_and_shows_no_key(bench):
     code, out, _ = bench.finish(bench.start("--help", OPENAI_API_KEY=CANARY))
     assert code == 0
     assert CANARY not in out
-    for option in ("--requests-file", "--openai-api-key", "--extra-body", "--request-timeout"):
+    for option in ("--requests-file", "--openai-api-key", "--extra-body", "--request-timeout", "--stream"):
         assert option in out
