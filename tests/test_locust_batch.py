@@ -1,6 +1,7 @@
 """locust_batch.py: its pure sections in this process, and real Locust processes against a real-socket server."""
 
 import ast
+import contextlib
 import doctest
 import json
 import random
@@ -15,11 +16,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.support.demo import Demo
 from tests.support.locust_runs import SCRIPT, WAIT_S, Bench, LocustServer, forked, needs_locust, without_locust
+from tests.support.locust_server import STREAM_MS
 from tests.support.processes import free_port, wait_until
 from tests.support.program import ROOT
 from tests.support.replies import DONE, FINISH, LAST_CHUNK, ONE, ROLE, STREAM_HEAD, THREE, TWO, chunk
@@ -294,24 +296,56 @@ def test_sections_are_the_docstring_s_and_use_only_sections_above():
 # --- Real Locust processes ---
 
 
-@pytest.fixture
-def serve():
-    servers = []
+@contextlib.contextmanager
+def set_up(folder):
+    """(a Bench in this folder, what starts a server for it); all are stopped in the end."""
+    bench, servers = Bench(folder), []
 
     def start(*arguments):
         servers.append(LocustServer(*arguments))
         return servers[-1]
 
-    yield start
-    for server in servers:
-        server.stop()
+    try:
+        yield bench, start
+    finally:
+        bench.close()
+        for server in servers:
+            server.stop()
+
+
+AT_ONCE = 4  # such runs mostly wait
+RUNS = {}
+
+
+def at_once(run):
+    """A test that runs beside the others of its kind: `run(bench, serve)`."""
+    RUNS[run.__name__] = run
+
+    def test(runs):
+        runs[run.__name__].result()
+
+    return needs_locust(test)
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Name -> future of each run that was asked for."""
+
+    def one(name, folder):
+        with set_up(folder) as tools:
+            RUNS[name](*tools)
+
+    names = [name for name in RUNS if name in {item.name for item in request.session.items}]
+    folders = {name: tmp_path_factory.mktemp("run") for name in names}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return {name: pool.submit(one, name, folder) for name, folder in folders.items()}
 
 
 @pytest.fixture
-def bench(tmp_path):
-    bench = Bench(tmp_path)
-    yield bench
-    bench.close()
+def alone(tmp_path):
+    """For a run whose times are looked at."""
+    with set_up(tmp_path) as tools:
+        yield tools
 
 
 TEXTS = [f"prompt {index} " + "word " * (index % 5) for index in range(500)]
@@ -326,21 +360,26 @@ def check_complete(bench, server, texts, summary):
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert sum(int(row[name]) for row in rows) == truth["tokens"][name]
         assert all(int(row[name]) == truth["usage"][texts[int(row["index"])]][name] for row in rows)
-    latencies = [float(row["latency_ms"]) for row in rows]
-    quantiles = statistics.quantiles(latencies, n=100, method="inclusive")
-    for q in (50, 90, 99):
-        (shown,) = re.findall(rf"Latency p{q} \(ms\) +([\d.]+)", summary)
-        assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.0011)
+    check_percentiles(rows, "latency_ms", "Latency", summary)
     assert f"{len(texts)} of {len(texts)} prompts answered, 0 not" in summary
     return rows, truth
 
 
-def late_by(rows, truth, texts):
-    return [float(row["latency_ms"]) - truth["took_ms"][texts[int(row["index"])]] for row in rows]
+def check_percentiles(rows, column, title, summary):
+    values = [float(row[column]) for row in rows if row[column]]
+    quantiles = statistics.quantiles(values, n=100, method="inclusive")
+    for q in (50, 90, 99):
+        (shown,) = re.findall(rf"{title} p{q} \(ms\) +([\d.]+)  exact, n={len(values)}\n", summary)
+        assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.0011)
+
+
+def late_by(rows, truth_ms, texts, column="latency_ms"):
+    return [float(row[column]) - truth_ms[texts[int(row["index"])]] for row in rows if row[column]]
 
 
 @needs_locust
-def test_one_process(bench, serve):
+def test_one_process(alone):
+    bench, serve = alone
     server = serve("--delay-ms", "200", "--together", "500")
     bench.corpus(TEXTS)
     code, out, err = bench.run(server, 500, "--csv", bench.path / "own", OPENAI_API_KEY=CANARY)
@@ -350,7 +389,7 @@ def test_one_process(bench, serve):
     assert truth["authorization"] == {f"Bearer {CANARY}": 500}
     assert all(row["new_connection"] == "1" and row["cached_tokens"] == "2" for row in rows)
     assert all(row["error"] == "" for row in rows)
-    late = late_by(rows, truth, TEXTS)
+    late = late_by(rows, truth["took_ms"], TEXTS)
     assert min(late) > -1
     assert statistics.median(late) < statistics.median(truth["took_ms"].values()) / 2
     own = {row["Name"]: row for row in rows_of(bench.path / "own_stats.csv")}
@@ -362,7 +401,7 @@ def test_one_process(bench, serve):
     }
 
 
-@needs_locust
+@at_once
 def test_forked_workers(bench, serve):
     server = serve()
     bench.corpus(TEXTS)
@@ -393,24 +432,31 @@ def start_worker(bench, port):
 
 
 @needs_locust
-def test_workers_started_by_hand(bench, serve):
+def test_workers_started_by_hand_stream(alone):
+    bench, serve = alone
     server = serve("--delay-ms", "300")
     bench.corpus(TEXTS)
-    master, workers, _ = start_many(bench, server, 500, 4, OPENAI_API_KEY=CANARY)
+    master, workers, _ = start_many(bench, server, 500, 4, OPENAI_API_KEY=CANARY, STREAM="1")
     code, out, err = bench.finish(master)
-    _, truth = check_complete(bench, server, TEXTS, out)
+    rows, truth = check_complete(bench, server, TEXTS, out)
     assert truth["authorization"] == {f"Bearer {CANARY}": 500}
-    assert code == 0
-    assert "Traceback" not in err
+    assert (code, "Traceback" in err) == (0, False)
     assert [worker.wait(WAIT_S) for worker in workers] == [0] * 4
+    assert all(row["ttft_ms"] or row["late_read"] == "1" for row in rows)
+    check_percentiles(rows, "ttft_ms", "TTFT", out)
+    check_percentiles(rows, "tpot_ms", "TPOT", out)
+    late = late_by(rows, truth["first_ms"], TEXTS, "ttft_ms")
+    assert min(late) > -1, "the role chunk is no token"
+    assert statistics.median(late) < STREAM_MS / 2
+    assert re.search(r"Stamped by kernel +100%  of the replies; read late by at most", out) or sys.platform != "linux"
 
 
-@needs_locust
+@at_once
 def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, serve):
     server = serve("--delay-ms", "100")
     texts = TEXTS[:300]
     bench.corpus(texts)
-    master, workers, port = start_many(bench, server, 16, 4, "--stop-timeout", 5)
+    master, workers, port = start_many(bench, server, 16, 4, "--stop-timeout", 5, STREAM="1")
     server.wait_for(20)
     server.ask("pause")  # however long the late one takes to start
     late = start_worker(bench, port)
@@ -435,47 +481,7 @@ def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, ser
     assert (code, "Traceback" in err) == (1, False)
 
 
-@needs_locust
-def test_streams_of_four_workers_of_which_one_is_killed(bench):
-    """TTFT and TPOT beside those of the server, which knows a request by its tokens in and out."""
-    asked = [(1 + number // 5, 2 + number % 5) for number in range(500)]
-    lines = [{"text": "x " * words, "max_tokens": tokens} for words, tokens in asked]
-    (bench.path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    demo = Demo(ttft_ms=60, gap_ms=20)
-    server = types.SimpleNamespace(url=demo.root)
-    own = ("--csv", bench.path / "own")
-    try:
-        master, workers, _ = start_many(bench, server, 100, 4, *own, STREAM="1", SYSTEM_PROMPT="")
-        wait_until(lambda: len(demo.truth()["requests"]) >= 150, WAIT_S)
-        workers[0].kill()
-        code, out, err = bench.finish(master)
-        truth = {(request["prompt_tokens"], request["emitted"]): request for request in demo.truth()["requests"]}
-    finally:
-        demo.stop()
-    rows = bench.rows()
-    assert sorted(int(row["index"]) for row in rows) == list(range(500))
-    kinds = Counter(row["error_kind"] for row in rows)
-    assert set(kinds) == {"", "process_lost"}
-    assert (code, "Traceback" in err) == (1, False)
-    good = [row for row in rows if row["status"] == "success"]
-    assert Counter(row["late_read"] for row in good).keys() <= {"0", "1"}
-    assert all(row["ttft_ms"] or row["late_read"] == "1" for row in good)
-    for name, title in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):
-        values = [float(row[name]) for row in good if row[name]]
-        quantiles = statistics.quantiles(values, n=100, method="inclusive")
-        for q in (50, 90, 99):
-            (shown,) = re.findall(rf"{title} p{q} \(ms\) +([\d.]+)  exact, n={len(values)}\n", out)
-            assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.0011)
-    assert re.search(r"Stamped by kernel +100%  of the replies; read late by at most", out) or sys.platform != "linux"
-    measured = [row for row in good if row["ttft_ms"]]
-    theirs = [truth[int(row["prompt_tokens"]), int(row["completion_tokens"])] for row in measured]
-    late = [float(row["ttft_ms"]) - (req["first_ns"] - req["arrived_ns"]) / 1e6 for row, req in zip(measured, theirs)]
-    assert min(late) > -1
-    assert statistics.median(late) < 2
-    assert {"ttft_ms", "tpot_ms"} <= {row["Name"] for row in rows_of(bench.path / "own_stats.csv")}
-
-
-@needs_locust
+@at_once
 def test_fewer_and_more_users_than_prompts(bench, serve):
     server, texts = serve("--delay-ms", "5"), TEXTS[:50]
     bench.corpus(texts)
@@ -483,7 +489,7 @@ def test_fewer_and_more_users_than_prompts(bench, serve):
     rows, truth = check_complete(bench, server, texts, out)
     assert "each takes the next prompt until none is left" in err
     assert (code, truth["most"], truth["connections"]) == (0, 3, 3 + 1)
-    assert min(late_by(rows, truth, texts)) > -1
+    assert min(late_by(rows, truth["took_ms"], texts)) > -1
     assert Counter(row["new_connection"] for row in rows) == {"1": 3, "0": 47}
 
     server = serve("--delay-ms", "5")
@@ -492,6 +498,21 @@ def test_fewer_and_more_users_than_prompts(bench, serve):
     check_complete(bench, server, texts, out)
     assert "the extra users stop at once" in err
     assert code == 0
+
+
+@at_once
+def test_the_example_of_an_arrival_rate(bench, serve):
+    server, texts = serve("--delay-ms", "5"), TEXTS[:60]
+    bench.corpus(texts)
+    bench.command = ("-m", "locust", "-f", str(ROOT / "examples" / "locust" / "arrival_rate.py"))
+    code, out, err = bench.run(server, 1, RATES="20", PERIOD_S="1", STREAM="1", PYTHONPATH=str(ROOT))
+    rows, _ = check_complete(bench, server, texts, out)
+    assert (code, "Traceback" in err) == (0, False)
+    sent = sorted(float(row["sent_s"]) for row in rows)
+    assert sent[-1] - sent[0] > 1.9, "20 users, each once a second"
+    assert {"prompt_tokens", "completion_tokens", "ttft_ms", "tpot_ms"} <= set(
+        re.findall(r"^METRIC +(\w+) ", err, re.M)
+    )
 
 
 FAULTS = {
@@ -518,7 +539,7 @@ FAULTS = {
 }
 
 
-@needs_locust
+@at_once
 def test_faults_are_counted_under_their_names_and_show_no_secret(bench, serve):
     server = serve()
     texts = [f"[fault:{fault}] {n}" for n in range(3) for fault in [*FAULTS, ""]]
@@ -589,8 +610,8 @@ print(json.dumps([new, late]))
 """
 
 
-@needs_locust
-def test_connections_that_the_server_has_closed_and_streams_that_are_read_late(serve):
+@at_once
+def test_connections_that_the_server_has_closed_and_streams_that_are_read_late(bench, serve):
     """The loop of the second and third call is held up from 0.1 to 0.5 s."""
     waits = iter([[0.2, 0.1], [0.2, 0.1], [0.2]])
 
@@ -613,8 +634,8 @@ def test_connections_that_the_server_has_closed_and_streams_that_are_read_late(s
         assert late[2][4] < 400, "read at 500 ms; by the kernel's stamp it had come at 200"
 
 
-@needs_locust
-def test_no_server_at_all(bench):
+@at_once
+def test_no_server_at_all(bench, serve):
     bench.corpus(TEXTS[:5])
     nobody = types.SimpleNamespace(url=f"http://127.0.0.1:{free_port()}")
     code, out, err = bench.run(nobody, 5)
@@ -639,8 +660,8 @@ BAD_INPUT = {
 }
 
 
-@needs_locust
-def test_bad_input_is_one_line_and_writes_nothing(bench):
+@at_once
+def test_bad_input_is_one_line_and_writes_nothing(bench, serve):
     bench.corpus(["a"])
     (bench.path / "empty.jsonl").write_text("\n\n", "utf-8")
     (bench.path / "broken.jsonl").write_text('{"text": "a"}\n{"text"\n', "utf-8")
@@ -660,7 +681,7 @@ def test_bad_input_is_one_line_and_writes_nothing(bench):
     assert names == before
 
 
-@needs_locust
+@at_once
 def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, serve):
     server = serve("--fault", "hang")
     bench.corpus(TEXTS[:50])
@@ -671,7 +692,7 @@ def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, ser
     assert (code, "Traceback" in err) == (1, False)
 
 
-@needs_locust
+@at_once
 def test_run_time_with_stop_timeout_lets_what_is_in_flight_finish(bench, serve):
     server = serve("--delay-ms", "1500")
     bench.corpus(TEXTS[:50])
@@ -683,9 +704,7 @@ def test_run_time_with_stop_timeout_lets_what_is_in_flight_finish(bench, serve):
     assert code == 1
 
 
-@needs_locust
-@pytest.mark.parametrize("workers", [0, 2])
-def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
+def check_interrupt(bench, serve, workers):
     server = serve("--delay-ms", "100")
     bench.corpus(TEXTS)
     if workers:
@@ -705,7 +724,17 @@ def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
     assert (code, "Traceback" in err) == (1, False)
 
 
-@needs_locust
+@at_once
+def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve):
+    check_interrupt(bench, serve, 0)
+
+
+@at_once
+def test_interrupt_of_a_master_keeps_the_rows_and_prints_the_summary(bench, serve):
+    check_interrupt(bench, serve, 2)
+
+
+@at_once
 def test_a_second_interrupt_does_not_wait(bench, serve):
     server = serve("--fault", "hang")
     bench.corpus(TEXTS[:9])
@@ -720,7 +749,7 @@ def test_a_second_interrupt_does_not_wait(bench, serve):
     assert (code, "Traceback" in err) == (1, False)
 
 
-@needs_locust
+@at_once
 def test_forked_workers_end_with_a_master_that_is_killed(bench, serve):
     server = serve("--fault", "hang")
     bench.corpus(TEXTS[:4])
@@ -731,7 +760,7 @@ def test_forked_workers_end_with_a_master_that_is_killed(bench, serve):
     wait_until(lambda: server.truth()["now_open"] == 1)  # this very question
 
 
-@needs_locust
+@at_once
 def test_a_second_run_appends_and_heals_a_row_cut_short(bench, serve):
     server = serve()
     bench.corpus(TEXTS[:3])
@@ -762,7 +791,7 @@ def web_names(url):
         return {row["name"] for row in json.load(reply)["stats"]}
 
 
-@needs_locust
+@at_once
 def test_web_ui_starts_stops_and_starts_again(bench, serve):
     server = serve("--delay-ms", "200")
     bench.corpus(TEXTS[:40])
@@ -808,8 +837,8 @@ def test_web_ui_starts_stops_and_starts_again(bench, serve):
     assert "Traceback" not in err
 
 
-@needs_locust
-def test_help_lists_the_options_and_shows_no_key(bench):
+@at_once
+def test_help_lists_the_options_and_shows_no_key(bench, serve):
     bench.command = (str(SCRIPT),)
     code, out, _ = bench.finish(bench.start("--help", OPENAI_API_KEY=CANARY))
     assert code == 0
