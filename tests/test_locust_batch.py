@@ -405,8 +405,8 @@ def test_one_process(alone):
 def test_forked_workers(bench, serve):
     server = serve()
     bench.corpus(TEXTS)
-    code, _, err = bench.run(server, 500, *forked(3))
-    check_complete(bench, server, TEXTS, err)
+    code, out, err = bench.run(server, 500, *forked(3))
+    check_complete(bench, server, TEXTS, out)
     assert (code, "Traceback" in err) == (0, False)
 
 
