@@ -8,7 +8,7 @@
 """Submit a JSONL corpus of prompts to an OpenAI-compatible server, from as many machines as it takes.
 
 This one file is a Locust test: copy it to a machine with Python 3.9+ and `pip install locust`.
-Every prompt is submitted once, as one non-streaming chat completion, whatever the number of users,
+Every prompt is submitted once, as one chat completion, whole or streamed, whatever the number of users,
 processes and machines, and every prompt that was sent becomes exactly one row of one CSV file.
 
     REQUESTS_FILE=requests.jsonl OPENAI_MODEL=my-model \\
@@ -27,17 +27,9 @@ Sections, each using only sections above it:
     4. Request (pure)            8. Options                      12. Prompt source
                                                                  13. Locust
 
-CSV columns (blank: not measured):
-    index                 number of the prompt in the corpus, from 0; blank lines do not count
-    prompt_tokens, completion_tokens   the server's own usage;  total_tokens: their sum
-    latency_ms            the request's last byte handed to the socket -> last byte of the reply; successes only
-    status                success | http_error (the call failed: refused, timed out, cut off, a
-                          status outside 2xx) | decode_error (2xx, but no complete answer)
-    error, error_kind     message; its class: http_429, timeout, connect_refused, cut, bad_json, ...
-    sent_s                seconds from the start of the run to sending
-    finish_reason, cached_tokens, reasoning_tokens   as the server says
-    new_connection        1: a connection was opened for it, 0: one was kept from an earlier request
-    http_status           as received
+The CSV's columns are in docs/locust.md; a blank cell was not measured. Times count from the moment at which the
+request's last byte is handed to the socket; status is success, http_error (the call failed) or decode_error (a 2xx
+whose body or stream is no complete answer).
 
 Exit codes: 0 every prompt was answered, 1 some prompt failed, was lost or was never sent
 (--exit-code-on-error changes it), 2 wrong usage (nothing was sent, nothing was written).
@@ -102,7 +94,7 @@ ERROR_TEXT_CHARS = 300
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 MAX_REPLY_BYTES = 256 * 2**20
-STREAM_HEAD_BYTES = 4096
+STREAM_HEAD_BYTES = 4096  # of a body, kept to say what came when no event did
 MOST_TOKENS = 2**40  # a count beyond it is no count
 PLAIN_KEYS = ("vllm", "EMPTY")  # placeholders that hide nothing
 LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
@@ -593,7 +585,7 @@ class StreamReader:
         self.late_read = False
         self.chunks = 0
         self.stamp_s = 0.0
-        self.head = b""  # to say what came when no event did
+        self.head = b""
         self.tail = bytearray()
         self.opened = self.after_cr = False
         self.choice: Any = None
@@ -921,7 +913,8 @@ def summary_text(tally: Tally, unsent: int, results: str) -> str:
         lines.append(("! never sent", str(unsent), "the run ended before their turn"))
     lines += [(f"! {title}", str(getattr(tally, name)), why) for name, title, why in NOTES if getattr(tally, name)]
     if tally.successes:
-        late = ", ".join(f"p{q} {shown(percentile(sorted(tally.away_ms), q), 1)}" for q in (50, 99, 100))
+        away = sorted(tally.away_ms)
+        late = f"p50 {shown(percentile(away, 50), 1)}, p99 {shown(percentile(away, 99), 1)}, max {away[-1]:.1f}"
         share = f"{tally.by_kernel / tally.successes:.0%}"
         lines.append(("Stamped by kernel", share, f"of the replies; read late by at most (ms): {late}"))
     lines.append(("Rows", str(tally.rows), f"in {results}"))

@@ -314,7 +314,7 @@ def set_up(folder):
 
 
 AT_ONCE = 4  # such runs mostly wait
-RUNS = {}
+RUNS: dict[str, Any] = {}
 
 
 def at_once(run):
