@@ -1157,7 +1157,6 @@ class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
         super().__init__("POST")
         self.stream = StreamReader() if streamed else None
         self.pieces: list[bytes] = []  # of the body, where no stream takes them
-        self.headers_kept: list[str] = []
         self.inflate: Any = None
 
     @property
@@ -1167,7 +1166,7 @@ class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
 
     def reply(self) -> Reply:
         assert self.status is not None
-        return Reply(self.status, b"".join(self.pieces), *self.headers_kept, self.stream, self.size)
+        return Reply(self.status, b"".join(self.pieces), self.retry_after, self.location, self.stream, self.size)
 
     def _on_message_begin(self) -> None:
         super()._on_message_begin()
@@ -1179,7 +1178,7 @@ class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
         if self.status is None and self.get_code() >= 200:
             self.status = self.get_code()
             names = ("content-encoding", "retry-after", "location")
-            encoding, *self.headers_kept = (str(self.get(name) or "").strip() for name in names)
+            encoding, self.retry_after, self.location = (str(self.get(name) or "").strip() for name in names)
             if encoding.lower() in ("gzip", "x-gzip", "deflate"):  # though nobody asked for it
                 self.inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
         return skips_body
@@ -1237,7 +1236,7 @@ def kernel_age_s(ancillary: Iterable[Any], wall_ns: int) -> Optional[float]:
     for level, kind, stamp in ancillary:
         if (level, kind, len(stamp)) == (socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC.size):
             seconds, nanoseconds = TIMESPEC.unpack(stamp)
-            return (wall_ns - seconds * 10**9 - nanoseconds) / 1e9
+            return float(wall_ns - seconds * 10**9 - nanoseconds) / 1e9
     return None
 
 
@@ -1375,11 +1374,9 @@ class Connection:
         away_s, age_s = self.watch.away_s(now_s), kernel_age_s(ancillary, wall_ns)
         if data:
             self.away_s = max(self.away_s, away_s)
-        by_kernel = age_s is not None and 0 <= age_s <= now_s - (
-            self.sent or 0.0
-        )  # else the wall clock was set meanwhile
-        self.by_kernel = self.by_kernel and (by_kernel or not data)
-        self.done = now_s - age_s if by_kernel else now_s
+        if age_s is None or not 0 <= age_s <= now_s - (self.sent or 0.0):  # the wall clock was set meanwhile
+            age_s, self.by_kernel = 0.0, self.by_kernel and not data
+        self.done = now_s - age_s
         return data, away_s > LATE_READ_S
 
     def was_reset(self, error: BaseException) -> bool:
@@ -1882,7 +1879,7 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
             outcome = failed_call(error, connection.http_status, secrets)
         if reply is not None:
             outcome = read_reply(reply, secrets)
-        record = self.record(prompt.number, outcome, reply and reply.stream)
+        record = self.record(prompt.number, outcome, reply.stream if reply else None)
         self.report_to_locust(record, began, reply.size if reply else 0)
         source.deliver(record)
         if stopped is not None:
@@ -1891,20 +1888,12 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
     def record(self, index: int, outcome: Outcome, stream: Optional[StreamReader]) -> Record:
         connection, zero = self.connection, self.source.zero
         assert connection is not None
-        stamps: dict[str, Optional[float]] = {"done_s": connection.done or time.perf_counter()}
-        if stream:
-            stamps.update(first_s=stream.first_s, done_s=stream.last_s or stamps["done_s"])
-        stamps = {"sent_s": connection.sent, **(stamps if connection.sent else {})}
-        return Record(
-            index,
-            outcome,
-            **{name: stamp and stamp - zero for name, stamp in stamps.items()},
-            late_read=stream and stream.late_read,
-            away_ms=connection.away_s * 1000,
-            by_kernel=connection.by_kernel,
-            new_connection=connection.is_new,
-            sent_again=connection.sent_again,
-        )
+        done = connection.done or time.perf_counter()
+        stamps = connection.sent, *((stream.first_s, stream.last_s or done) if stream else (None, done))
+        sent_s, first_s, done_s = (stamp and stamp - zero if connection.sent else None for stamp in stamps)
+        late, away_ms = stream.late_read if stream else None, connection.away_s * 1000
+        about = late, away_ms, connection.by_kernel, connection.is_new, connection.sent_again
+        return Record(index, outcome, sent_s, first_s, done_s, *about)
 
     def report_to_locust(self, record: Record, began: float, length: int) -> None:
         """Locust's own statistics. Its METRIC rows are logged past its total, which is of requests alone."""
