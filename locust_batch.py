@@ -84,7 +84,8 @@ DRAIN_GRACE_S = 5.0  # beyond --stop-timeout: for killing what is left and for t
 IDLE_S = 10.0  # prompts are left, nobody holds one and nobody has asked for so long: the run is over
 TICK_S = 0.2
 END_GRACE_S = 0.5  # for the end of a stream that has said everything
-LATE_READ_S = 0.004  # what an event loop reads that was away from its sockets for longer may have queued up
+BEAT_S = 0.002  # how often an event loop looks at its sockets, also while nothing arrives
+LATE_READ_S = 0.004  # what is read after more than that since the last look but one may have queued up
 FLUSH_S = 0.2  # how often a worker sends its rows: what a killed worker can take with it
 
 IDENTICAL_FAILURES_TO_STOP = 100
@@ -201,7 +202,7 @@ class Record:
     first_s: Optional[float] = None  # first token of a stream
     done_s: Optional[float] = None  # last token of a stream, last byte of anything else
     late_read: Optional[bool] = None  # chunks of the stream queued up while this process was held up
-    away_ms: float = 0.0  # the longest that the event loop had been away from its sockets when it read of this reply
+    late_ms: float = 0.0  # the longest that any of its bytes waited to be read
     by_kernel: bool = False  # all arrivals bear the kernel's stamp
     new_connection: Optional[bool] = None
     sent_again: bool = False
@@ -835,7 +836,7 @@ class Tally:
     first_sent_s: float = math.inf
     last_done_s: float = -math.inf
     by_kernel: int = 0
-    away_ms: "array[float]" = field(default_factory=lambda: array("d"))
+    late_ms: "array[float]" = field(default_factory=lambda: array("d"))
     late_read: int = 0
     samples: dict[str, "array[float]"] = field(default_factory=lambda: {name: array("d") for name in SAMPLED})
     failures: "Counter[tuple[str, str]]" = field(default_factory=Counter)  # by status and error_kind
@@ -856,7 +857,7 @@ class Tally:
         self.tokens_in += outcome.prompt_tokens or 0
         self.tokens_out += outcome.completion_tokens or 0
         self.by_kernel += record.by_kernel
-        self.away_ms.append(record.away_ms)
+        self.late_ms.append(record.late_ms)
         self.late_read += bool(record.late_read)
         for name, sample in self.samples.items():
             value = getattr(record, name)
@@ -913,10 +914,12 @@ def summary_text(tally: Tally, unsent: int, results: str) -> str:
         lines.append(("! never sent", str(unsent), "the run ended before their turn"))
     lines += [(f"! {title}", str(getattr(tally, name)), why) for name, title, why in NOTES if getattr(tally, name)]
     if tally.successes:
-        away = sorted(tally.away_ms)
-        late = f"p50 {shown(percentile(away, 50), 1)}, p99 {shown(percentile(away, 99), 1)}, max {away[-1]:.1f}"
+        late_ms = sorted(tally.late_ms)
+        late = (
+            f"p50 {shown(percentile(late_ms, 50), 1)}, p99 {shown(percentile(late_ms, 99), 1)}, max {late_ms[-1]:.1f}"
+        )
         share = f"{tally.by_kernel / tally.successes:.0%}"
-        lines.append(("Stamped by kernel", share, f"of the replies; read late by at most (ms): {late}"))
+        lines.append(("Stamped by kernel", share, f"of the replies; their bytes waited here for up to {late} ms"))
     lines.append(("Rows", str(tally.rows), f"in {results}"))
     head = f"=== locust_batch: {tally.successes} of {asked} prompts answered, {asked - tally.successes} not ==="
     return "\n".join([head, *(f"  {name:<22}{value:>14}  {note}".rstrip() for name, value, note in lines)])
@@ -1250,25 +1253,21 @@ def clock_pair() -> tuple[float, int]:
 
 
 class LoopWatch:
-    """How long the event loop has been away from its sockets: what arrived meanwhile is read that much late."""
+    """When the event loop last looked at its sockets: every BEAT_S at least, unless it is held up."""
 
     def __init__(self) -> None:
-        self.woke_s = time.perf_counter()
-        self.busy_s = 0.0  # between its last two looks
+        self.before_s = self.looked_s = time.perf_counter()
         loop = gevent.get_hub().loop
-        self.watchers = loop.prepare(ref=False, priority=-2), loop.check(ref=False, priority=2)
-        self.watchers[0].start(self.on_wait)  # the last thing before the loop waits for its sockets
-        self.watchers[1].start(self.on_wake)  # the first thing after that
+        self.watchers = loop.check(ref=False, priority=2), loop.timer(BEAT_S, BEAT_S, ref=False)
+        self.watchers[0].start(self.on_look)
+        self.watchers[1].start(lambda: None)
 
-    def on_wait(self) -> None:
-        self.busy_s = time.perf_counter() - self.woke_s
-
-    def on_wake(self) -> None:
-        self.woke_s = time.perf_counter()
+    def on_look(self) -> None:
+        self.before_s, self.looked_s = self.looked_s, time.perf_counter()
 
     def away_s(self, now_s: float) -> float:
-        """For what is read now: since when it may have been waiting, at most."""
-        return self.busy_s + now_s - self.woke_s
+        """For how long, at most, what is read now has been waiting: since the look before the last one."""
+        return now_s - self.before_s
 
 
 class Connection:
@@ -1288,7 +1287,7 @@ class Connection:
         self.sent: Optional[float] = None
         self.done: Optional[float] = None
         self.by_kernel = True  # every arrival's stamp so far
-        self.away_s = 0.0
+        self.late_s = 0.0  # the longest that an arrival waited to be read; without the kernel's stamp, at most
         self.is_new: Optional[bool] = None
         self.http_status: Optional[int] = None  # of a reply that did not become complete
         self.sent_again = False
@@ -1367,16 +1366,18 @@ class Connection:
 
         The kernel has one on Linux, without TLS.
         """
-        data, ancillary = (
-            self.sock.recvmsg(RECV_BYTES, ANCILLARY_BYTES)[:2] if self.stamped else (self.sock.recv(RECV_BYTES), ())
-        )
+        ancillary: Iterable[Any] = ()
+        if self.stamped:
+            data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, ANCILLARY_BYTES)
+        else:
+            data = self.sock.recv(RECV_BYTES)
         now_s, wall_ns = clock_pair()
         away_s, age_s = self.watch.away_s(now_s), kernel_age_s(ancillary, wall_ns)
+        by_kernel = age_s is not None and 0 <= age_s <= now_s - (self.sent or 0.0)  # else the wall clock was set
+        self.done = now_s - (age_s or 0.0) * by_kernel
         if data:
-            self.away_s = max(self.away_s, away_s)
-        if age_s is None or not 0 <= age_s <= now_s - (self.sent or 0.0):  # the wall clock was set meanwhile
-            age_s, self.by_kernel = 0.0, self.by_kernel and not data
-        self.done = now_s - age_s
+            self.by_kernel = self.by_kernel and by_kernel
+            self.late_s = max(self.late_s, now_s - self.done if by_kernel else away_s)
         return data, away_s > LATE_READ_S
 
     def was_reset(self, error: BaseException) -> bool:
@@ -1891,8 +1892,8 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
         done = connection.done or time.perf_counter()
         stamps = connection.sent, *((stream.first_s, stream.last_s or done) if stream else (None, done))
         sent_s, first_s, done_s = (stamp and stamp - zero if connection.sent else None for stamp in stamps)
-        late, away_ms = stream.late_read if stream else None, connection.away_s * 1000
-        about = late, away_ms, connection.by_kernel, connection.is_new, connection.sent_again
+        late, late_ms = stream.late_read if stream else None, connection.late_s * 1000
+        about = late, late_ms, connection.by_kernel, connection.is_new, connection.sent_again
         return Record(index, outcome, sent_s, first_s, done_s, *about)
 
     def report_to_locust(self, record: Record, began: float, length: int) -> None:

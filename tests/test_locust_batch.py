@@ -314,7 +314,7 @@ def set_up(folder):
             server.stop()
 
 
-AT_ONCE = 4  # such runs mostly wait
+AT_ONCE = 3  # such runs mostly wait
 RUNS: dict[str, Any] = {}
 
 
@@ -402,8 +402,9 @@ def test_one_process(alone):
     }
 
 
-@at_once
-def test_forked_workers(bench, serve):
+@needs_locust
+def test_forked_workers(alone):
+    bench, serve = alone
     server = serve()
     bench.corpus(TEXTS)
     code, out, err = bench.run(server, 500, *forked(3))
@@ -443,11 +444,15 @@ def test_workers_started_by_hand_stream(alone):
     late = late_by(rows, truth["first_ms"], TEXTS, "ttft_ms")
     assert min(late) > -1, "the role chunk is no token"
     assert statistics.median(late) < STREAM_MS / 2
-    assert re.search(r"Stamped by kernel +100%  of the replies; read late by at most", out) or sys.platform != "linux"
+    assert (
+        re.search(r"Stamped by kernel +100%  of the replies; their bytes waited here for up to p50", out)
+        or sys.platform != "linux"
+    )
 
 
-@at_once
-def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, serve):
+@needs_locust
+def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(alone):
+    bench, serve = alone
     server = serve("--delay-ms", "100")
     texts = TEXTS[:300]
     bench.corpus(texts)
@@ -600,7 +605,7 @@ for text in ("a", "b", "c"):
     blocker = gevent.spawn(hold_up) if text != "a" else None
     stream = call(text)
     last_ms = (stream.last_s - connection.sent) * 1000
-    late.append([stream.late_read, stream.first_s is None, connection.away_s > 0.2, connection.by_kernel, last_ms])
+    late.append([stream.late_read, stream.first_s is None, connection.late_s > 0.1, connection.by_kernel, last_ms])
 print(json.dumps([new, late]))
 """
 
