@@ -1570,7 +1570,7 @@ class Sample:
     def extend(self, values: Sequence[float]) -> None:
         if len(self.exact) < self._most:
             self.exact.extend(values)
-        else:
+        elif values:
             self._near = self._near or self.exact[0]
             self._count(values)
 
@@ -1630,12 +1630,13 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
-    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), above=("ttft", 1.0001)),
+    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), "f",
+           ("ttft", 1.0001)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
     Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), "f"),
     Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), "f", ("latency", 0.01)),
-    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
-    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), above=("latency", 1.01)),
+    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms), "f"),
+    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), "f", ("latency", 1.01)),
     Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), "f", ("latency", 0.01)),
     Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None), "f",
            ("latency", 0.01)),
@@ -1668,7 +1669,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample(metric.code) for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample("f") for metric in METRICS if metric.key in GROUP_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -1714,9 +1715,7 @@ class Tally:
 
     def add(self, record: Record) -> None:
         for metric in METRICS:
-            values = metric.read(record)
-            if values:
-                self.samples[metric.key].extend(values)
+            self.samples[metric.key].extend(metric.read(record))
         for name in COUNTED:
             self.counts[name] += getattr(record.reply, name)
         self.counts["new_connections"] += bool(record.reply.new_connection)
