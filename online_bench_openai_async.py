@@ -116,7 +116,7 @@ DRAIN_GRACE_S = 5.0
 PREPARED_AHEAD = 128  # requests that wait for their due times with their bytes ready
 WARMUP_WITHOUT_CAP = 16  # requests, where a schedule has no --concurrency
 START_LEAD_S = 0.1  # from the order to start to the first due time, so that all processes stand ready
-EARLY_S = 0.0016  # an event loop's timers are up to 1.5 ms late: so much earlier it looks again at every turn
+TIMER_ERROR_S = 0.0016  # an event loop's timers are up to 1.5 ms early or late
 NAP_S = 0.0001  # between two such turns that had nothing to do,
 IDLE_TURN_NS = 50_000  # as they took no longer than this
 HELD_BACK_MS = 1.0  # a permit that came so much later than the due time has held the request back
@@ -2904,8 +2904,8 @@ class Alarm:
         left_s = (self._at_ns - now_ns) / 1e9
         if left_s <= 0:
             self._ring()
-        elif left_s > EARLY_S:
-            self._handle = loop.call_later(left_s - EARLY_S, self._look)
+        elif left_s > TIMER_ERROR_S:
+            self._handle = loop.call_later(left_s - TIMER_ERROR_S, self._look)
         else:
             if now_ns - self._looked_ns < IDLE_TURN_NS:
                 self._clock.nap(min(left_s, NAP_S))
@@ -4811,7 +4811,7 @@ class Pool:
         draining, schedule = self._stop.draining, self._load.schedule
         if not draining.is_set():
             self.permits.open(origin_ns, schedule.permits_s(self._load.concurrency or 0))
-        await self._until(draining, schedule.duration_s - self._now_s())
+        await self._until(draining, schedule.duration_s - self._now_s() + TIMER_ERROR_S)
         self._closed_s = self._now_s() if self.permits.is_open else -math.inf
         self.permits.close()
         await self._until(draining, self._load.grace_s)
