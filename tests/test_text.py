@@ -193,7 +193,7 @@ def test_no_line_is_wider_than_100_columns() -> None:
 
 def test_the_rarest_kinds_of_errors_are_counted_only() -> None:
     records = [make_record(n, status="http_error", error_kind=f"http_{500 + n}", error="x") for n in range(9)]
-    lines = bench.circumstances(summary_of(*records), [])
+    lines = bench.circumstances(summary_of(*records), make_config(), [])
     assert len([line for line in lines if " x http_error/" in line]) == 5
     assert lines[-1] == "Errors: 4 rarer kinds besides"
 
