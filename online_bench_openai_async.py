@@ -2326,7 +2326,7 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
         lines.append("Requests/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
     if summary.aborted:
         lines.append(
-            f"Aborted: {summary.aborted} requests were cut off, or due but not sent, at the end: neither completed nor failed"
+            f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"
         )
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
