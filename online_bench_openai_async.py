@@ -806,8 +806,9 @@ def warmup_limit(config: Config) -> int:
 def parse_request(line: str, system_prompt: Optional[str]) -> Request:
     """One corpus line -> Request. Raises ValueError with the reason, in words.
 
-    >>> parse_request('{"text": "hi", "max_tokens": 5}', None)
-    Request(messages=[{'role': 'user', 'content': 'hi'}], output_tokens=5, input_tokens=None, prefix_tokens=None)
+    >>> asked = parse_request('{"text": "hi", "max_tokens": 5}', None)
+    >>> asked.messages, asked.output_tokens
+    ([{'role': 'user', 'content': 'hi'}], 5)
     """
     try:
         row = json.loads(line, parse_constant=_refuse, parse_float=_finite)
