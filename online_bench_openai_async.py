@@ -245,7 +245,7 @@ class Reply:
     kernel_reads: int = 0  # reads with the kernel's stamp
     content_reads: int = 0
     merged_reads: int = 0  # content reads of more than one chunk
-    first_merged: bool = False  # the first token came in one read with later chunks
+    with_first: int = 0  # later chunks that came in one read with the first token
     late_gaps: int = 0  # gaps left out: their chunks queued up while this client was held up
     syn_resent: int = 0  # how often its connection's first packet had to be repeated
     chunks: Optional[int] = None
@@ -467,6 +467,7 @@ class Summary:
     content_reads: int
     merged_reads: int
     first_merged: int  # successes whose first token came in one read with later chunks
+    with_first: int  # those chunks
     late_read: int  # requests of which chunks queued up while this client was held up
     late_first: int  # of them, those of which even the first token's arrival is not known
     late_gaps: int
@@ -1441,7 +1442,7 @@ class StreamReader:
         self._gaps_before = 0  # how many gaps there were before the last read
         self._packed: set[int] = set()  # stamps of late reads of several chunks
         self._late_gaps = 0
-        self._first_merged = False
+        self._with_first = 0
         self._choice_index: Any = None
 
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
@@ -1600,9 +1601,11 @@ class StreamReader:
             self._content_reads += 1
             self._alone = True
             self._gaps_before = len(self._gaps_ms)
-        elif self._alone:
-            self._alone = False
-            self._several(stamp_ns)
+        else:
+            self._with_first += stamp_ns == self._first_ns
+            if self._alone:
+                self._alone = False
+                self._several(stamp_ns)
         if visible and self._visible_ns is None:
             self._visible_ns = stamp_ns
         if self._last_ns is None:
@@ -1625,7 +1628,6 @@ class StreamReader:
             del self._gaps_ms[self._gaps_before :]
         else:
             self._merged_reads += 1
-            self._first_merged = self._first_merged or stamp_ns == self._first_ns
 
     def _fail(self, kind: str, message: str) -> None:
         self._failure = self._failure or _failed(kind, message)
@@ -1638,7 +1640,8 @@ class StreamReader:
         reply.first_ns, reply.visible_ns = (
             None if stamp_ns in self._packed else stamp_ns for stamp_ns in (self._first_ns, self._visible_ns)
         )
-        reply.last_ns, reply.late_gaps, reply.first_merged = self._last_ns, self._late_gaps, self._first_merged
+        reply.last_ns, reply.late_gaps = self._last_ns, self._late_gaps
+        reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
         set_fields(reply, self._counts)
@@ -1830,7 +1833,7 @@ GROUP_METRICS = ("latency", "ttft", "tpot")
 # What is counted besides, by the summary's field names.
 COUNTED_BESIDES = (
     "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
-    "streams", "first_merged", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
+    "streams", "first_merged", "with_first", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
     "prefix_tokens", "held_back",
 )  # fmt: skip
 
@@ -1951,7 +1954,8 @@ class Tally:
             counts["chunked_tokens"] += reply.completion_tokens or 0
         if reply.chunks:
             counts["streams"] += 1
-            counts["first_merged"] += reply.first_merged
+            counts["first_merged"] += reply.with_first > 0
+            counts["with_first"] += reply.with_first
             counts["late_first"] += reply.first_ns is None
             counts["one_piece"] += reply.first_ns == reply.last_ns and (reply.completion_tokens or 0) > 1
         if self._own_tokens and reply.prompt_tokens:
@@ -2037,7 +2041,7 @@ class ReportWarning(NamedTuple):
 def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     gaps = summary.distributions["gap"].n + summary.late_gaps
     share = max(_rate(summary.late_first, summary.streams), _rate(summary.late_gaps, gaps))
-    if share < LATE_SHARE:
+    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:  # the rest had come together
         return None
     pause = max((h.lag_max_ms for h in health), default=0.0)
     return (
@@ -2150,7 +2154,8 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    hit = percent(summary.cached_tokens, summary.prompt_tokens)
+    template = 0.0 if config.requests_file else summary.ok * calibration_of(config).constant_tokens
+    hit = percent(max(0.0, summary.cached_tokens - template), summary.prompt_tokens)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
     text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
     if hit < 1 and not summary.cache_told and shared >= 1:
@@ -2173,10 +2178,19 @@ def _warn_corpus(summary: Summary, config: Config, health: Sequence[Health]) -> 
 
 
 def merged_figures(summary: Summary) -> list[str]:
-    """The figures that chunks which came together have bent."""
-    first = summary.first_merged > MERGED_LIMIT * summary.streams
-    gaps = summary.merged_reads > MERGED_LIMIT * summary.content_reads
-    return [*(["TTFT", "TPOT"] if first else []), *(["the chunk gaps"] if gaps else [])]
+    """The figures that chunks which came together have bent by more than MERGED_LIMIT.
+
+    A first token that k later ones came with is late by about k TPOT, and TPOT's span is too short by as much.
+    """
+    ttft, tpot, output = (summary.distributions[key].mean or 0.0 for key in ("ttft", "tpot", "output"))
+    ahead = _rate(summary.with_first, summary.streams)
+    unseen = min(1.0, ahead / max(1.0, output - 1))  # share of the steps from token to token
+    bent = {
+        "TTFT": ahead and ahead * tpot >= MERGED_LIMIT * ttft * (1 - unseen),
+        "TPOT": unseen > MERGED_LIMIT,
+        "the chunk gaps": summary.merged_reads > MERGED_LIMIT * summary.content_reads,
+    }
+    return [name for name, is_bent in bent.items() if is_bent]
 
 
 def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2586,7 +2600,7 @@ def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
 
 def corpus_line(asked: Mapping[str, Any]) -> list[str]:
     """Which keys of the bodies came from the corpus."""
-    if not asked:
+    if not asked or not (asked["keys"] or asked["not_sent"]):
         return []
     sent = ", ".join(f"{name} {count}" for name, count in asked["keys"].items())
     ignored = f"; not sent: {', '.join(asked['not_sent'])}" if asked["not_sent"] else ""
