@@ -187,10 +187,6 @@ def fenced(name: str) -> list[str]:
     return re.findall(r"^```.*?^```$", read(name), re.MULTILINE | re.DOTALL)
 
 
-def test_both_readmes_have_the_same_code_blocks() -> None:
-    assert fenced("README.md") == fenced("README.ja.md")
-
-
 def option_rows(text: str) -> dict[str, str]:
     """The options of a table, in order, each with the cell of its default."""
     return dict(re.findall(r"^\| `(--[\w-]+)` \|([^|]*)\|", text, re.MULTILINE))
