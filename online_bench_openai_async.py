@@ -4273,24 +4273,26 @@ class Sdk:
         api_base, query = split_query(api_base)
         # `Omit` leaves a field out; before openai 1.98 it has no public name.
         omit = getattr(openai, "Omit", None) or importlib.import_module("openai._types").Omit
-        no_key = {} if config.api_key else {"Authorization": omit()}
+        own_headers = {"Accept-Encoding": "identity", **login, **config.headers}
         self.client = client_class(openai)(
             api_key=config.api_key or "none",
             base_url=api_base,
             max_retries=0,  # retries would be hidden inside a latency
             timeout=config.timeout,
             http_client=http_client,
-            default_headers={"Accept-Encoding": "identity", **no_key, **login, **config.headers},
+            default_headers=own_headers,
             default_query=dict(parse_qsl(query, keep_blank_values=True)),
         )
         endpoint = ENDPOINT_TYPES[config.endpoint_type]
         self._absent = {"model": omit(), endpoint.prompt_field: omit()}  # the prepared body has them
         self._left_out = {} if config.stream else {"stream": omit()}
+        keyed = config.api_key or "Authorization" in own_headers
+        self._no_key = {} if keyed else {"extra_headers": {"Authorization": omit()}}
         self._create = endpoint.create(self.client)
 
     async def create(self, body: Mapping[str, Any]) -> Any:
         """The SDK's stream object; `stream=True` is the SDK's way to leave the reply unparsed."""
-        return await self._create(**self._absent, stream=True, extra_body={**body, **self._left_out})
+        return await self._create(**self._absent, stream=True, extra_body={**body, **self._left_out}, **self._no_key)
 
 
 def client_class(openai: Any) -> Any:
@@ -4308,8 +4310,6 @@ def client_class(openai: Any) -> Any:
             return kept[url]
 
         def _build_headers(self, options: Any, **more: Any) -> Any:
-            if options.headers:
-                return super()._build_headers(options, **more)
             kept = self.__dict__.setdefault("_kept", {})
             if "headers" not in kept:
                 kept["headers"] = super()._build_headers(options, **more)
@@ -4628,16 +4628,18 @@ class Sender:
         reply.label = request.label
         if reply.failure:
             reply.failure = reply.failure._replace(message=self._explained(reply.failure, body))
-        if reply.finish_reason:
-            reply.finish_reason = self._redactor.text(plain(reply.finish_reason, 40))
+        if reply.finish_reason and reply.finish_reason not in ("stop", "length", "tool_calls"):
+            reply.finish_reason = self._without_secrets(plain(reply.finish_reason, 40), body)
         return reply
+
+    def _without_secrets(self, text: str, body: Mapping[str, Any]) -> str:
+        named: list[str] = []
+        Redactor.fields(body, found=named)
+        return Redactor([*named, *(word.rpartition(" ")[2] for word in named)]).text(self._redactor.text(text))
 
     def _explained(self, failure: Failure, body: Mapping[str, Any]) -> str:
         """Without secrets, as some servers say which key they did not like; the cure behind, where there is one."""
-        secrets_in_body: list[str] = []
-        Redactor.fields(body, found=secrets_in_body)
-        message = Redactor(secrets_in_body).text(self._redactor.text(failure.message))
-        cure = advice(failure, self._config, os.environ)
+        message, cure = self._without_secrets(failure.message, body), advice(failure, self._config, os.environ)
         return f"{message[: ERROR_TEXT_CHARS - len(cure) - 2]}; {cure}" if cure else message
 
 
