@@ -103,8 +103,8 @@ LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 # Defaults of the options; one that is not here is off, absent, or worked out from others.
 DEFAULTS: Mapping[str, Any] = {
     "concurrency": 128, "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
-    "endpoint_type": "chat", "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0,
-    "max_error_rate": 0.5, "request_rate": math.inf, "burstiness": 1.0, "speed": 1.0,
+    "endpoint_type": "chat", "history": "server", "processes": 1, "transport": "auto", "timeout": 600.0,
+    "connect_timeout": 30.0, "max_error_rate": 0.5, "request_rate": math.inf, "burstiness": 1.0, "speed": 1.0,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -186,6 +186,15 @@ PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
 # === 2. Types ===
 
 
+class SessionTurn(NamedTuple):
+    """What the user says in one turn of a session; the answer is the corpus's own, where it has one."""
+
+    content: Any
+    output_tokens: Optional[int] = None
+    delay_ms: float = 0.0  # think time before it, from the end of the turn before
+    answer: Optional[str] = None
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked: fields of the body, the prompt among them, and the output limit (None: the run's own)."""
@@ -197,6 +206,9 @@ class Request:
     whole: bool = False  # the fields are the body: only a missing model and what streams are added
     label: Optional[str] = None
     unknown: Sequence[str] = ()  # keys of its corpus line that are not sent
+    turns: Sequence[SessionTurn] = ()  # of a session, the first one included
+    session: Optional[int] = None
+    turn: Optional[int] = None  # from 1
     timestamp: Optional[float] = None  # when a trace has it sent, in the trace's own unit
     hash_ids: Optional[Sequence[Any]] = None  # of a trace's line without a text: what its blocks are known by
 
@@ -259,6 +271,10 @@ class Reply:
     failure: Optional[Failure] = None
     label: Optional[str] = None  # of the corpus line that asked
     server: Optional[str] = None  # which one was asked, where there are several
+    session: Optional[int] = None
+    turn: Optional[int] = None  # of its session, from 1
+    later_turns: int = 0
+    text: Optional[str] = None  # the answer's content, where the next turn is to hold it
 
 
 @dataclass(frozen=True)
@@ -482,6 +498,8 @@ class Summary:
     new_connections: int
     reconnects: int
     busy_s: float  # sum of all requests' time from sending to their end
+    sessions: int  # that were begun
+    unsent_turns: int  # of them
     held_back: int  # requests that were due before a permit was free
     due_rate: Optional[float]  # requests a second, between the first and the last due time, and as they were sent
     issued_rate: Optional[float]
@@ -531,6 +549,7 @@ class Config:
     output_tokens: int
     requests_file: Optional[str]
     corpus: Mapping[str, Any]  # what its lines ask for: `Corpus.asked`
+    history: str
     system_prompt: Optional[str]
     prompt_calibration: Optional[Sequence[float]]  # the fields of Calibration: given, or found by the warm-up
     results_csv: Optional[str]
@@ -585,6 +604,63 @@ class RunError(Exception):
 # === 3. Schedule (when) (pure) ===
 
 
+class Sessions:
+    """Requests that follow from replies: which, when, and with what history.
+
+    Jobs are numbered through: the turns of a session follow each other, and a corpus that is cycled begins anew.
+    """
+
+    def __init__(self, lines: Sequence[Request], starts: Sequence[int], history: str) -> None:
+        """`starts`: how many turns stand before each line, and in all of them; `history`: of whose answers."""
+        self._lines = lines
+        self._starts = starts
+        self._history = history
+        self._open: dict[int, tuple[Request, list[Mapping[str, Any]]]] = {}  # its line, and all that was said
+
+    def first(self, number: int) -> int:
+        """The job that begins a session."""
+        rounds, line = divmod(number, len(self._lines))
+        return rounds * self._starts[-1] + self._starts[line]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(session, turn from 0) of a job."""
+        rounds, at = divmod(index, self._starts[-1])
+        line = bisect.bisect_right(self._starts, at) - 1
+        return rounds * len(self._lines) + line, at - self._starts[line]
+
+    def goes_on(self, index: int) -> bool:
+        """Whether its session has a turn after this one."""
+        return self.place(index + 1)[1] > 0
+
+    def request(self, index: int) -> Request:
+        """The line's own; of a session with all that was said before."""
+        number, turn = self.place(index)
+        if not turn:
+            line = self._lines[number % len(self._lines)]
+            if not line.turns:
+                return line
+            self._open[number] = line, list(line.messages)
+        line, said = self._open[number]
+        content, limit, *_ = line.turns[turn]
+        said += [{"role": "user", "content": content}] if turn else []
+        fields, limit = {**line.fields, "messages": list(said)}, limit or line.output_tokens
+        return dataclasses.replace(line, fields=fields, output_tokens=limit, session=number, turn=turn + 1)
+
+    def after(self, record: Record) -> Optional[Job]:
+        """The next turn; None after the last one, and after one that failed."""
+        number, turn = self.place(record.job.index)
+        line, said = self._open.pop(number, (None, []))
+        if line is None or not record.ok or turn + 1 == len(line.turns):
+            return None
+        answer = line.turns[turn].answer if self._history == "corpus" else record.reply.text
+        self._open[number] = line, [*said, {"role": "assistant", "content": answer or ""}]
+        delay_ms = line.turns[turn + 1].delay_ms
+        return Job(record.job.index + 1, (record.ended_s or 0.0) + delay_ms / 1e3 if delay_ms else None)
+
+
+HISTORIES = ("server", "corpus")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which jobs there are and when each is due, in seconds from the start; of several processes, each has its part.
@@ -605,16 +681,18 @@ class Schedule:
     ramp_up_s: float = 0.0
     seed: int = 0
     stamp_s: Callable[[int], float] = float  # the due time of a trace's request
+    sessions: Optional[Sessions] = None  # then `count` is theirs, and times are those of their first turns
     shard: int = 0
     shards: int = 1
 
     @classmethod
-    def of(cls, config: Config, stamp: Callable[[int], float] = float) -> Schedule:
+    def of(cls, config: Config, stamp: Callable[[int], float] = float, sessions: Optional[Sessions] = None) -> Schedule:
         """`stamp`: the time of a trace's request, by its number, as the trace has it."""
         kind = "trace" if config.timestamp_unit else "closed" if math.isinf(config.request_rate) else "rate"
         per_s = config.speed * TIMESTAMP_UNITS[config.timestamp_unit or "s"]
+        total = config.total_requests
         return cls(
-            config.total_requests,
+            total if total is None or sessions is None else sessions.place(total)[0],
             kind,
             config.duration or math.inf,
             config.request_rate,
@@ -622,6 +700,7 @@ class Schedule:
             config.ramp_up or 0.0,
             config.seed,
             lambda index: (stamp(index) - stamp(0)) / per_s,
+            sessions,
         )
 
     @property
@@ -638,7 +717,8 @@ class Schedule:
 
     def __iter__(self) -> Iterator[Job]:
         numbers = itertools.count() if self.count is None else range(self.count)
-        jobs = map(Job, self.own(numbers), SCHEDULES[self.kind](self))
+        first = self.sessions.first if self.sessions else int
+        jobs = map(Job, map(first, self.own(numbers)), SCHEDULES[self.kind](self))
         return itertools.takewhile(lambda job: (job.due_s or 0.0) < self.duration_s, jobs)
 
     def permits_s(self, total: int) -> Iterator[float]:
@@ -648,7 +728,15 @@ class Schedule:
 
     def ended(self, record: Record) -> Optional[Job]:
         """Told of each record; the job that follows from it and takes over its place, due later, where there is one."""
-        return None
+        return self.sessions.after(record) if self.sessions else None
+
+    def goes_on(self, job: Job) -> bool:
+        """Whether a job may follow from this one."""
+        return self.sessions is not None and self.sessions.goes_on(job.index)
+
+    def number(self, job: Job) -> int:
+        """Of the job, or of its session: those of a process are every `shards`-th."""
+        return self.sessions.place(job.index)[0] if self.sessions else job.index
 
 
 def rate_times(schedule: Schedule) -> Iterator[float]:
@@ -875,11 +963,11 @@ BODY_KEYS = frozenset(
     "skip_special_tokens spaces_between_special_tokens stop_regex stop_token_ids stream_reasoning structured_outputs "
     "thinking_token_budget top_k truncate_prompt_tokens use_beam_search vllm_xargs".split()
 )
-PROMPT_KEYS = ("messages", "turns", "text", "prompt")
+PROMPT_KEYS = ("messages", "turns", "conversations", "text", "prompt")
 # Keys that mean something here, or to the scripts that write corpora, and are never sent.
 OWN_KEYS = frozenset(
-    "text prompt messages turns max_tokens max_completion_tokens output_tokens input_tokens prefix_tokens prefix_group "
-    "turn_tokens label custom_id method url body n timestamp input_length output_length hash_ids".split()
+    "text prompt messages turns conversations max_tokens max_completion_tokens output_tokens input_tokens prefix_tokens "
+    "prefix_group turn_tokens label custom_id method url body n timestamp input_length output_length hash_ids".split()
 )
 
 
@@ -922,11 +1010,65 @@ def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: En
     if "body" in row and not any(key in row for key in PROMPT_KEYS):
         _check_whole(row, body, endpoint)
         return Request(body, whole=True, **said)
+    turns = said["turns"] = _turns_of(row)
     fields = {key: value for key, value in row.items() if key in BODY_KEYS}
+    if turns:
+        system_prompt = _system_of(row) or system_prompt
+        row = {key: value for key, value in row.items() if key != "system"}
+        row["messages"] = [{"role": "user", "content": turns[0].content}]
     fields = {**fields, endpoint.prompt_field: _prompt_of(row, system_prompt, endpoint), **body}
     limit = _limit_of(row)
     said["unknown"] = [key for key in row if key not in BODY_KEYS and key not in OWN_KEYS]
     return Request(fields, None if any(name in body for name in OUTPUT_LIMITS) else limit, **said)
+
+
+SHARE_GPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def _turns_of(row: Mapping[str, Any]) -> list[SessionTurn]:
+    """Of a session: `turns`, or ShareGPT's `conversations`; of any other line none."""
+    key = next((key for key in PROMPT_KEYS if key in row), None)
+    if key not in ("turns", "conversations"):
+        return []
+    if not isinstance(row[key], list) or not all(isinstance(item, dict) for item in row[key]):
+        raise ValueError(f"'{key}' is not a list of objects")
+    turns = [_turn_of(item) for item in row[key]] if key == "turns" else _conversation(row[key])
+    if not turns:
+        raise ValueError("a session without turns")
+    return turns
+
+
+def _turn_of(item: Mapping[str, Any]) -> SessionTurn:
+    item = {key: value for key, value in item.items() if value is not None}
+    content, delay_ms, answer = item.get("content"), item.get("delay_ms", 0), item.get("answer")
+    if not content or not isinstance(content, (str, list)):
+        raise ValueError("a turn without content")
+    if isinstance(delay_ms, bool) or not isinstance(delay_ms, (int, float)) or delay_ms < 0:
+        raise ValueError(f"delay_ms is not a number of 0 or more: {delay_ms!r:.40}")
+    if answer is not None and not isinstance(answer, str):
+        raise ValueError("the answer of a turn is not a text")
+    return SessionTurn(content, _limit_of(item), delay_ms, answer)
+
+
+def _conversation(said: Sequence[Mapping[str, Any]]) -> list[SessionTurn]:
+    """What humans say there, each with the answer after it; an answer at the beginning is left out."""
+    turns: list[SessionTurn] = []
+    for item in said:
+        role = SHARE_GPT_ROLES.get(str(item.get("from")))
+        if role == "user":
+            turns.append(_turn_of({"content": item.get("value")}))
+        elif role == "assistant" and turns and isinstance(item.get("value"), str):
+            turns[-1] = turns[-1]._replace(answer=item["value"])
+    return turns
+
+
+def _system_of(row: Mapping[str, Any]) -> Optional[str]:
+    """A session's own system prompt."""
+    said = [
+        row.get("system"),
+        *(item.get("value") for item in row.get("conversations", ()) if item.get("from") == "system"),
+    ]
+    return next((text for text in said if isinstance(text, str) and text), None)
 
 
 def _check_whole(row: Mapping[str, Any], body: Mapping[str, Any], endpoint: EndpointType) -> None:
@@ -980,14 +1122,12 @@ def _finite(text: str) -> float:
 
 
 def _prompt_of(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: EndpointType) -> Any:
-    """`messages` comes before `turns`, `text` and `prompt`."""
-    key = next((key for key in PROMPT_KEYS if key in row), None)
+    """`messages` comes before `text` and `prompt`."""
+    key = next((key for key in ("messages", "text", "prompt") if key in row), None)
     if key is None:
         raise ValueError("no prompt: neither 'messages', 'text' nor 'prompt'")
-    if key in ("messages", "turns") and endpoint.prompt_field != "messages":
-        raise ValueError(f"'{key}' is a chat, and {endpoint.path} takes plain prompts: 'text' or 'prompt'")
-    if key == "turns":
-        raise ValueError("'turns' cannot be sent yet: give each prompt a line of its own")
+    if key == "messages" and endpoint.prompt_field != key:
+        raise ValueError(f"messages or turns are a chat, and {endpoint.path} takes plain prompts: 'text' or 'prompt'")
     if key != "messages":
         if not isinstance(row[key], str) or not row[key]:
             raise ValueError("the prompt is not a text, or an empty one")
@@ -1017,7 +1157,9 @@ class Corpus(Sequence[Request]):
     pipe, goes to a temporary file, without a name or removed by `close`; `path` is where another process finds it.
     """
 
-    def __init__(self, name: str, system_prompt: Optional[str], endpoint_type: str = "chat") -> None:
+    def __init__(
+        self, name: str, system_prompt: Optional[str], endpoint_type: str = "chat", history: str = "server"
+    ) -> None:
         """`name`: the file, as the user calls it."""
         self.path = os.path.realpath(name)
         self._name = name
@@ -1025,7 +1167,9 @@ class Corpus(Sequence[Request]):
         self._keys: Counter[str] = Counter()  # of bodies, by the lines that have them
         self._unknown: Counter[str] = Counter()
         self._models: Counter[Optional[str]] = Counter()
-        self._whole = 0
+        self._whole = self._with_turns = self.unanswered = 0
+        self._turn_starts = array("Q", [0])  # how many turns are before each line, and in all of them
+        self._sessions = Sessions(self, self._turn_starts, history)
         self._starts = array("Q")  # of each prompt's line, and where the file ends
         self._timestamps = array("d")
         self.own_tokens = array("Q")  # of each prompt its length and its shared prefix, as the line says; 0: unsaid
@@ -1049,6 +1193,7 @@ class Corpus(Sequence[Request]):
                             asked = self._parse(line)
                             self._note(asked)
                             self.own_tokens.extend((asked.input_tokens or 0, asked.prefix_tokens or 0))
+                            self.own_tokens.extend((0, 0) * (len(asked.turns) - 1))  # with what the server answers
                             self._add_timestamp(asked.timestamp)
                     at += len(raw)
         except UnicodeDecodeError:
@@ -1065,6 +1210,14 @@ class Corpus(Sequence[Request]):
         self._unknown.update(request.unknown)
         self._models[request.fields.get("model")] += 1
         self._whole += request.whole
+        self._with_turns += bool(request.turns)
+        self.unanswered += any(turn.answer is None for turn in request.turns[:-1])
+        self._turn_starts.append(self._turn_starts[-1] + max(1, len(request.turns)))
+
+    @property
+    def sessions(self) -> Optional[Sessions]:
+        """Where there are any; known where the lines were checked."""
+        return self._sessions if self._with_turns else None
 
     def asked(self, model: str) -> dict[str, Any]:
         """What the lines put into the bodies: how many which key, those not sent, all models, whether nothing is added.
@@ -1078,6 +1231,7 @@ class Corpus(Sequence[Request]):
             "not_sent": [*self._unknown],
             "models": [*dict.fromkeys(models)],
             "whole": whole,
+            "sessions": self._with_turns,
         }
 
     @property
@@ -1145,13 +1299,17 @@ class Corpus(Sequence[Request]):
                 os.unlink(copy)
 
 
-def load_requests(path: str, system_prompt: Optional[str], endpoint_type: str = "chat") -> Corpus:
+def load_requests(
+    path: str, system_prompt: Optional[str], endpoint_type: str = "chat", history: str = "server"
+) -> Corpus:
     """Every prompt of a JSONL corpus, checked before any load. Raises UserError naming the line at fault."""
-    corpus = Corpus(path, system_prompt, endpoint_type)
+    corpus = Corpus(path, system_prompt, endpoint_type, history)
     try:
         if not corpus.open():
             keys = "one JSON object per line with 'text', 'prompt' or 'messages'"
             raise UserError(f"{path} holds no prompt; {keys}")
+        if history == "corpus" and corpus.unanswered:
+            raise UserError(f"--history corpus: {corpus.unanswered} sessions of {path} lack an `answer` in a turn")
         return corpus
     except BaseException:
         corpus.close()
@@ -1162,6 +1320,9 @@ def workload_of(config: Config, corpus: Optional[Sequence[Request]]) -> Workload
     """Job number -> request: from the corpus, cycled, or made up."""
     if not corpus:
         return partial(synthetic_request, config)
+    sessions = corpus.sessions if isinstance(corpus, Corpus) else None
+    if sessions:
+        return sessions.request
     return lambda index: with_text(corpus[index % len(corpus)], config, index)
 
 
@@ -1188,7 +1349,7 @@ def with_text(asked: Request, config: Config, index: int) -> Request:
 
 def schedule_of(config: Config, corpus: Optional[Corpus]) -> Schedule:
     """The whole schedule of a run; a trace's times are those of its lines."""
-    return Schedule.of(config, corpus.timestamp) if corpus else Schedule.of(config)
+    return Schedule.of(config, corpus.timestamp, corpus.sessions) if corpus else Schedule.of(config)
 
 
 # === 5. Replies (pure) ===
@@ -1295,8 +1456,9 @@ def _text_of(delta: Mapping[str, Any]) -> tuple[bool, bool]:
 class WholeReader:
     """Reads a reply that comes as one JSON object."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
         self._reply = reply
+        self._keeps_text = keeps_text
         self._pieces: list[bytes] = []
         self.complete = False
         self.late: set[int] = set()
@@ -1314,14 +1476,14 @@ class WholeReader:
         if not data.strip():
             return _failed("empty_body", "an empty body")
         try:
-            return read_completion(json.loads(data.decode("utf-8")), self._reply)
+            return read_completion(json.loads(data.decode("utf-8")), self._reply, self._keeps_text)
         except UnicodeDecodeError:
             return _failed("not_utf8", "the body is not UTF-8")
         except (ValueError, RecursionError) as error:
             return _failed("bad_json", f"the body is not JSON ({error}): {data[:80].decode('utf-8', 'replace')}")
 
 
-def read_completion(body: Any, reply: Reply) -> Optional[Failure]:
+def read_completion(body: Any, reply: Reply, keeps_text: bool = False) -> Optional[Failure]:
     """Fill in a reply from a chat completion object; the failure where it is not a complete one."""
     message = error_text(body)
     if message:
@@ -1337,6 +1499,7 @@ def read_completion(body: Any, reply: Reply) -> Optional[Failure]:
     if not isinstance(said, dict):
         return _failed("no_choices", "a choice without a message")
     has_text = _text_of(said)[0]
+    reply.text = str(said.get("content") or "") if keeps_text else None
     if has_text and not reply.completion_tokens:
         reply.completion_tokens, reply.has_usage = None, False
     return _verdict(reply.finish_reason, has_text, reply.completion_tokens)
@@ -1363,6 +1526,7 @@ _QUOTE = ord('"')
 _TEXT = re.compile(rb'[^"\\\x00-\x1f]+')  # of a JSON string, free of escapes
 # Texts of JSON strings, none empty, each closed by a byte that none can hold.
 _PLAIN_TEXTS = re.compile(rb'(?:(?!\x01)[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*)*\x01)*')
+_JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*')  # up to the quote that ends it
 PLAIN_RUN = 64  # pieces compared at once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STREAM_HEAD_BYTES = 4096
@@ -1414,8 +1578,10 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class StreamReader:
     """Reads server-sent events, however they are cut into packets; an event bears its last byte's stamp."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
+        """`keeps_text`: what it says is to be known afterwards."""
         self._reply = reply
+        self._texts: Optional[list[bytes]] = [] if keeps_text else None  # as they stand in JSON
         self.complete = False
         self._tail = _NO_TAIL
         self._after_cr = False
@@ -1471,7 +1637,10 @@ class StreamReader:
         if not ending:  # what looked like the last text has no plain end
             texts.pop()
         found = _PLAIN_TEXTS.match(b"\1".join([*texts, b""]))
-        return found[0].count(b"\1") if found else 0
+        count = found[0].count(b"\1") if found else 0
+        if self._texts is not None:
+            self._texts += texts[:count]
+        return count
 
     def _content_run(self, stamps_ns: Sequence[int]) -> None:
         """The same as `_content` for each of them, visible and one token."""
@@ -1546,6 +1715,8 @@ class StreamReader:
         at = text_at(event)
         if at:
             self._learn(event, at)
+            if self._texts is not None:
+                self._texts.append(_JSON_TEXT.match(event, at)[0])  # type: ignore[index]
             self._content(stamp_ns, True)
             return
         data, name = event_fields(event)
@@ -1583,6 +1754,8 @@ class StreamReader:
         delta = _said(choice, "delta")
         if isinstance(delta, dict):
             says, visible = _text_of(delta)
+            if self._texts is not None and isinstance(delta.get("content"), str):
+                self._texts.append(json.dumps(delta["content"])[1:-1].encode())
             if says:
                 tokens = 1 if counted is None or self._counted is None else counted - self._counted
                 self._content(stamp_ns, visible, max(1, tokens))
@@ -1640,6 +1813,9 @@ class StreamReader:
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
         set_fields(reply, self._counts)
+        if self._texts is not None:
+            with contextlib.suppress(ValueError):
+                reply.text = json.loads(b'"%s"' % b"".join(self._texts), strict=False)
         if self._chunks and not reply.completion_tokens:  # none, or a count of 0 beside text
             reply.completion_tokens, reply.has_usage = self._chunks, False
         reply.failure = self._failure or self._ending()
@@ -1673,7 +1849,12 @@ class StreamReader:
         return _failed("not_a_stream", f"no server-sent events but: {error_body_text(self._head)}")
 
 
-READERS: Mapping[bool, Callable[[Reply], Reader]] = {False: WholeReader, True: StreamReader}  # by --stream
+READERS: Mapping[bool, Callable[..., Reader]] = {False: WholeReader, True: StreamReader}  # by --stream
+
+
+def reader_of(config: Config) -> Callable[[Reply], Reader]:
+    keeps_text = bool(config.corpus.get("sessions")) and config.history == "server"
+    return partial(READERS[config.stream], keeps_text=keeps_text)
 
 
 def read_reply(streamed: bool, arrivals: Iterable[tuple[int, bytes]]) -> Reply:
@@ -1823,13 +2004,14 @@ COUNTED = ("reads", "kernel_reads", "content_reads", "merged_reads", "reconnects
 GROUPINGS: Mapping[str, tuple[Callable[[Record], Optional[str]], int]] = {
     "label": (lambda r: r.reply.label, 12),
     "server": (lambda r: r.reply.server, 256),
+    "turn": (lambda r: None if r.reply.turn is None else str(r.reply.turn), 100),
 }
 GROUP_METRICS = ("latency", "ttft", "tpot")
 # What is counted besides, by the summary's field names.
 COUNTED_BESIDES = (
     "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
     "streams", "first_merged", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
-    "prefix_tokens", "held_back",
+    "prefix_tokens", "held_back", "sessions", "unsent_turns",
 )  # fmt: skip
 
 
@@ -1910,7 +2092,10 @@ class Tally:
         self.counts["late_read"] += record.reply.late_gaps > 0
         self.busy_s += (record.busy_ms or 0) / 1e3
         self._add_to_groups(record)
-        self.due.add(record.job.due_s)
+        if record.reply.turn:  # of those begun, the turns yet to come
+            self.counts["sessions"] += record.reply.turn == 1
+            self.counts["unsent_turns"] += record.reply.later_turns if record.reply.turn == 1 else -1
+        self.due.add(record.job.due_s if record.reply.turn in (None, 1) else None)
         self.issued.add(record.sent_s)
         self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS
         if record.aborted:
@@ -2600,6 +2785,9 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
         asked, rates = config.request_rate, (summary.due_rate, summary.issued_rate, summary.requests_per_s)
         told = "" if math.isinf(asked) else f"asked {asked:g}, "
         lines.append("Requests/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
+    if summary.sessions:
+        why = ": a turn before them failed, or the run ended" if summary.unsent_turns else ""
+        lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")
     if summary.aborted:
         lines.append(
             f"Aborted: {summary.aborted} requests were cut off, or due but not sent, at the end:"
@@ -2735,6 +2923,8 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "concurrency_by_littles_law": _rate(summary.busy_s, max((h.flight_window_s for h in health), default=0.0)),
         "new_connections": summary.new_connections,
         "reconnects": summary.reconnects,
+        "sessions": summary.sessions,
+        "unsent_turns": summary.unsent_turns,
         "groups": {name: _group_json(groups) for name, groups in summary.groups.items()},
         "client_bound": client_bound(summary, health),
         "client": [dataclasses.asdict(h) for h in health],
@@ -2830,6 +3020,8 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "new_connection": Column("1 when a connection was opened for it", lambda r: _count(r.reply.new_connection)),
     "http_status": Column("the HTTP status; blank when none came", lambda r: _count(r.reply.http_status)),
     "label": Column("`label` or `custom_id` of its corpus line", lambda r: _cell(r.reply.label)),
+    "session": Column("number of its session, from 0", lambda r: _count(r.reply.session)),
+    "turn": Column("number of its turn in the session, from 1", lambda r: _count(r.reply.turn)),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
 }
 
@@ -3225,7 +3417,8 @@ class Permits:
         self._clock = clock
         self._origin_ns = 0
         self._numbers = itertools.count()
-        self._early: list[tuple[float, int, Grant]] = []  # a heap of those not yet due: due time, arrival, grant
+        # A heap of those not yet due: due time, arrival, grant, since when it holds a permit.
+        self._early: list[tuple[float, int, Grant, Optional[int]]] = []
         self.under_way: set[Call] = set()  # sent and unanswered
         self.peak_in_flight = 0
         self.in_flight_ns = 0  # their number, summed up over the time
@@ -3236,18 +3429,18 @@ class Permits:
         self._waiting: deque[Grant] = deque()
         self._enough: Optional[tuple[int, asyncio.Future[None]]] = None
 
-    def acquire(self, grant: Grant, due_s: Optional[float] = None) -> None:
+    def acquire(self, grant: Grant, due_s: Optional[float] = None, held_ns: Optional[int] = None) -> None:
         """Call `grant` with the time at which its permit became free: now, or later; with None after `close`.
 
-        `due_s`: not before so many seconds after the start of the run.
+        `due_s`: not before so many seconds after the start of the run. `held_ns`: it has a permit, since then.
         """
         if self._closed:
             grant(None)
             return
         if due_s is None:
-            self._queue(grant)
+            self._queue(grant, held_ns)
         else:
-            heapq.heappush(self._early, (due_s, next(self._numbers), grant))
+            heapq.heappush(self._early, (due_s, next(self._numbers), grant, held_ns))
             if self._early[0][2] is grant:
                 self._call_due()
         self._count_waiting()
@@ -3257,12 +3450,14 @@ class Permits:
             return
         now_s = (self._clock.now_ns() - self._origin_ns) / 1e9
         while self._early and self._early[0][0] <= now_s:
-            self._queue(heapq.heappop(self._early)[2])
+            self._queue(*heapq.heappop(self._early)[2:])
         if self._early:
             self._alarm.set(self._origin_ns + math.ceil(self._early[0][0] * 1e9))
 
-    def _queue(self, grant: Grant) -> None:
-        if self.total is None and self.is_open:
+    def _queue(self, grant: Grant, held_ns: Optional[int]) -> None:
+        if held_ns is not None:
+            grant(held_ns)
+        elif self.total is None and self.is_open:
             self._give(grant, self._origin_ns)
         elif self._free:
             self._give(grant, self._free.popleft())
@@ -3339,7 +3534,7 @@ class Permits:
         self._call_due()
         self._closed = True
         self._alarm.cancel()
-        waiting = [*self._waiting, *(grant for *_, grant in self._early)]
+        waiting = [*self._waiting, *(grant for _, _, grant, _ in self._early)]
         self._waiting, self._early = deque(), []
         for grant in waiting:
             grant(None)
@@ -3348,12 +3543,15 @@ class Permits:
 class Turn:
     """When one request may go: with a permit, and not before it is due. What is under way with it is the permits'."""
 
-    def __init__(self, permits: Permits, due_s: Optional[float] = None) -> None:
+    def __init__(self, permits: Permits, due_s: Optional[float] = None, held_ns: Optional[int] = None) -> None:
+        """`held_ns`: since when it holds a permit, where a turn of the same session has left one."""
         self.permits = permits
+        self.held_ns = held_ns
+        self.keeps = False  # the permit stays with the session, which goes on
         self._due_s = due_s
 
     def acquire(self, grant: Grant) -> None:
-        self.permits.acquire(grant, self._due_s)
+        self.permits.acquire(grant, self._due_s, self.held_ns)
 
     async def wait(self) -> int:
         """The same for a coroutine. Raises NotSent."""
@@ -3373,7 +3571,9 @@ class Turn:
 
     def release(self, free_ns: int) -> None:
         """The request has ended; its permit is free since then."""
-        self.permits.release(free_ns)
+        self.held_ns = free_ns if self.keeps else None
+        if not self.keeps:
+            self.permits.release(free_ns)
 
 
 class Call:
@@ -4669,7 +4869,7 @@ class StopwatchTransport:
     """Sends what the SDK has built over sockets of our own, whose arrivals the kernel stamps."""
 
     def __init__(self, config: Config) -> None:
-        self._reader = READERS[config.stream]
+        self._reader = reader_of(config)
         self._stopwatch = Stopwatch(origin_of(config), timeouts_of(config), config.stream)
         self._sdk = Sdk(config, self._http_client())
         self.kernel_clock = sys.platform == "linux"
@@ -4745,7 +4945,7 @@ class SdkTransport:
 
     def __init__(self, config: Config, concurrency: Optional[int], trust_env: bool) -> None:
         self.connections = 0
-        self._reader = READERS[config.stream]
+        self._reader = reader_of(config)
         self._timeouts = timeouts_of(config)
         origin = origin_of(config)
         _, httpx = import_sdk()
@@ -4972,7 +5172,8 @@ class Sender:
     async def __call__(self, request: Request, turn: Turn) -> Reply:
         body = request_body(self._config, self.dialect, request)
         reply = await self.transport.exchange(body, turn)
-        reply.label = request.label
+        reply.label, reply.session, reply.turn = request.label, request.session, request.turn
+        reply.later_turns = len(request.turns) - (request.turn or 0)
         if reply.failure:
             reply.failure = reply.failure._replace(message=self._explained(reply.failure, body))
         if reply.finish_reason and reply.finish_reason not in ("stop", "length", "tool_calls"):
@@ -5168,15 +5369,20 @@ class Pool:
         waiting.cancel()
 
     async def _work(self, job: Optional[Job]) -> None:
+        held_ns: Optional[int] = None
         while job is not None:
+            turn = Turn(self.permits, job.due_s, held_ns)
+            turn.keeps = self._load.schedule.goes_on(job)
             try:
-                reply = await self._load.send(self._load.workload(job.index), Turn(self.permits, job.due_s))
+                reply = await self._load.send(self._load.workload(job.index), turn)
             except NotSent:
                 self._abort(job)
                 return
             if reply.free_ns is None:  # it failed before its turn, which begins no other
                 self._begin_next()
-            job = self._record(Record(job, reply, self._origin_ns))
+            job, held_ns = self._record(Record(job, reply, self._origin_ns)), turn.held_ns
+        if held_ns is not None:
+            self.permits.release(held_ns)
 
     def _record(self, record: Record) -> Optional[Job]:
         """Tell everybody; the job that takes over its place, where one does."""
@@ -5452,6 +5658,7 @@ _REPLY_FIELDS = [item.name for item in dataclasses.fields(Reply)]
 def record_line(record: Record) -> list[Any]:
     """A record as JSON values, for the way from one process to another."""
     reply = {name: getattr(record.reply, name) for name in _REPLY_FIELDS}
+    reply["text"] = None  # of no use there
     reply["gaps_ms"] = base64.b64encode(array("f", record.reply.gaps_ms).tobytes()).decode()
     return [record.job.index, record.job.due_s, record.origin_ns, list(reply.values())]
 
@@ -5492,7 +5699,8 @@ async def shard_main(shard: int, shards: int) -> None:
     config = Config(**json.loads(await orders.readline()))
     corpus = None
     if config.requests_file:
-        corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type).open(check=False)
+        corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type, config.history)
+        corpus.open(check=bool(config.corpus.get("sessions")))
     stop = Stop()
     schedule = schedule_of(config, corpus).part(shard, shards)
     telling: list[asyncio.Future[None]] = []
@@ -5636,7 +5844,7 @@ class Shard:
         await self._process.wait()
 
     def _take(self, record: Record) -> None:
-        place = record.job.index // self._part.schedule.shards
+        place = self._part.schedule.number(record.job) // self._part.schedule.shards
         self._seen.extend(bytes(max(0, place + 1 - len(self._seen))))
         self._seen[place] = 1
         for sink in self._part.sinks:
@@ -5977,6 +6185,7 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="JSONL: text, prompt or messages, and any body field per line",
     )
+    add("--history", choices=HISTORIES, help="whose answers a later turn of a session holds (default: %(default)s)")
     add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
     add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
     add(
@@ -6443,7 +6652,7 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     keep_files_apart(options)
     corpus = None
     if options.requests_file:
-        corpus = load_requests(options.requests_file, options.system_prompt, options.endpoint_type)
+        corpus = load_requests(options.requests_file, options.system_prompt, options.endpoint_type, options.history)
     try:
         return benchmark_with(corpus, options, argv)
     finally:
@@ -6462,6 +6671,8 @@ def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: 
     config = build_config(options, prompts, trace)
     if corpus:
         config = dataclasses.replace(config, corpus=corpus.asked(config.model))
+        if corpus.sessions and config.total_requests:  # as yet of sessions
+            config = dataclasses.replace(config, total_requests=corpus.sessions.first(config.total_requests))
     # The simulated server inherits the limit and has every connection; of several servers each may have all.
     most = None if config.concurrency is None else config.concurrency * len(config.servers)
     need_descriptors(most if config.demo or most is None else -(-most // config.processes))
