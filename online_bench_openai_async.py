@@ -966,8 +966,9 @@ BODY_KEYS = frozenset(
 PROMPT_KEYS = ("messages", "turns", "conversations", "text", "prompt")
 # Keys that mean something here, or to the scripts that write corpora, and are never sent.
 OWN_KEYS = frozenset(
-    "text prompt messages turns conversations max_tokens max_completion_tokens output_tokens input_tokens prefix_tokens "
-    "prefix_group turn_tokens label custom_id method url body n timestamp input_length output_length hash_ids".split()
+    "text prompt messages turns conversations max_tokens max_completion_tokens output_tokens input_tokens "
+    "prefix_tokens prefix_group turn_tokens label custom_id method url body n timestamp input_length "
+    "output_length hash_ids".split()
 )
 
 
@@ -1010,65 +1011,49 @@ def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: En
     if "body" in row and not any(key in row for key in PROMPT_KEYS):
         _check_whole(row, body, endpoint)
         return Request(body, whole=True, **said)
-    turns = said["turns"] = _turns_of(row)
     fields = {key: value for key, value in row.items() if key in BODY_KEYS}
-    if turns:
-        system_prompt = _system_of(row) or system_prompt
+    if next(key for key in (*PROMPT_KEYS, "") if key in row or not key) in ("turns", "conversations"):
+        said["turns"], system = _session_of(row)
         row = {key: value for key, value in row.items() if key != "system"}
-        row["messages"] = [{"role": "user", "content": turns[0].content}]
+        row["messages"] = [{"role": "user", "content": said["turns"][0].content}]
+        system_prompt = system or system_prompt
     fields = {**fields, endpoint.prompt_field: _prompt_of(row, system_prompt, endpoint), **body}
     limit = _limit_of(row)
     said["unknown"] = [key for key in row if key not in BODY_KEYS and key not in OWN_KEYS]
     return Request(fields, None if any(name in body for name in OUTPUT_LIMITS) else limit, **said)
 
 
-SHARE_GPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def _turns_of(row: Mapping[str, Any]) -> list[SessionTurn]:
-    """Of a session: `turns`, or ShareGPT's `conversations`; of any other line none."""
-    key = next((key for key in PROMPT_KEYS if key in row), None)
-    if key not in ("turns", "conversations"):
-        return []
-    if not isinstance(row[key], list) or not all(isinstance(item, dict) for item in row[key]):
-        raise ValueError(f"'{key}' is not a list of objects")
-    turns = [_turn_of(item) for item in row[key]] if key == "turns" else _conversation(row[key])
+def _session_of(row: Mapping[str, Any]) -> tuple[list[SessionTurn], Optional[str]]:
+    """(turns, system prompt) of `turns`, or of ShareGPT's `conversations`; what an assistant says answers the turn."""
+    turns: list[SessionTurn] = []
+    system, said = row.get("system"), row.get("turns", row.get("conversations"))
+    if not isinstance(said, list) or not all(isinstance(item, dict) for item in said):
+        raise ValueError("turns or conversations are not a list of objects")
+    for item in said:
+        role = ROLES.get(str(item.get("from", item.get("role", "user"))))
+        content = item.get("value", item.get("content"))
+        if role == "user":
+            turns.append(_turn_of(item, content))
+        elif role == "assistant" and turns and isinstance(content, str):
+            turns[-1] = turns[-1]._replace(answer=content)
+        elif role == "system":
+            system = content
     if not turns:
         raise ValueError("a session without turns")
-    return turns
+    return turns, system if isinstance(system, str) and system else None
 
 
-def _turn_of(item: Mapping[str, Any]) -> SessionTurn:
-    item = {key: value for key, value in item.items() if value is not None}
-    content, delay_ms, answer = item.get("content"), item.get("delay_ms", 0), item.get("answer")
+def _turn_of(item: Mapping[str, Any], content: Any) -> SessionTurn:
+    delay_ms = item.get("delay_ms") or 0
     if not content or not isinstance(content, (str, list)):
         raise ValueError("a turn without content")
     if isinstance(delay_ms, bool) or not isinstance(delay_ms, (int, float)) or delay_ms < 0:
         raise ValueError(f"delay_ms is not a number of 0 or more: {delay_ms!r:.40}")
-    if answer is not None and not isinstance(answer, str):
-        raise ValueError("the answer of a turn is not a text")
-    return SessionTurn(content, _limit_of(item), delay_ms, answer)
-
-
-def _conversation(said: Sequence[Mapping[str, Any]]) -> list[SessionTurn]:
-    """What humans say there, each with the answer after it; an answer at the beginning is left out."""
-    turns: list[SessionTurn] = []
-    for item in said:
-        role = SHARE_GPT_ROLES.get(str(item.get("from")))
-        if role == "user":
-            turns.append(_turn_of({"content": item.get("value")}))
-        elif role == "assistant" and turns and isinstance(item.get("value"), str):
-            turns[-1] = turns[-1]._replace(answer=item["value"])
-    return turns
-
-
-def _system_of(row: Mapping[str, Any]) -> Optional[str]:
-    """A session's own system prompt."""
-    said = [
-        row.get("system"),
-        *(item.get("value") for item in row.get("conversations", ()) if item.get("from") == "system"),
-    ]
-    return next((text for text in said if isinstance(text, str) and text), None)
+    limit = _limit_of({key: value for key, value in item.items() if value is not None})
+    return SessionTurn(content, limit, delay_ms)
 
 
 def _check_whole(row: Mapping[str, Any], body: Mapping[str, Any], endpoint: EndpointType) -> None:
@@ -1215,6 +1200,11 @@ class Corpus(Sequence[Request]):
         self._turn_starts.append(self._turn_starts[-1] + max(1, len(request.turns)))
 
     @property
+    def requests(self) -> int:
+        """With the later turns of sessions."""
+        return self._turn_starts[-1]
+
+    @property
     def sessions(self) -> Optional[Sessions]:
         """Where there are any; known where the lines were checked."""
         return self._sessions if self._with_turns else None
@@ -1226,13 +1216,8 @@ class Corpus(Sequence[Request]):
         """
         models = [name or model for name in self._models]
         whole = self._whole == len(self)
-        return {
-            "keys": dict(self._keys),
-            "not_sent": [*self._unknown],
-            "models": [*dict.fromkeys(models)],
-            "whole": whole,
-            "sessions": self._with_turns,
-        }
+        named = {"keys": dict(self._keys), "not_sent": [*self._unknown], "models": [*dict.fromkeys(models)]}
+        return {**named, "whole": whole, "sessions": self._with_turns}
 
     @property
     def own_model(self) -> Optional[str]:
@@ -1309,7 +1294,7 @@ def load_requests(
             keys = "one JSON object per line with 'text', 'prompt' or 'messages'"
             raise UserError(f"{path} holds no prompt; {keys}")
         if history == "corpus" and corpus.unanswered:
-            raise UserError(f"--history corpus: {corpus.unanswered} sessions of {path} lack an `answer` in a turn")
+            raise UserError(f"--history corpus: {corpus.unanswered} sessions of {path} lack the answer to a turn")
         return corpus
     except BaseException:
         corpus.close()
@@ -2333,6 +2318,8 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    if summary.sessions:  # whose histories are cached on purpose
+        return None
     hit = percent(summary.cached_tokens, summary.prompt_tokens)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
     text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
@@ -2749,21 +2736,14 @@ def distribution_table(summary: Summary) -> list[str]:
 
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
     """A row for each group; only what one of them has gets a column."""
-    figures = [
-        (key, rank)
-        for key in GROUP_METRICS
-        for rank in (50.0, 99.0)
-        if any(g.distributions[key].n for g in groups.values())
-    ]
     labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
-    cached = any(group.cached_share is not None for group in groups.values())
-    rows = [
-        [name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), *(["cached"] if cached else [])]
-    ]
+    told = [key for key in GROUP_METRICS if any(got.distributions[key].n for got in groups.values())]
+    figures = [(key, rank) for key in told for rank in (50.0, 99.0)]
+    rows = [[name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), "cached"]]
     for group, got in groups.items():
         cells = [_figure(got.distributions[key].percentiles.get(rank)) for key, rank in figures]
         share = "-" if got.cached_share is None else f"{got.cached_share:.1%}"
-        rows.append([shortened(plain(group)), str(got.ok), str(got.errors), *cells, *([share] if cached else [])])
+        rows.append([shortened(plain(group)), str(got.ok), str(got.errors), *cells, share])
     return table(rows)
 
 
@@ -2790,8 +2770,7 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
         lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")
     if summary.aborted:
         lines.append(
-            f"Aborted: {summary.aborted} requests were cut off, or due but not sent, at the end:"
-            " neither completed nor failed"
+            f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"
         )
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
@@ -2925,7 +2904,9 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "reconnects": summary.reconnects,
         "sessions": summary.sessions,
         "unsent_turns": summary.unsent_turns,
-        "groups": {name: _group_json(groups) for name, groups in summary.groups.items()},
+        "groups": {
+            name: {group: _group_json(got) for group, got in groups.items()} for name, groups in summary.groups.items()
+        },
         "client_bound": client_bound(summary, health),
         "client": [dataclasses.asdict(h) for h in health],
         "warnings": [". Cure: ".join(warning) for warning in warnings_of(summary, config, health)],
@@ -2934,16 +2915,9 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
     return {**run, **requests, **_metric_keys(summary.distributions), **ours}
 
 
-def _group_json(groups: Mapping[str, GroupSummary]) -> dict[str, Any]:
-    return {
-        name: {
-            "completed": got.ok,
-            "failed": got.errors,
-            "cached_share": got.cached_share,
-            **_metric_keys(got.distributions),
-        }
-        for name, got in groups.items()
-    }
+def _group_json(got: GroupSummary) -> dict[str, Any]:
+    counts = {"completed": got.ok, "failed": got.errors, "cached_share": got.cached_share}
+    return {**counts, **_metric_keys(got.distributions)}
 
 
 def _metric_keys(distributions: Mapping[str, Distribution]) -> dict[str, Any]:
@@ -6153,20 +6127,9 @@ def build_parser() -> Parser:
         metavar="KEY",
         help="bearer token, never shown (default: $OPENAI_API_KEY, else vllm)",
     )
-    add(
-        "--header",
-        dest="headers",
-        type=_header,
-        metavar="NAME:VALUE",
-        action="append",
-        help="a further header of every request, shown masked; repeatable",
-    )
+    add("--header", dest="headers", type=_header, metavar="N:V", action="append", help="sent with all; repeatable")
     add("--model", type=_text, help="model name; required unless --demo is given or every corpus line has one")
-    add(
-        "--endpoint-type",
-        choices=tuple(ENDPOINT_TYPES),
-        help="chat, or completions of plain prompts (default: %(default)s)",
-    )
+    add("--endpoint-type", choices=[*ENDPOINT_TYPES], help="completions: plain prompts (default: %(default)s)")
     add("--wait-ready", type=_seconds, metavar="S", help="wait up to so long until every server answers")
     add("--ca-file", type=_path, metavar="FILE", help="trust the certificate authority in this PEM file")
     add("--insecure", action="store_true", help="do not check the server's TLS certificate")
@@ -6179,12 +6142,7 @@ def build_parser() -> Parser:
         help="length of generated prompts, by the server's count (default: %(default)s)",
     )
     add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
-    add(
-        "--requests-file",
-        type=_path,
-        metavar="FILE",
-        help="JSONL: text, prompt or messages, and any body field per line",
-    )
+    add("--requests-file", type=_path, metavar="FILE", help="JSONL: text, prompt, messages or turns; body fields")
     add("--history", choices=HISTORIES, help="whose answers a later turn of a session holds (default: %(default)s)")
     add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
     add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
@@ -6686,7 +6644,7 @@ def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: 
             raise UserError("cannot import openai: pip install openai")
         if config.wait_ready:
             wait_until_ready(config, config.wait_ready)
-        for line in notes_before(config, prompts):
+        for line in notes_before(config, corpus.requests if corpus else 0):
             note(line)
         return invocation.run(Point(config, corpus), demo)
     finally:

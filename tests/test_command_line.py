@@ -17,7 +17,7 @@ import online_bench_openai_async as bench
 from tests.support.demo import Demo
 from tests.support.program import ROOT, SCRIPT, Outcome, run_script
 from tests.support.replies import ANSWER, GOOD_EVENTS, reply
-from tests.support.server import Call, ScriptedServer, says
+from tests.support.server import Call, ScriptedServer, closed_port, says
 from tests.support.tables import rows_of
 
 SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32", "--output-tokens", "5"]
@@ -64,6 +64,17 @@ SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32"
         (["--requests-file", ""], "--requests-file: takes a file name"),
         (["--processes", "-1"], "--processes"),
         (["--seed", "x"], "--seed"),
+        (["--request-rate", "-1"], "--request-rate: takes a number above 0, or inf, not '-1'"),
+        (["--request-rate", "nan"], "--request-rate"),
+        (["--request-rate", "0"], "--request-rate"),
+        (["--burstiness", "nan", "--request-rate", "5"], "--burstiness"),
+        (["--burstiness", "2"], "add --request-rate"),
+        (["--ramp-up", "-1"], "--ramp-up"),
+        (["--duration", "inf"], "--duration"),
+        (["--grace", "-1", "--duration", "5"], "--grace"),
+        (["--grace", "1"], "add --duration"),
+        (["--speed", "2"], "--requests-file needs timestamps"),
+        (["--timestamp-unit", "s"], "--requests-file needs timestamps"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(cli: Callable[..., Outcome], argv: list[str], complaint: str) -> None:
@@ -73,6 +84,34 @@ def test_wrong_usage_is_one_line_and_exit_code_2(cli: Callable[..., Outcome], ar
     assert complaint in done.err
     assert done.err.startswith("online_bench_openai_async.py: error: ")
     assert done.err.count("\n") == 1
+
+
+STAMPED = ['{"text": "a", "timestamp": 0}', '{"text": "b", "timestamp": 1500.5}']
+
+
+@pytest.mark.parametrize(
+    ("lines", "argv", "complaint"),
+    [
+        (STAMPED, ["--request-rate", "5"], "--request-rate: "),
+        (STAMPED, ["--ramp-up", "5"], "--ramp-up: "),
+        (STAMPED, ["--total-requests", "3"], "--total-requests 3: the trace "),
+        (STAMPED[::-1], [], "line 2: its timestamp is before that of the line above, 1500.5"),
+        ([*STAMPED, '{"text": "c"}'], [], "line 3: no timestamp, unlike the lines above"),
+        (['{"text": "c"}', *STAMPED], [], "line 2: a timestamp, unlike the lines above"),
+        (['{"text": "a", "timestamp": "noon"}'], [], "line 1: the timestamp is not a number of 0 or more: 'noon'"),
+        (['{"text": "a", "timestamp": -1}'], [], "line 1: the timestamp is not a number"),
+        (['{"timestamp": 0, "input_length": 0, "output_length": 1}'], [], "line 1: input_length and output_length"),
+        (['{"timestamp": 0, "input_length": 9, "output_length": 1, "hash_ids": [1, 2]}'], [], "line 1: hash_ids"),
+    ],
+)
+def test_a_trace_that_cannot_be_replayed_is_one_line_and_exit_code_2(
+    cli: Callable[..., Outcome], tmp_path: Path, lines: list[str], argv: list[str], complaint: str
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(lines))
+    done = cli("--model", "m", "--api-base", "http://127.0.0.1:9/v1", "--requests-file", str(path), *argv)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert complaint in done.err
 
 
 @pytest.mark.parametrize("pair", [("--requests-file", "--results-csv"), ("--results-csv", "--summary-jsonl")])
@@ -389,3 +428,34 @@ def test_processes_auto_says_what_it_reckons_with(cli: Callable[..., Outcome], d
     assert said, done.err
     assert 1 <= int(said[1]) <= (os.cpu_count() or 1)
     assert f"Client: {said[1]} process" in done.out
+
+
+# --- waiting for a server ---
+
+
+def test_a_server_that_is_still_loading_is_waited_for(
+    cli: Callable[..., Outcome], script: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it lists its models, and then until it answers."""
+    monkeypatch.setattr(bench, "READY_POLL_S", 0.01)
+    loading, listed, good = reply("503 Loading", b"loading"), reply("200 OK", b'{"data": []}'), reply("200 OK", ANSWER)
+    server = script(*map(says, (loading, listed, loading, listed, good, good)))
+    words = ["--api-base", server.api_base, "--model", "m", "--concurrency", "1", "--total-requests", "1"]
+    done = cli(*words, "--warmup", 0, "--wait-ready", 30)
+    assert done.code == 0, done.err
+    waits = [line for line in done.err.splitlines() if "waiting for" in line]
+    assert len(waits) == 2
+    assert "503" in waits[0]
+    assert "503" in waits[1]
+    bodies = [json.loads(body) for body in server.bodies if body]
+    assert [body["max_tokens"] for body in bodies] == [1, 1, 1024]
+
+
+def test_who_waits_in_vain_is_told_the_last_cause(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    with closed_port() as port:
+        words = ["--api-base", f"http://127.0.0.1:{port}/v1", "--model", "m", "--wait-ready", "0.05"]
+        done = cli(*words, "--results-csv", tmp_path / "r.csv")
+    assert (done.code, done.out) == (1, "")
+    assert f"http://127.0.0.1:{port}/v1 was not ready within 0.05 s: " in done.err
+    assert "refused" in done.err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

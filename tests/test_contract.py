@@ -134,7 +134,6 @@ REFUSED = {
     "number": (b'{"prompt": 5}', "the prompt is not a text, or an empty one"),
     "no messages": (b'{"messages": []}', "'messages' is not a list of messages"),
     "messages that are none": (b'{"messages": ["a"], "text": "a"}', "'messages' is not a list of messages"),
-    "turns": (b'{"turns": ["a", "b"]}', "'turns' cannot be sent yet: give each prompt a line of its own"),
     "stream": (b'{"text": "a", "stream": false}', STREAMED.format("stream")),
     "stream options": (b'{"text": "a", "stream_options": {}}', STREAMED.format("stream_options")),
     "stream in a body": (b'{"body": {"messages": [{}], "stream": true}}', STREAMED.format("stream")),

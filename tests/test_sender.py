@@ -337,13 +337,13 @@ def test_what_cannot_be_sent_is_refused_in_one_line(
     assert complaint in done.err
 
 
-@pytest.mark.parametrize("line", ['{"messages": [{"role": "user", "content": "x"}]}', '{"turns": ["x"]}'])
+@pytest.mark.parametrize("line", ['{"messages": [{"role": "user", "content": "x"}]}', '{"turns": [{"content": "x"}]}'])
 def test_a_chat_is_no_plain_prompt(cli: Callable[..., Outcome], tmp_path: Path, line: str) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(line)
     done = cli("--model", "m", "--endpoint-type", "completions", "--requests-file", corpus)
     assert done.code == 2
-    assert "is a chat, and /completions takes plain prompts: 'text' or 'prompt'" in done.err
+    assert "a chat, and /completions takes plain prompts: 'text' or 'prompt'" in done.err
 
 
 def test_no_model_is_needed_where_every_line_has_one(

@@ -33,6 +33,16 @@ def test_the_progress_line_before_the_first_reply() -> None:
     )
 
 
+def test_with_a_duration_the_progress_line_counts_time() -> None:
+    tally = bench.Tally()
+    for index in range(3):
+        tally.add(make_record(index))
+    line = bench.progress_line(tally, bench.Goal(None, 30.0), 12.0)
+    assert line.startswith("Progress: 3 in 12/30s (40.0%) | RPS(avg): 0.25 | ")
+    assert line.endswith(" | Errors: 0 | ETA:  18.0s")
+    assert "ETA:   0.0s" in bench.progress_line(tally, bench.Goal(None, 30.0), 31.0, 30)
+
+
 @pytest.mark.parametrize("columns", [*range(24, 130), 1000])
 def test_a_narrow_terminal_gets_a_shorter_form_that_keeps_errors_and_eta(columns: int) -> None:
     tally = bench.Tally()
