@@ -653,7 +653,8 @@ class Sessions:
         if line is None or not record.ok or turn + 1 == len(line.turns):
             return None
         answer = line.turns[turn].answer if self._history == "corpus" else record.reply.text
-        self._open[number] = line, [*said, {"role": "assistant", "content": answer or ""}]
+        sendable = (answer or "").encode("utf-8", "replace").decode()  # no half of a surrogate pair
+        self._open[number] = line, [*said, {"role": "assistant", "content": sendable}]
         delay_ms = line.turns[turn + 1].delay_ms
         return Job(record.job.index + 1, (record.ended_s or 0.0) + delay_ms / 1e3 if delay_ms else None)
 

@@ -555,6 +555,16 @@ def test_a_stop_ends_sessions_after_the_turn_under_way() -> None:
     assert (len(records), took) == (4, pytest.approx(4.0))
 
 
+def test_the_end_of_the_duration_ends_sessions_after_the_turn_under_way() -> None:
+    turns = [bench.SessionTurn("1", None, 1000.0 * (turn > 0)) for turn in range(9)]
+    line = bench.Request({"messages": [{"role": "user", "content": "1"}]}, turns=turns)
+    talk = bench.Sessions([line], [0, 9], "server")
+    schedule = bench.Schedule(None, duration_s=4.5, sessions=talk)
+    records, took = run_load(bench.Load(schedule, talk.request, Server(lambda index: 1.0), [], 2))
+    assert sorted(record.job.index for record in records) == [0, 1, 2, 9, 10, 11]
+    assert took == pytest.approx(5.0, abs=0.05)
+
+
 ANSWERED = 'say "\u00e9\\n" \U0001f600 to '
 
 

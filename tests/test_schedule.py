@@ -136,11 +136,11 @@ def test_a_turn_follows_from_the_reply_before_it(history: str) -> None:
     while job:
         request = talk.request(job.index)
         said.append([message["content"] for message in request.messages])
-        record = make_record(job.index, end_s=2.0, text=f"reply {job.index}")
+        record = make_record(job.index, end_s=2.0, text=f"reply {job.index}" + ("\ud83d" if job.index else ""))
         job = talk.after(record)
         if job and job.index == 2:
             assert job.due_s == 2.25
-    answers = ["own 0", "own 1"] if history == "corpus" else ["reply 0", "reply 1"]
+    answers = ["own 0", "own 1"] if history == "corpus" else ["reply 0", "reply 1?"]
     assert said == [["0"], ["0", answers[0], "1"], ["0", answers[0], "1", answers[1], "2"]]
 
 
