@@ -114,8 +114,6 @@ LENGTHS_TURN = 4  # of so many warm-up prompts two are there to calibrate
 LEAST_TOKENS_PER_WORD = 0.5  # a slope below it is no count of words
 DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
-READY_POLL_S = 0.5
-REFUSALS = ("http_400", "http_401", "http_403", "http_422")  # of a server that is ready
 PREPARED_AHEAD = 128  # requests that wait for their due times with their bytes ready
 WARMUP_WITHOUT_CAP = 16  # requests, where a schedule has no --concurrency
 START_LEAD_S = 0.1  # from the order to start to the first due time, so that all processes stand ready
@@ -123,6 +121,8 @@ TIMER_ERROR_S = 0.0016  # an event loop's timers are up to 1.5 ms early or late
 NAP_S = 0.0001  # between two such turns that had nothing to do,
 IDLE_TURN_NS = 50_000  # as they took no longer than this
 HELD_BACK_MS = 1.0  # a permit that came so much later than the due time has held the request back
+READY_POLL_S = 0.5
+REFUSALS = ("http_400", "http_401", "http_403", "http_422")  # of a server that is ready
 IDENTICAL_FAILURES_TO_STOP = 100
 TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
 
@@ -203,14 +203,14 @@ class Request:
     output_tokens: Optional[int] = None
     input_tokens: Optional[int] = None  # of the prompt, as the corpus itself counted them
     prefix_tokens: Optional[int] = None  # of them shared with other prompts
+    timestamp: Optional[float] = None  # when a trace has it sent, in the trace's own unit
+    hash_ids: Optional[Sequence[Any]] = None  # of a trace's line without a text: what its blocks are known by
     whole: bool = False  # the fields are the body: only a missing model and what streams are added
     label: Optional[str] = None
     unknown: Sequence[str] = ()  # keys of its corpus line that are not sent
     turns: Sequence[SessionTurn] = ()  # of a session, the first one included
     session: Optional[int] = None
     turn: Optional[int] = None  # from 1
-    timestamp: Optional[float] = None  # when a trace has it sent, in the trace's own unit
-    hash_ids: Optional[Sequence[Any]] = None  # of a trace's line without a text: what its blocks are known by
 
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]:
@@ -257,7 +257,7 @@ class Reply:
     kernel_reads: int = 0  # reads with the kernel's stamp
     content_reads: int = 0
     merged_reads: int = 0  # content reads of more than one chunk
-    first_merged: bool = False  # the first token came in one read with later chunks
+    with_first: int = 0  # later chunks that came in one read with the first token
     late_gaps: int = 0  # gaps left out: their chunks queued up while this client was held up
     syn_resent: int = 0  # how often its connection's first packet had to be repeated
     chunks: Optional[int] = None
@@ -483,6 +483,7 @@ class Summary:
     content_reads: int
     merged_reads: int
     first_merged: int  # successes whose first token came in one read with later chunks
+    with_first: int  # those chunks
     late_read: int  # requests of which chunks queued up while this client was held up
     late_first: int  # of them, those of which even the first token's arrival is not known
     late_gaps: int
@@ -992,10 +993,7 @@ def parse_request(line: str, system_prompt: Optional[str], endpoint_type: str = 
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but {type(row).__name__}")
     row = {key: value for key, value in row.items() if value is not None}  # a key whose value is null is absent
-    timestamp = _timestamp_of(row)
-    if timestamp is not None and "input_length" in row:
-        return _trace_request(row, timestamp)
-    return dataclasses.replace(_asked_by(row, system_prompt, ENDPOINT_TYPES[endpoint_type]), timestamp=timestamp)
+    return _asked_by(row, system_prompt, ENDPOINT_TYPES[endpoint_type])
 
 
 def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: EndpointType) -> Request:
@@ -1008,11 +1006,16 @@ def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: En
     if not isinstance(body.get("model", row.get("model", "")), str):
         raise ValueError("'model' is not a text")
     label = row.get("label", row.get("custom_id"))
+    said["timestamp"] = _timestamp_of(row)
     said["label"] = None if label is None else str(label)[:LABEL_CHARS]
-    if "body" in row and not any(key in row for key in PROMPT_KEYS):
+    fields = {key: value for key, value in row.items() if key in BODY_KEYS}
+    has_prompt = any(key in row for key in PROMPT_KEYS)
+    if not has_prompt and "input_length" in row and "timestamp" in row:
+        said["input_tokens"], tokens, said["hash_ids"] = _trace_line(row)
+        return Request({**fields, **body}, tokens, **said)
+    if "body" in row and not has_prompt:
         _check_whole(row, body, endpoint)
         return Request(body, whole=True, **said)
-    fields = {key: value for key, value in row.items() if key in BODY_KEYS}
     if next(key for key in (*PROMPT_KEYS, "") if key in row or not key) in ("turns", "conversations"):
         said["turns"], system = _session_of(row)
         row = {key: value for key, value in row.items() if key != "system"}
@@ -1082,15 +1085,15 @@ def _timestamp_of(row: Mapping[str, Any]) -> Optional[float]:
     raise ValueError(f"the timestamp is not a number of 0 or more: {stamp!r:.40}")
 
 
-def _trace_request(row: Mapping[str, Any], timestamp: float) -> Request:
-    """A line of a Mooncake trace: lengths, and a hash for each block of its prompt, perhaps not for the last one."""
+def _trace_line(row: Mapping[str, Any]) -> tuple[int, int, Sequence[Any]]:
+    """Of a Mooncake trace: both lengths, and a hash for each block of the prompt, perhaps not for the last one."""
     tokens, limit = (_whole_number(row.get(name)) for name in ("input_length", "output_length"))
     if not tokens or limit is None:
         raise ValueError("input_length and output_length are not whole numbers, of 1 and of 0 or more")
     blocks, names = -(-tokens // TRACE_BLOCK_TOKENS), row.get("hash_ids") or []
     if not isinstance(names, list) or (names and not blocks - 1 <= len(names) <= blocks):
         raise ValueError(f"hash_ids is no list of the {blocks} blocks of {TRACE_BLOCK_TOKENS} in {tokens} tokens")
-    return Request({}, max(1, limit), tokens, timestamp=timestamp, hash_ids=names)
+    return tokens, max(1, limit), names
 
 
 def _whole_number(value: Any) -> Optional[int]:
@@ -1191,6 +1194,25 @@ class Corpus(Sequence[Request]):
         self._starts.append(at)
         return self
 
+    def _add_timestamp(self, stamp: Optional[float]) -> None:
+        stamps = self._timestamps
+        if (stamp is None) != (not stamps) and len(self._starts) > 1:
+            raise ValueError(
+                f"{'no' if stamp is None else 'a'} timestamp, unlike the lines above: all have one or none"
+            )
+        if stamp is not None and stamps and stamp < stamps[-1]:
+            raise ValueError(f"its timestamp is before that of the line above, {stamps[-1]:g}: sort the trace")
+        stamps.extend(() if stamp is None else (stamp,))
+
+    @property
+    def is_trace(self) -> bool:
+        """Whether its lines say when they are to be sent; known where they were checked."""
+        return bool(self._timestamps)
+
+    def timestamp(self, number: int) -> float:
+        """In the trace's own unit."""
+        return self._timestamps[number] if self._timestamps else self[number].timestamp or 0.0
+
     def _note(self, request: Request) -> None:
         self._keys.update(request.fields.keys())
         self._unknown.update(request.unknown)
@@ -1224,25 +1246,6 @@ class Corpus(Sequence[Request]):
     def own_model(self) -> Optional[str]:
         """A model's name where every line has one."""
         return None if None in self._models else next(iter(self._models), None)
-
-    def _add_timestamp(self, stamp: Optional[float]) -> None:
-        stamps = self._timestamps
-        if (stamp is None) != (not stamps) and len(self._starts) > 1:
-            raise ValueError(
-                f"{'no' if stamp is None else 'a'} timestamp, unlike the lines above: all have one or none"
-            )
-        if stamp is not None and stamps and stamp < stamps[-1]:
-            raise ValueError(f"its timestamp is before that of the line above, {stamps[-1]:g}: sort the trace")
-        stamps.extend(() if stamp is None else (stamp,))
-
-    @property
-    def is_trace(self) -> bool:
-        """Whether its lines say when they are to be sent; known where they were checked."""
-        return bool(self._timestamps)
-
-    def timestamp(self, number: int) -> float:
-        """In the trace's own unit."""
-        return self._timestamps[number] if self._timestamps else self[number].timestamp or 0.0
 
     def _can_be_read_again(self) -> bool:
         opened = os.fstat(self._file)
@@ -1330,7 +1333,7 @@ def with_text(asked: Request, config: Config, index: int) -> Request:
         drawn = random.Random(f"{config.seed}/block/{name}").randbytes(-(-words // 4) * 4)
         texts += [sentences(drawn[:words])] if words > 0 else []
         begin = end
-    return dataclasses.replace(asked, fields=plain_request(config, " ".join(texts)).fields)
+    return dataclasses.replace(asked, fields={**asked.fields, **plain_request(config, " ".join(texts)).fields})
 
 
 def schedule_of(config: Config, corpus: Optional[Corpus]) -> Schedule:
@@ -1591,7 +1594,7 @@ class StreamReader:
         self._gaps_before = 0  # how many gaps there were before the last read
         self._packed: set[int] = set()  # stamps of late reads of several chunks
         self._late_gaps = 0
-        self._first_merged = False
+        self._with_first = 0
         self._choice_index: Any = None
 
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
@@ -1757,9 +1760,11 @@ class StreamReader:
             self._content_reads += 1
             self._alone = True
             self._gaps_before = len(self._gaps_ms)
-        elif self._alone:
-            self._alone = False
-            self._several(stamp_ns)
+        else:
+            self._with_first += stamp_ns == self._first_ns
+            if self._alone:
+                self._alone = False
+                self._several(stamp_ns)
         if visible and self._visible_ns is None:
             self._visible_ns = stamp_ns
         if self._last_ns is None:
@@ -1782,7 +1787,6 @@ class StreamReader:
             del self._gaps_ms[self._gaps_before :]
         else:
             self._merged_reads += 1
-            self._first_merged = self._first_merged or stamp_ns == self._first_ns
 
     def _fail(self, kind: str, message: str) -> None:
         self._failure = self._failure or _failed(kind, message)
@@ -1795,7 +1799,8 @@ class StreamReader:
         reply.first_ns, reply.visible_ns = (
             None if stamp_ns in self._packed else stamp_ns for stamp_ns in (self._first_ns, self._visible_ns)
         )
-        reply.last_ns, reply.late_gaps, reply.first_merged = self._last_ns, self._late_gaps, self._first_merged
+        reply.last_ns, reply.late_gaps = self._last_ns, self._late_gaps
+        reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
         set_fields(reply, self._counts)
@@ -1907,7 +1912,7 @@ class Sample:
     def extend(self, values: Sequence[float]) -> None:
         if len(self.exact) < self._most:
             self.exact.extend(values)
-        else:
+        elif values:
             self._near = self._near or self.exact[0]
             self._count(values)
 
@@ -1967,13 +1972,14 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
-    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), above=("ttft", 1.0001)),
+    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), "f",
+           ("ttft", 1.0001)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
     Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), "f"),
     Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), "f", ("latency", 0.01)),
-    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
+    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms), "f"),
     Metric("late", "Late sends (ms)", ("late_send_ms",), lambda r: _one(r.late_ms), "f"),
-    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), above=("latency", 1.01)),
+    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), "f", ("latency", 1.01)),
     Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), "f", ("latency", 0.01)),
     Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None), "f",
            ("latency", 0.01)),
@@ -1996,9 +2002,24 @@ GROUP_METRICS = ("latency", "ttft", "tpot")
 # What is counted besides, by the summary's field names.
 COUNTED_BESIDES = (
     "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
-    "streams", "first_merged", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
+    "streams", "first_merged", "with_first", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
     "prefix_tokens", "held_back", "sessions", "unsent_turns",
 )  # fmt: skip
+
+
+class Span:
+    """How many times there were, and the first and the last of them, in seconds."""
+
+    def __init__(self) -> None:
+        self.n, self.first, self.last = 0, math.inf, -math.inf
+
+    def add(self, at_s: Optional[float]) -> None:
+        if at_s is not None:
+            self.n, self.first, self.last = self.n + 1, min(self.first, at_s), max(self.last, at_s)
+
+    @property
+    def per_s(self) -> Optional[float]:
+        return (self.n - 1) / (self.last - self.first) if self.last > self.first else None
 
 
 class GroupTally:
@@ -2007,7 +2028,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample(metric.code) for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample("f") for metric in METRICS if metric.key in GROUP_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -2025,21 +2046,6 @@ class GroupTally:
         share = _rate(self.cached_tokens, self.prompt_tokens) if self.cache_told else None
         distributions = {metric.key: sample.describe() for metric, sample in self._samples.items()}
         return GroupSummary(self.ok, self.errors, self.first_error, share, distributions)
-
-
-class Span:
-    """How many times there were, and the first and the last of them, in seconds."""
-
-    def __init__(self) -> None:
-        self.n, self.first, self.last = 0, math.inf, -math.inf
-
-    def add(self, at_s: Optional[float]) -> None:
-        if at_s is not None:
-            self.n, self.first, self.last = self.n + 1, min(self.first, at_s), max(self.last, at_s)
-
-    @property
-    def per_s(self) -> Optional[float]:
-        return (self.n - 1) / (self.last - self.first) if self.last > self.first else None
 
 
 class Tally:
@@ -2069,21 +2075,19 @@ class Tally:
 
     def add(self, record: Record) -> None:
         for metric in METRICS:
-            values = metric.read(record)
-            if values:
-                self.samples[metric.key].extend(values)
+            self.samples[metric.key].extend(metric.read(record))
         for name in COUNTED:
             self.counts[name] += getattr(record.reply, name)
         self.counts["new_connections"] += bool(record.reply.new_connection)
         self.counts["late_read"] += record.reply.late_gaps > 0
         self.busy_s += (record.busy_ms or 0) / 1e3
-        self._add_to_groups(record)
         if record.reply.turn:  # of those begun, the turns yet to come
             self.counts["sessions"] += record.reply.turn == 1
             self.counts["unsent_turns"] += record.reply.later_turns if record.reply.turn == 1 else -1
         self.due.add(record.job.due_s if record.reply.turn in (None, 1) else None)
         self.issued.add(record.sent_s)
         self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS
+        self._add_to_groups(record)
         if record.aborted:
             self.aborted += 1
             return
@@ -2120,7 +2124,8 @@ class Tally:
             counts["chunked_tokens"] += reply.completion_tokens or 0
         if reply.chunks:
             counts["streams"] += 1
-            counts["first_merged"] += reply.first_merged
+            counts["first_merged"] += reply.with_first > 0
+            counts["with_first"] += reply.with_first
             counts["late_first"] += reply.first_ns is None
             counts["one_piece"] += reply.first_ns == reply.last_ns and (reply.completion_tokens or 0) > 1
         if self._own_tokens and reply.prompt_tokens:
@@ -2206,7 +2211,7 @@ class ReportWarning(NamedTuple):
 def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     gaps = summary.distributions["gap"].n + summary.late_gaps
     share = max(_rate(summary.late_first, summary.streams), _rate(summary.late_gaps, gaps))
-    if share < LATE_SHARE:
+    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:  # the rest had come together
         return None
     pause = max((h.lag_max_ms for h in health), default=0.0)
     return (
@@ -2321,7 +2326,8 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if summary.sessions:  # whose histories are cached on purpose
         return None
-    hit = percent(summary.cached_tokens, summary.prompt_tokens)
+    template = 0.0 if config.requests_file else summary.ok * calibration_of(config).constant_tokens
+    hit = percent(max(0.0, summary.cached_tokens - template), summary.prompt_tokens)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
     text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
     if hit < 1 and not summary.cache_told and shared >= 1:
@@ -2344,10 +2350,19 @@ def _warn_corpus(summary: Summary, config: Config, health: Sequence[Health]) -> 
 
 
 def merged_figures(summary: Summary) -> list[str]:
-    """The figures that chunks which came together have bent."""
-    first = summary.first_merged > MERGED_LIMIT * summary.streams
-    gaps = summary.merged_reads > MERGED_LIMIT * summary.content_reads
-    return [*(["TTFT", "TPOT"] if first else []), *(["the chunk gaps"] if gaps else [])]
+    """The figures that chunks which came together have bent by more than MERGED_LIMIT.
+
+    A first token that k later ones came with is late by about k TPOT, and TPOT's span is too short by as much.
+    """
+    ttft, tpot, output = (summary.distributions[key].mean or 0.0 for key in ("ttft", "tpot", "output"))
+    ahead = _rate(summary.with_first, summary.streams)
+    unseen = min(1.0, ahead / max(1.0, output - 1))  # share of the steps from token to token
+    bent = {
+        "TTFT": ahead and ahead * tpot >= MERGED_LIMIT * ttft * (1 - unseen),
+        "TPOT": unseen > MERGED_LIMIT,
+        "the chunk gaps": summary.merged_reads > MERGED_LIMIT * summary.content_reads,
+    }
+    return [name for name, is_bent in bent.items() if is_bent]
 
 
 def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2412,8 +2427,8 @@ def error_warning(summary: Summary) -> Optional[ReportWarning]:
 
 WARNINGS = (
     _warn_client,
-    _warn_servers,
     _warn_held_back,
+    _warn_servers,
     _warn_usage,
     _warn_prompt_length,
     _warn_short_replies,
@@ -2750,7 +2765,7 @@ def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
 
 def corpus_line(asked: Mapping[str, Any]) -> list[str]:
     """Which keys of the bodies came from the corpus."""
-    if not asked:
+    if not asked or not (asked["keys"] or asked["not_sent"]):
         return []
     sent = ", ".join(f"{name} {count}" for name, count in asked["keys"].items())
     ignored = f"; not sent: {', '.join(asked['not_sent'])}" if asked["not_sent"] else ""
@@ -6202,9 +6217,9 @@ def build_config(options: argparse.Namespace, prompts: int, trace: bool = False)
     concurrency = options.concurrency or (None if timed else DEFAULTS["concurrency"])
     processes = options.processes or enough_processes(options, concurrency)
     derived: dict[str, Any] = {
-        "corpus": {},
         "concurrency": concurrency,
         "timestamp_unit": (options.timestamp_unit or "ms") if trace else None,
+        "corpus": {},
         "total_requests": total,
         "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
         "warmup": default_warmup(concurrency, total) if options.warmup is None else options.warmup,
@@ -6622,19 +6637,19 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
     """The same from where the prompts are known."""
     prompts = len(corpus) if corpus else 0
+    trace = corpus is not None and corpus.is_trace
+    check_schedule(options, prompts, trace)
     if corpus:
         options.model = options.model or corpus.own_model
         require_model(options)
-    trace = corpus is not None and corpus.is_trace
-    check_schedule(options, prompts, trace)
     config = build_config(options, prompts, trace)
     if corpus:
         config = dataclasses.replace(config, corpus=corpus.asked(config.model))
         if corpus.sessions and config.total_requests:  # as yet of sessions
             config = dataclasses.replace(config, total_requests=corpus.sessions.first(config.total_requests))
     # The simulated server inherits the limit and has every connection; of several servers each may have all.
-    most = None if config.concurrency is None else config.concurrency * len(config.servers)
-    need_descriptors(most if config.demo or most is None else -(-most // config.processes))
+    sockets = config.concurrency and config.concurrency * len(config.servers)
+    need_descriptors(sockets if config.demo or sockets is None else -(-sockets // config.processes))
     invocation = Invocation(config, argv)
     demo = None
     try:

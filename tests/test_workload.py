@@ -277,8 +277,9 @@ def test_a_mooncake_trace_has_its_lengths_its_shared_blocks_and_its_times(
     assert [float(row["scheduled_s"]) for row in done.rows] == [0.0, 0.2, 0.4, 0.6]
     assert [row["completion_tokens"] for row in done.rows] == ["3", "1", "2", "2"]
     truth = server.truth()["requests"][-4:]
-    assert [row["prompt_tokens"] for row in truth] == pytest.approx([1100, 1500, 600, 1090], abs=1)
-    assert [row["cached_tokens"] for row in truth] == [0, 1008, 0, 1072]  # whole 16s of texts of 1016 and 1082
+    assert sorted(row["prompt_tokens"] for row in truth) == pytest.approx([600, 1090, 1100, 1500], abs=1)
+    if processes == "1":  # else they may overtake each other
+        assert [row["cached_tokens"] for row in truth] == [0, 1008, 0, 1072]  # whole 16s of texts of 1016 and 1082
 
 
 def test_at_infinite_speed_a_traces_times_are_left_aside() -> None:
