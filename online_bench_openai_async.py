@@ -5095,33 +5095,33 @@ def is_loopback(host: str) -> bool:
 class RoundRobin:
     """Several servers, asked in turn, each through a transport of its own."""
 
-    def __init__(self, transports: Mapping[str, Transport], first: int) -> None:
-        """`first`: whose turn is the first one, so that several processes do not all begin at the same server."""
-        self._transports = transports
+    def __init__(self, transports: Sequence[tuple[str, Transport]], first: int) -> None:
+        """`first`: whose turn is first, so that several processes do not all begin at the same server."""
+        self._transports = [transport for _, transport in transports]
         self._turn = itertools.islice(itertools.cycle(transports), first, None)
-        self.kernel_clock = all(transport.kernel_clock for transport in transports.values())
-        self.name = "/".join(sorted({transport.name for transport in transports.values()}))
+        self.kernel_clock = all(transport.kernel_clock for transport in self._transports)
+        self.name = "/".join(sorted({transport.name for transport in self._transports}))
 
     @property
     def connections(self) -> int:
-        return sum(transport.connections for transport in self._transports.values())
+        return sum(transport.connections for transport in self._transports)
 
     async def exchange(self, body: Mapping[str, Any], turn: Turn) -> Reply:
-        server = next(self._turn)
-        reply = await self._transports[server].exchange(body, turn)
-        reply.server = Redactor.url(server)
+        name, transport = next(self._turn)
+        reply = await transport.exchange(body, turn)
+        reply.server = name
         return reply
 
     async def aclose(self) -> None:
-        for transport in self._transports.values():
+        for transport in self._transports:
             await transport.aclose()
 
 
 def open_transport(config: Config, concurrency: Optional[int], first: int = 0) -> Transport:
     """The transport in force. Raises UserError when the one asked for cannot run here."""
     if len(config.servers) > 1:
-        each = {url: dataclasses.replace(config, api_base=url, servers=[url]) for url in config.servers}
-        return RoundRobin({url: open_transport(one, concurrency) for url, one in each.items()}, first)
+        each = [dataclasses.replace(config, api_base=url, servers=[url]) for url in config.servers]
+        return RoundRobin([(Redactor.url(one.api_base), open_transport(one, concurrency)) for one in each], first)
     proxy = proxy_for(config.api_base)
     missing = f"a direct way: {Redactor.url(proxy)} is the proxy" if proxy else Stopwatch.missing()
     if config.transport == "stopwatch" and missing:
@@ -6143,7 +6143,7 @@ def build_parser() -> Parser:
         metavar="KEY",
         help="bearer token, never shown (default: $OPENAI_API_KEY, else vllm)",
     )
-    add("--header", dest="headers", type=_header, metavar="N:V", action="append", help="sent with all; repeatable")
+    add("--header", dest="headers", type=_header, metavar="N:V", action="append", help="sent with every request")
     add("--model", type=_text, help="model name; required unless --demo is given or every corpus line has one")
     add("--endpoint-type", choices=[*ENDPOINT_TYPES], help="completions: plain prompts (default: %(default)s)")
     add("--wait-ready", type=_seconds, metavar="S", help="wait up to so long until every server answers")
