@@ -163,8 +163,8 @@ CLIENT_DELAY_FLOOR_MS = 0.5
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
 WAITING_SHARE = 0.03  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
-LAG_SHARE = 0.02  # of the median latency
-LATE_SHARE = 0.05  # of the first tokens or the gaps, left out
+LAG_SHARE = 0.02  # of the median latency, or of the mean TTFT
+LATE_SHARE = 0.1  # of the first tokens or the gaps, left out
 HELD_UP_SHARE = 0.01  # of the time, where the event loop holds the clock
 LONG_PAUSE_MS = 250.0
 MERGED_LIMIT = 0.05
@@ -1841,11 +1841,13 @@ class ReportWarning(NamedTuple):
 
 
 def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    gaps = summary.distributions["gap"].n + summary.late_gaps
-    share = max(_rate(summary.late_first, summary.streams), _rate(summary.late_gaps, gaps))
-    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:  # the rest had come together
-        return None
+    """Pauses too short to move a first token do not bend TTFT, nor does a read whose chunks would have come together."""
     pause = max((h.lag_max_ms for h in health), default=0.0)
+    firsts = summary.late_first if pause > LAG_SHARE * (summary.distributions["ttft"].mean or 0.0) else 0
+    gaps = summary.distributions["gap"].n + summary.late_gaps
+    share = max(_rate(firsts, summary.streams), _rate(summary.late_gaps, gaps))
+    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:
+        return None
     return (
         f"it was held up (for {pause:.0f} ms at most) and read late what had come meanwhile, of {summary.late_read}"
         f" requests: {summary.late_first} TTFTs and {summary.late_gaps} gaps are left out"

@@ -128,6 +128,13 @@ def test_the_verdict_judges_by_effect_in_two_halves(
     assert bench.verdict_line(summary, fared).startswith("Verdict: client-bound") is (figures or load)
 
 
+@pytest.mark.parametrize(("pause_ms", "doubted"), [(1.9, False), (30.0, True)])
+def test_first_tokens_left_out_count_where_the_pause_could_have_moved_them(pause_ms: float, doubted: bool) -> None:
+    """A tenth of the first tokens, of 100 ms, came late with one gap: 1 in 40."""
+    records = [make_record(n, **({"late_gaps": 1, "first_s": None} if n % 10 == 0 else {})) for n in range(40)]
+    assert bool(bench.client_doubts(summary_of(*records), [health(lag_max_ms=pause_ms)], "figures")) is doubted
+
+
 def test_failures_do_not_bind_the_client() -> None:
     bad = [make_record(n, free_s=0.0, status="http_error", error_kind="timeout") for n in range(10)]
     assert bench.client_bound(summary_of(*bad, *(make_record(n) for n in range(10, 20))), [health()]) is None
