@@ -1841,7 +1841,7 @@ class ReportWarning(NamedTuple):
 
 
 def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    """Pauses too short to move a first token do not bend TTFT, nor does a read whose chunks would have come together."""
+    """What was left out, but for pauses too short to move a TTFT, and for chunks that come together anyway."""
     pause = max((h.lag_max_ms for h in health), default=0.0)
     firsts = summary.late_first if pause > LAG_SHARE * (summary.distributions["ttft"].mean or 0.0) else 0
     gaps = summary.distributions["gap"].n + summary.late_gaps
