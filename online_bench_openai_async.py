@@ -4523,6 +4523,10 @@ class Dialect:
         limit_field = "max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field
         return cls(limit_field, continuous_usage=config.continuous_usage)
 
+    def __str__(self) -> str:
+        usage = "usage in every chunk" if self.continuous_usage else "usage" if self.include_usage else "no usage"
+        return f"{self.limit_field}, {usage}"
+
 
 def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str, Any]:
     """The JSON that is sent: what was asked for, and no field beyond; of two output limits only the nearer one."""
