@@ -171,8 +171,8 @@ CLIENT_DELAY_FLOOR_MS = 0.5
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
 WAITING_SHARE = 0.03  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
-LAG_SHARE = 0.02  # of the median latency
-LATE_SHARE = 0.05  # of the first tokens or the gaps, left out
+LAG_SHARE = 0.02  # of the median latency, or of the mean TTFT
+LATE_SHARE = 0.1  # of the first tokens or the gaps, left out
 HELD_UP_SHARE = 0.01  # of the time, where the event loop holds the clock
 LONG_PAUSE_MS = 250.0
 MERGED_LIMIT = 0.05
@@ -1895,12 +1895,12 @@ class Sample:
 
     The buckets are HdrHistogram's (hdrhistogram.org): each power of two is cut into 512 equal parts, and a bucket
     stands for its middle, within BUCKET_ERROR of all that it holds. Its number is what a value has in the upper bits
-    as a float of 32. So memory does not grow with the run; mean, deviation, maximum and n stay exact.
+    as a float of 32 bits, as which values are kept, too. So memory does not grow with the run; mean, deviation, maximum
+    and n stay exact.
     """
 
-    def __init__(self, code: str, most: int = EXACT_SAMPLES) -> None:
-        """`code`: the array type of the values kept."""
-        self.exact: array[float] = array(code)
+    def __init__(self, most: int = EXACT_SAMPLES) -> None:
+        self.exact = array("f")
         self._most = most
         self._buckets: Counter[int] = Counter()
         self._n = 0  # of values in the buckets, with their sum, and the largest
@@ -1965,29 +1965,25 @@ class Metric(NamedTuple):
     label: str
     stems: tuple[str, ...]
     read: Callable[[Record], Sequence[float]]
-    code: str = "d"  # array type of the kept sample
     above: tuple[str, float] = ("", 0.0)  # has its line only where its mean is above this share of that metric's
 
 
 METRICS = (
     Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
-    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), "f",
-           ("ttft", 1.0001)),
+    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), ("ttft", 1.0001)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
-    Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), "f"),
-    Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), "f", ("latency", 0.01)),
-    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms), "f"),
-    Metric("late", "Late sends (ms)", ("late_send_ms",), lambda r: _one(r.late_ms), "f"),
-    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), "f", ("latency", 1.01)),
-    Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), "f", ("latency", 0.01)),
-    Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None), "f",
+    Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else ()),
+    Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), ("latency", 0.01)),
+    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
+    Metric("late", "Late sends (ms)", ("late_send_ms",), lambda r: _one(r.late_ms)),
+    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), ("latency", 1.01)),
+    Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), ("latency", 0.01)),
+    Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None),
            ("latency", 0.01)),
-    Metric("user_rate", "Tokens/s per user", ("tokens_per_s_per_user",), lambda r: _one(r.tokens_per_s), "f"),
-    Metric(
-        "output", "Output tokens", ("output_tokens",), lambda r: _one(r.reply.completion_tokens if r.ok else None), "f"
-    ),
-    Metric("prompt", "Prompt tokens", ("prompt_tokens",), lambda r: _one(r.reply.prompt_tokens if r.ok else None), "f"),
+    Metric("user_rate", "Tokens/s per user", ("tokens_per_s_per_user",), lambda r: _one(r.tokens_per_s)),
+    Metric("output", "Output tokens", ("output_tokens",), lambda r: _one(r.reply.completion_tokens if r.ok else None)),
+    Metric("prompt", "Prompt tokens", ("prompt_tokens",), lambda r: _one(r.reply.prompt_tokens if r.ok else None)),
 )  # fmt: skip
 
 # Sums over all records, whatever their fate: field of the record -> the tally's counter.
@@ -2028,7 +2024,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample("f") for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample() for metric in METRICS if metric.key in GROUP_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -2069,7 +2065,7 @@ class Tally:
         self.counts: Counter[str] = Counter()
         self.finish_reasons: Counter[str] = Counter()
         self.first_error_s: Optional[float] = None
-        self.samples = {metric.key: Sample(metric.code) for metric in METRICS}
+        self.samples = {metric.key: Sample() for metric in METRICS}
         self.groups: dict[str, dict[str, GroupTally]] = {name: {} for name in GROUPINGS}
         self._failures: dict[tuple[str, str], list[Any]] = {}
 
@@ -2209,11 +2205,13 @@ class ReportWarning(NamedTuple):
 
 
 def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    gaps = summary.distributions["gap"].n + summary.late_gaps
-    share = max(_rate(summary.late_first, summary.streams), _rate(summary.late_gaps, gaps))
-    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:  # the rest had come together
-        return None
+    """What was left out, but for pauses too short to move a TTFT, and for chunks that come together anyway."""
     pause = max((h.lag_max_ms for h in health), default=0.0)
+    firsts = summary.late_first if pause > LAG_SHARE * (summary.distributions["ttft"].mean or 0.0) else 0
+    gaps = summary.distributions["gap"].n + summary.late_gaps
+    share = max(_rate(firsts, summary.streams), _rate(summary.late_gaps, gaps))
+    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:
+        return None
     return (
         f"it was held up (for {pause:.0f} ms at most) and read late what had come meanwhile, of {summary.late_read}"
         f" requests: {summary.late_first} TTFTs and {summary.late_gaps} gaps are left out"
@@ -4696,6 +4694,10 @@ class Dialect:
         """What is tried first."""
         limit_field = "max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field
         return cls(limit_field, continuous_usage=config.continuous_usage)
+
+    def __str__(self) -> str:
+        usage = "usage in every chunk" if self.continuous_usage else "usage" if self.include_usage else "no usage"
+        return f"{self.limit_field}, {usage}"
 
 
 def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str, Any]:
