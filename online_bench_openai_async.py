@@ -32,9 +32,10 @@ Sections of this file; each uses only sections above it:
      8. Sinks
      9. Stopwatch
     10. Sender
-    11. Runner
-    12. Shards
-    13. Command line
+    11. Server's own figures
+    12. Runner
+    13. Shards
+    14. Command line
 
 --help-columns explains the columns of --results-csv and the exit codes.
 """
@@ -58,6 +59,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -71,6 +73,7 @@ import struct
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 from array import array
@@ -102,6 +105,7 @@ LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 DEFAULTS: Mapping[str, Any] = {
     "concurrency": 128, "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
     "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0, "max_error_rate": 0.5,
+    "metrics_interval": 1.0,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -113,6 +117,12 @@ DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
 IDENTICAL_FAILURES_TO_STOP = 100
 TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
+
+METRICS_BYTES = 8 << 20  # of a metrics page: beyond it is none
+METRICS_TIMEOUT_S = 1.0
+METRICS_TRIES = 10  # until the server's counters stand still
+METRICS_RETRY_S = 0.1
+METRICS_PATIENCE_S = 5.0  # for the process that reads them
 
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
@@ -168,6 +178,9 @@ CORPUS_TOLERANCE = 0.005
 MOST_TOKENS = 1 << 40  # a count beyond it is no count
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
+HIT_TOLERANCE = 2.0  # percentage points of prefix cache hits above what the corpus shares
+SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
+KV_CACHE_FULL = 0.99
 
 # === 2. Types ===
 
@@ -433,6 +446,7 @@ class Summary:
     reconnects: int
     busy_s: float  # sum of all requests' time from sending to their end
     first_error_s: Optional[float]  # when the first failure had ended, from the start
+    server: Mapping[str, Any] = field(default_factory=dict)  # `server_*` and `gpu_*`, as the JSON has them
 
     @property
     def error_share(self) -> float:
@@ -481,6 +495,9 @@ class Config:
     continuous_usage: bool
     processes: int
     transport: str
+    server_metrics: Optional[Sequence[str]]  # URLs, or off; None: of a loopback server
+    metrics_interval: float
+    gpu_metrics: Optional[str]
     ca_file: Optional[str]
     insecure: bool
     seed: int
@@ -1509,6 +1526,7 @@ class Tally:
         self.counts: Counter[str] = Counter()
         self.finish_reasons: Counter[str] = Counter()
         self.first_error_s: Optional[float] = None
+        self.server: Mapping[str, Any] = {}  # what the server said of itself, once it has
         self.samples = {metric.key: Sample(metric.code) for metric in METRICS}
         self._failures: dict[tuple[str, str], list[Any]] = {}
 
@@ -1593,6 +1611,7 @@ class Tally:
             finish_reasons=dict(self.finish_reasons),
             busy_s=self.busy_s,
             first_error_s=self.first_error_s,
+            server=self.server,
             **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
 
@@ -1731,15 +1750,56 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    hit = percent(summary.cached_tokens, summary.prompt_tokens)
+    server = percent(summary.server.get("server_prefix_cache_hit_rate", 0.0), 1.0)
+    hit = max(percent(summary.cached_tokens, summary.prompt_tokens), server)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
-    text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
-    if hit < 1 and not summary.cache_told and shared >= 1:
+    told = bool(summary.cache_told) or "server_prefix_cache_hit_rate" in summary.server
+    text = (
+        f"{hit:.1f} % of the prompt tokens came from the server's prefix cache: these figures do not show their prefill"
+    )
+    if hit < 1 and not told and shared >= 1:
         text = f"these prompts share {shared:.0f} % of their tokens; the server does not say how much it had cached"
         cure = "vLLM tells with --enable-prompt-tokens-details; or a corpus without a shared prefix"
         return ReportWarning(text, f"{cure}, if the cache is not what is to be measured")
     cure = "send every prompt of the corpus once only" if config.requests_file else "leave out --seed"
-    return None if hit < 1 else ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+    asked_for = 1 <= shared >= hit - HIT_TOLERANCE  # a corpus made to be found in the cache
+    return None if hit < 1 or asked_for else ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+
+
+def _warn_others(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    """Where every request was served and counted, the server has counted the same."""
+    kinds = (("prompt", summary.prompt_tokens), ("generated", summary.completion_tokens))
+    both = [(summary.server.get(f"server_{kind}_tokens", ours), ours, kind) for kind, ours in kinds]
+    off = [f"{theirs} {kind} tokens where this client counted {ours}" for theirs, ours, kind in both if theirs != ours]
+    if not off or summary.errors + summary.aborted + summary.without_usage:
+        return None
+    text = f"the server has counted {' and '.join(off)}"
+    if all(theirs >= ours for theirs, ours, _ in both):
+        return ReportWarning(f"{text}: somebody else used it meanwhile", "a server that nobody else uses")
+    cure = "--server-metrics with the page of each replica, or off"
+    return ReportWarning(f"{text}: not every request went to the server whose figures were read", cure)
+
+
+def _warn_server_queue(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    server = summary.server
+    waited, latency = server.get("server_mean_queue_ms"), server.get("server_mean_e2el_ms")
+    waiting, running = (server.get(f"server_{name}_mean", 0.0) for name in ("waiting", "running"))
+    share = _rate(waiting, waiting + running) if waited is None or latency is None else _rate(waited, latency)
+    if share < SERVER_QUEUE_SHARE:
+        return None
+    text = f"requests waited in the server's queue: {waited:.1f} ms on average" if waited is not None else "it queued"
+    if waiting:
+        text += f", {waiting:.1f} waiting beside {running:.1f} running"
+    return ReportWarning(f"the server queues: {text}", "a lower concurrency or rate; or read TTFT as queueing")
+
+
+def _warn_kv_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    preempted, full = summary.server.get("server_preemptions", 0), summary.server.get("server_kv_cache_peak", 0.0)
+    if not preempted and full < KV_CACHE_FULL:
+        return None
+    what = f"the server's KV cache was {full:.0%} full at its peak" if full else "the server's KV cache was full"
+    text = f"{what}, {preempted} preemptions: what was preempted is computed again, within TPOT and latency"
+    return ReportWarning(text, "a lower concurrency, shorter requests, or more memory for the KV cache")
 
 
 def _warn_corpus(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -1817,6 +1877,9 @@ WARNINGS = (
     _warn_short_replies,
     _warn_corpus,
     _warn_cache,
+    _warn_others,
+    _warn_server_queue,
+    _warn_kv_cache,
     _warn_merged,
     _warn_one_piece,
     _warn_backlog,
@@ -1851,7 +1914,7 @@ class Redactor:
         named: list[str] = []
         cls.fields([config.extra_body, {name: value.strip() for name, _, value in headers}], found=named)
         proxies = [f"//{value.rpartition('//')[2]}" for name, value in environ.items() if name.lower()[-6:] == "_proxy"]
-        urls = [config.api_base, *proxies]
+        urls = [config.api_base, *(config.server_metrics or []), *proxies]
         logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
         basic = [base64.b64encode(login.encode()).decode() for login in logins]
         queries = [text for url in urls for _, name, text in _QUERY.findall(url) if _SECRET_NAME.search(name)]
@@ -1928,6 +1991,7 @@ class Redactor:
             "api_base": Redactor.url(config.api_base),
             "api_key": config.api_key if config.api_key in PLAIN_KEYS else "***",
             "extra_body": Redactor.fields(config.extra_body),
+            "server_metrics": config.server_metrics and [Redactor.url(url) for url in config.server_metrics],
         }
 
 
@@ -2097,7 +2161,7 @@ def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
-    for line in (clock_line(summary, health), client_line(health)):
+    for line in (clock_line(summary, health), client_line(health), *server_lines(summary)):
         lines += wrapped(line, len("Client: "))
     for group in summary.error_groups[:ERROR_GROUPS_SHOWN]:
         message = plain(group.first_message)
@@ -2143,6 +2207,43 @@ def client_line(health: Sequence[Health]) -> str:
         f"Client: {count}, CPU {cpu:.0f} %, waiting {waiting:.0f} %,"
         f" loop lag p99 {lag:.1f} ms, max {longest:.0f} ms, gc pause max {pause:.1f} ms"
     )
+
+
+# Figure of the server -> how the report says it; those that it does not tell are left out.
+SERVER_PHRASES = {
+    "server_running_mean": "running mean {:.1f}", "server_running_peak": "peak {:.0f}",
+    "server_waiting_mean": "waiting mean {:.1f}", "server_waiting_peak": "peak {:.0f}",
+    "server_mean_queue_ms": "queue time mean {:.1f} ms", "server_prefix_cache_hit_rate": "prefix cache hits {:.1%}",
+    "server_kv_cache_peak": "KV cache peak {:.1%}", "server_preemptions": "preemptions {}",
+    "server_acceptance_length_mean": "tokens per decoding step {:.2f}",
+}  # fmt: skip
+GPU_PHRASES = {
+    "gpu_utilization_mean": "utilisation mean {:.0f} %", "gpu_memory_peak_bytes": "memory peak {:.3g} bytes",
+    "gpu_power_mean_w": "power mean {:.0f} W", "gpu_energy_per_output_token_j": "{:.3g} J per output token",
+    "gpu_energy_per_request_j": "{:.3g} J per request",
+}  # fmt: skip
+SERVER_MEANS = {"ttft": "TTFT", "tpot": "TPOT", "gap": "ITL", "latency": "E2E"}  # by our metric
+
+
+def server_lines(summary: Summary) -> list[str]:
+    """What the server and its GPUs say of themselves; its own means beside ours."""
+    server, lines = summary.server, []
+    said = [phrase.format(server[key]) for key, phrase in SERVER_PHRASES.items() if key in server]
+    means = []
+    for key, name in SERVER_MEANS.items():
+        theirs = server.get(f"server_mean_{ {'gap': 'itl', 'latency': 'e2el'}.get(key, key) }_ms")
+        if theirs is not None:
+            means.append(f"{name} {theirs:.2f} ms (here {_figure(summary.distributions[key].mean)})")
+    if said:
+        lines.append(f"Server: {', '.join(said)}")
+    if means:
+        lines.append(f"Server: means {', '.join(means)}")
+    if "gpu_name" in server:
+        said = [phrase.format(server[key]) for key, phrase in GPU_PHRASES.items() if key in server]
+        lines.append(
+            f"GPU: {server['gpu_count']} x {server['gpu_name']} (driver {server['gpu_driver']}): {', '.join(said)}"
+        )
+    return [plain(line, 400) for line in lines]
 
 
 # Labels of the founding document's configuration block, spaces included: scripts may read it.
@@ -2225,7 +2326,7 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "warnings": [". Cure: ".join(warning) for warning in warnings_of(summary, config, health)],
         "config": Redactor.config(config),
     }
-    return {**run, **requests, **_metric_keys(summary), **ours}
+    return {**run, **requests, **_metric_keys(summary), **summary.server, **ours}
 
 
 def _metric_keys(summary: Summary) -> dict[str, Any]:
@@ -4313,7 +4414,437 @@ class Sender:
         return f"{message[: ERROR_TEXT_CHARS - len(cure) - 2]}; {cure}" if cure else message
 
 
-# === 11. Runner ===
+# === 11. Server's own figures (parse pure, fetch not) ===
+
+# What each server calls its figures on its metrics page, newest name first. Of counters the growth over the point
+# counts, of gauges the value, of durations the growth of `_sum` over that of `_count`.
+SERVER_DIALECTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "vLLM": ("vllm:", {  # demo_server.py speaks it, too
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prefix_cache_queries_total gpu_prefix_cache_queries_total",
+        "cache_hits": "prefix_cache_hits_total gpu_prefix_cache_hits_total", "preemptions": "num_preemptions_total",
+        "drafts": "spec_decode_num_drafts_total", "accepted": "spec_decode_num_accepted_tokens_total",
+        "running": "num_requests_running", "waiting": "num_requests_waiting",
+        "kv_cache": "kv_cache_usage_perc gpu_cache_usage_perc",
+        "queue": "request_queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "tpot": "request_time_per_output_token_seconds",
+        "itl": "inter_token_latency_seconds time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "SGLang": ("sglang:", {
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prompt_tokens_total", "cache_hits": "cached_tokens_total",
+        "preemptions": "num_retracted_requests_total", "acceptance_length": "spec_accept_length",
+        "running": "num_running_reqs", "waiting": "num_queue_reqs", "kv_cache": "token_usage",
+        "queue": "queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "itl": "inter_token_latency_seconds time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "TGI": ("tgi_", {
+        "prompt_tokens": "request_input_length_sum", "generated_tokens": "request_generated_tokens_sum",
+        "running": "batch_current_size", "waiting": "queue_size", "queue": "request_queue_duration",
+        "tpot": "request_mean_time_per_token_duration", "e2el": "request_duration",
+    }),
+    "llama.cpp": ("llamacpp:", {
+        "computed_prompt_tokens": "prompt_tokens_total",  # without those that its cache had
+        "generated_tokens": "tokens_predicted_total", "kv_cache": "kv_cache_usage_ratio",
+        "drafts": "spec_decode_num_drafts_total", "accepted": "spec_decode_num_accepted_tokens_total",
+        "running": "requests_processing", "waiting": "requests_deferred",
+    }),
+    "TensorRT-LLM": ("trtllm_ trtllm:", {
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prompt_tokens_total", "cache_hits": "prompt_cached_tokens_total",
+        "acceptance_length": "spec_decode_acceptance_length", "kv_cache": "kv_cache_utilization",
+        "running": "num_requests_running", "waiting": "num_requests_waiting",
+        "queue": "request_queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "tpot": "time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "Dynamo": ("dynamo_frontend_", {  # what it calls queued includes the prefill, so it is no waiting
+        "prompt_tokens": "input_sequence_tokens_sum", "cache_queries": "input_sequence_tokens_sum",
+        "generated_tokens": "output_tokens_total output_sequence_tokens_sum", "cache_hits": "cached_tokens_sum",
+        "running": "active_requests inflight_requests", "ttft": "time_to_first_token_seconds",
+        "itl": "inter_token_latency_seconds", "e2el": "request_duration_seconds",
+    }),
+}  # fmt: skip
+SERVER_COUNTS = ("prompt_tokens", "computed_prompt_tokens", "generated_tokens", "preemptions")
+SERVER_GAUGES = ("running", "waiting", "kv_cache", "acceptance_length")
+SERVER_DURATIONS = ("queue", "ttft", "tpot", "itl", "e2el")
+SERVER_SERIES = ("running", "waiting", "kv_cache", "acceptance_length", "prompt_tokens", "generated_tokens")
+NOT_ADDED_UP = ("kv_cache", "acceptance_length")  # over engines and replicas: the greatest
+
+_SAMPLE_LINE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?\s*')
+_OTHER_RANK = re.compile(r'\b[tp]p_rank="[1-9]')  # of one engine: it repeats what rank 0 says
+
+
+def parse_metrics(text: str) -> dict[str, list[float]]:
+    """Every sample of a page in Prometheus's text format, by name: a value per set of labels. Raises ValueError.
+
+    Strict, so that no other page passes for one; small, so that nothing has to be installed for it.
+
+    >>> parse_metrics('# TYPE a counter\\na_total{model="x}",rank="0"} 2\\na_total{model="y"} 3 1700000000000')
+    {'a_total': [2.0, 3.0]}
+    """
+    found: dict[str, list[float]] = {}
+    for line in text.split("\n"):
+        if line.strip() and not line.startswith("#"):
+            match = _SAMPLE_LINE.fullmatch(line)
+            if not match:
+                raise ValueError(f"no Prometheus text: {plain(line, 40)!r}")
+            value = float(match[3])
+            if math.isfinite(value) and not _OTHER_RANK.search(match[2] or ""):
+                found.setdefault(match[1], []).append(value)
+    return found
+
+
+def page_figures(text: str) -> tuple[str, dict[str, float]]:
+    """(the dialect of a metrics page, its figures). Raises ValueError where none is known."""
+    samples = parse_metrics(text)
+    for dialect, (prefixes, figures) in SERVER_DIALECTS.items():
+        found = {}
+        for figure, names in figures.items():
+            for part in ("_sum", "_count") if figure in SERVER_DURATIONS else ("",):
+                known = (f"{prefix}{name}{part}" for name in names.split() for prefix in prefixes.split())
+                values = next((samples[name] for name in known if name in samples), [])
+                if values:
+                    found[figure + part] = max(values) if figure in NOT_ADDED_UP else math.fsum(values)
+        if found:
+            return dialect, found
+    raise ValueError(f"it has no figures of {', '.join(SERVER_DIALECTS)}")
+
+
+def added_up(pages: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Several pages as one. Pages of one dialect are replicas; those of another count the same requests again (a
+    router and its engines), so a figure is taken from the dialect of the first page that has it."""
+    dialects: dict[str, str] = {}
+    total: dict[str, float] = {}
+    for dialect, figures in pages:
+        for figure, value in figures.items():
+            if dialects.setdefault(figure, dialect) == dialect:
+                before = total.get(figure, 0.0)
+                total[figure] = max(before, value) if figure in NOT_ADDED_UP else before + value
+    return total
+
+
+def server_figures(samples: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The `server_*` figures of a point: the first sample was taken before it, the last one after it."""
+    if len(samples) < 2:
+        return {}
+    grown = {name: samples[-1][name] - samples[0].get(name, 0.0) for name in samples[-1] if name not in SERVER_GAUGES}
+    if min(grown.values(), default=0.0) < 0:  # it was started anew in between
+        return {}
+    found: dict[str, Any] = {f"server_{name}": round(grown[name]) for name in SERVER_COUNTS if name in grown}
+    if grown.get("cache_queries"):
+        found["server_prefix_cache_hit_rate"] = grown.get("cache_hits", 0.0) / grown["cache_queries"]
+    if grown.get("drafts"):
+        found["server_acceptance_length_mean"] = 1 + grown.get("accepted", 0.0) / grown["drafts"]
+    for name in SERVER_DURATIONS:
+        if grown.get(f"{name}_count"):
+            found[f"server_mean_{name}_ms"] = 1e3 * grown[f"{name}_sum"] / grown[f"{name}_count"]
+    for name in SERVER_GAUGES:
+        during = [sample[name] for sample in samples[1:-1] if name in sample]
+        if during:
+            found[f"server_{name}_mean"], found[f"server_{name}_peak"] = math.fsum(during) / len(during), max(during)
+    return found
+
+
+NVIDIA_QUERY = "index,name,driver_version,utilization.gpu,memory.used,memory.total,power.draw"
+ROCM_QUERY = "--showuse --showmeminfo vram --showpower --showproductname --showdriverversion --json"
+
+
+class GpuSample(NamedTuple):
+    """What one GPU said at one time (ns of perf_counter): percent, bytes, bytes, W; None where it does not tell."""
+
+    at_ns: int
+    gpu: str
+    name: str
+    driver: str
+    utilization: Optional[float]
+    memory: Optional[float]
+    memory_total: Optional[float]
+    power: Optional[float]
+
+
+def _gpu_number(text: Any, unit: float = 1.0) -> Optional[float]:
+    with contextlib.suppress(ValueError, TypeError):  # [N/A] and its like
+        return float(text) * unit if math.isfinite(float(text)) else None
+    return None
+
+
+def nvidia_sample(line: str, at_ns: int) -> GpuSample:
+    """One line of nvidia-smi's CSV, in its units of MiB. Raises ValueError."""
+    index, name, driver, *cells = map(str.strip, line.split(","))
+    used, memory, total, power = (_gpu_number(cell, unit) for cell, unit in zip(cells, (1.0, 2.0**20, 2.0**20, 1.0)))
+    return GpuSample(at_ns, index, name, driver, used, memory, total, power)
+
+
+def rocm_samples(text: str, at_ns: int) -> list[GpuSample]:
+    """What `rocm-smi --json` says: an object for each card, and one for the system. Raises ValueError."""
+    cards = json.loads(text)
+    driver, found = str(cards.get("system", {}).get("Driver version", "")), []
+    for key, card in cards.items():
+        if key.startswith("card"):
+            power = next((value for name, value in card.items() if "Graphics Package Power (W)" in name), None)
+            cells = [card.get(name) for name in ("GPU use (%)", "VRAM Total Used Memory (B)", "VRAM Total Memory (B)")]
+            name = next(
+                (str(card[name]) for name in ("Card Series", "Card series", "Card model") if name in card), "AMD"
+            )
+            found.append(GpuSample(at_ns, key[len("card") :], name, driver, *map(_gpu_number, (*cells, power))))
+    return found
+
+
+def integral(points: Sequence[tuple[float, float]], end: float) -> float:
+    """Under a line through points (time, value) from 0 to `end`; level before the first and after the last.
+
+    >>> integral([(-1.0, 100.0), (1.0, 200.0), (9.0, 200.0)], 2.0)
+    350.0
+    """
+    held = [(0.0, points[0][1]), *((min(max(at, 0.0), end), value) for at, value in points), (end, points[-1][1])]
+    return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(held, held[1:]))
+
+
+def gpu_figures(gpus: Mapping[str, Sequence[GpuSample]], origin_ns: int, end_s: float) -> dict[str, Any]:
+    """The `gpu_*` figures of a point of `end_s` seconds; memory, power and energy of all its GPUs together."""
+    rows = list(itertools.chain.from_iterable(gpus.values()))
+    if not rows or end_s <= 0:
+        return {}
+    found: dict[str, Any] = {"gpu_name": ", ".join(sorted({row.name for row in rows})), "gpu_count": len(gpus)}
+    found["gpu_driver"] = ", ".join(sorted({row.driver for row in rows}))
+    used = [
+        row.utilization for row in rows if row.utilization is not None and 0 <= row.at_ns - origin_ns <= end_s * 1e9
+    ]
+    if used:
+        found["gpu_utilization_mean"] = math.fsum(used) / len(used)
+    for name in ("memory", "memory_total"):
+        peaks = [max(getattr(row, name) or 0.0 for row in some) for some in gpus.values()]
+        if all(peaks):
+            found["gpu_memory_peak_bytes" if name == "memory" else "gpu_memory_total_bytes"] = round(sum(peaks))
+    power = [[((r.at_ns - origin_ns) / 1e9, r.power) for r in some if r.power is not None] for some in gpus.values()]
+    if all(power):
+        found["gpu_energy_j"] = math.fsum(integral(points, end_s) for points in power)
+        found["gpu_power_mean_w"] = found["gpu_energy_j"] / end_s
+    return found
+
+
+def fetch(url: str, headers: Mapping[str, str], most_bytes: int, timeout_s: float, context: Any = None) -> bytes:
+    """GET with the standard library alone; no redirect is followed. Raises OSError, ValueError or HTTPException."""
+    request = importlib.import_module("urllib.request")
+    url, login = split_login(url)
+    proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
+    straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
+    handlers = [request.ProxyHandler(proxies), straight, request.HTTPSHandler(context=context)]
+    asked, body, until = request.Request(url, headers={**headers, **login}), b"", time.monotonic() + timeout_s
+    with request.build_opener(*handlers).open(asked, timeout=timeout_s) as response:
+        for piece in iter(lambda: response.read1(READ_BUFFER_BYTES), b""):
+            body += piece
+            if len(body) > most_bytes or time.monotonic() > until:
+                raise ValueError(f"more than {most_bytes >> 20} MB, or {timeout_s:g} s")
+    return body
+
+
+def what_to_read(config: Config) -> dict[str, Any]:
+    """The orders for the process that reads."""
+    parts = urlsplit(config.api_base)
+    near, asked = is_loopback(parts.hostname or ""), [url for url in config.server_metrics or [] if url != "off"]
+    root = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "/metrics", "", ""))
+    tool = next((name for name in ("nvidia-smi", "rocm-smi") if shutil.which(name)), "")
+    return {
+        "urls": asked or ([root] if near and not config.server_metrics else []),
+        "asked": bool(asked),
+        "interval_s": config.metrics_interval,
+        "tool": tool if config.gpu_metrics not in (None, "off") or (near and not config.gpu_metrics) else "",
+        "gpus": [] if config.gpu_metrics in (None, "all") else config.gpu_metrics.split(","),
+        "tls": [config.ca_file, config.insecure],
+    }
+
+
+class FigureReader:
+    """Reads metrics pages and a GPU tool at intervals, by the orders of `what_to_read`; in a process of its own."""
+
+    def __init__(self, orders: Mapping[str, Any]) -> None:
+        self.orders = orders
+        self.samples: list[tuple[int, Mapping[str, float]]] = []  # (ns of perf_counter, figures)
+        self.gpu_rows: list[GpuSample] = []
+        self.tool: Any = None
+
+    def read(self) -> str:
+        """One sample, if every page can be read; else what was wrong."""
+        at_ns, pages = time.perf_counter_ns(), []
+        for url in self.orders["urls"]:
+            try:
+                context = tls_context(Origin.of(url, *self.orders["tls"])) if url.startswith("https") else None
+                pages.append(page_figures(fetch(url, {}, METRICS_BYTES, METRICS_TIMEOUT_S, context).decode()))
+            except Exception as error:  # whatever a page may hold, the run goes on without it
+                return f"{Redactor.url(url)}: {_reason(error)}"
+        if pages:
+            self.samples.append((at_ns, added_up(pages)))
+        return "" if pages else "nothing to read"
+
+    def read_until(self, settled: Callable[[Mapping[str, float]], bool]) -> str:
+        """One sample, the first that is settled or the last of METRICS_TRIES; else what was wrong."""
+        kept = len(self.samples)
+        for turn in range(METRICS_TRIES):
+            time.sleep(METRICS_RETRY_S if turn else 0.0)
+            del self.samples[kept:]
+            wrong = self.read()
+            if wrong or settled(self.samples[-1][1]):
+                return wrong
+        return ""
+
+    def before(self) -> str:
+        """The sample before the point, as soon as nothing is running any more; what was wrong, if it was asked for."""
+        wrong = self.read_until(lambda figures: not figures.get("running"))
+        if wrong:
+            self.orders = {**self.orders, "urls": []}
+        return wrong if self.orders["asked"] else ""
+
+    def during(self, said: queue.SimpleQueue[str]) -> str:
+        """A sample at every interval, of which only what a line over time needs is kept, until something is said."""
+        due = time.monotonic()
+        while True:
+            due = max(due + self.orders["interval_s"], time.monotonic())
+            with contextlib.suppress(queue.Empty):
+                return said.get(timeout=due - time.monotonic())
+            if not self.read():
+                at_ns, figures = self.samples[-1]
+                self.samples[-1] = (at_ns, {name: value for name, value in figures.items() if name in SERVER_SERIES})
+
+    def after(self, counted: Mapping[str, int]) -> None:
+        """The sample after the point, as soon as the server has counted as many tokens as the client."""
+
+        def caught_up(figures: Mapping[str, float]) -> bool:
+            start = self.samples[0][1]
+            return all(figures.get(name, math.inf) - start.get(name, 0.0) >= n for name, n in counted.items())
+
+        if self.samples and self.read_until(caught_up):
+            self.samples.clear()
+
+    def watch_gpus(self) -> None:
+        """Rows of the GPU tool for as long as this process lives; none where it does not work."""
+        subprocess = importlib.import_module("subprocess")
+        name, interval_s, chosen = self.orders["tool"], self.orders["interval_s"], self.orders["gpus"]
+        words = [name, *ROCM_QUERY.split()]
+        if name == "nvidia-smi":
+            words = [name, f"--query-gpu={NVIDIA_QUERY}", "--format=csv,noheader,nounits"]
+            words.append(f"--loop-ms={round(interval_s * 1e3)}")
+        while name:
+            with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+                pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+                self.tool = subprocess.Popen(words, stdin=nothing, stdout=pipe, stderr=nothing, text=True)
+                pieces = self.tool.stdout if name == "nvidia-smi" else [self.tool.stdout.read()]
+                for piece in pieces:
+                    at_ns = time.perf_counter_ns()
+                    rows = [nvidia_sample(piece, at_ns)] if name == "nvidia-smi" else rocm_samples(piece, at_ns)
+                    self.gpu_rows += [row for row in rows if not chosen or row.gpu in chosen]
+            time.sleep(interval_s)
+
+
+def figures_main() -> None:
+    """The process that reads: its orders on stdin, then `begin`, then what the client has counted by the end."""
+    reader = FigureReader(json.loads(sys.stdin.readline()))
+    threading.Thread(target=reader.watch_gpus, daemon=True).start()
+    if sys.stdin.readline():
+        print(json.dumps(reader.before()), flush=True)
+        said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=lambda: said.put(sys.stdin.readline()), daemon=True).start()
+        counted = reader.during(said)
+        if counted:
+            reader.after(json.loads(counted))
+            print(json.dumps([reader.samples, reader.gpu_rows]), flush=True)
+    if reader.tool:
+        reader.tool.kill()
+
+
+class ServerFigures:
+    """What the server and its GPUs say of one point, read by a process of its own.
+
+    So neither a slow page, nor the parsing of a large one, nor starting a tool takes a turn from this event loop.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._orders = what_to_read(config)
+        self._process: Optional[asyncio.subprocess.Process] = None
+        self._samples: Sequence[tuple[float, Mapping[str, float]]] = ()  # (seconds from the start, figures)
+        self._gpus: Mapping[str, Sequence[GpuSample]] = {}
+        self._origin_ns = 0
+
+    async def start(self) -> None:
+        """Let the process start, to be ready when the warm-up is over."""
+        if self._orders["urls"] or self._orders["tool"]:
+            with contextlib.suppress(OSError):
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, THIS_FILE, "--figures"), stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
+                    limit=1 << 28,
+                )  # fmt: skip
+            self._say(self._orders)
+
+    async def begin(self) -> None:
+        """The figures before the timed part, which waits for them, at most METRICS_PATIENCE_S."""
+        self._say("begin")
+        wrong = await self._answer() if self._process else ""
+        if wrong or (wrong is None and self._orders["asked"]):
+            note(f"--server-metrics {plain(wrong or 'cannot be read')}: measuring without")
+
+    async def stop(self, tally: Tally, origin_ns: int) -> dict[str, Any]:
+        """The figures after it, and all that follows from them, under the keys that the JSON has."""
+        whole, self._origin_ns = not tally.errors + tally.aborted, origin_ns
+        counted = {"prompt_tokens": tally.prompt_tokens, "generated_tokens": tally.completion_tokens}
+        self._say(counted if whole else {})
+        samples, rows = (await self._answer() if origin_ns else None) or ([], [])
+        await self._end()
+        self._samples = [((at_ns - origin_ns) / 1e9, figures) for at_ns, figures in samples]
+        by_gpu: dict[str, list[GpuSample]] = {}
+        for row in itertools.starmap(GpuSample, rows):
+            by_gpu.setdefault(row.gpu, []).append(row)
+        asked = self._config.gpu_metrics
+        self._gpus = {i: some for i, some in by_gpu.items() if asked or any(row.utilization for row in some)}
+        found = gpu_figures(self._gpus, origin_ns, tally.last_done_s)
+        for key, count in (("output_token", tally.completion_tokens), ("request", tally.ok)):
+            if count and "gpu_energy_j" in found:
+                found[f"gpu_energy_per_{key}_j"] = found["gpu_energy_j"] / count
+        if asked not in (None, "off") and not found and origin_ns:
+            note(f"--gpu-metrics {asked}: neither nvidia-smi nor rocm-smi tells of it here")
+        return {**server_figures([figures for _, figures in self._samples]), **found}
+
+    def series(self) -> dict[str, list[float]]:
+        """How they went, in seconds from the start of the timed part; all `server_*` lists are of one length."""
+        during = self._samples[1:-1]
+        found = {"server_time_s": [at_s for at_s, _ in during]}
+        for name in SERVER_SERIES:
+            if all(name in figures for _, figures in during):
+                found[f"server_{name}"] = [figures[name] for _, figures in during]
+        together = list(zip(*self._gpus.values()))
+        found["gpu_time_s"] = [(rows[0].at_ns - self._origin_ns) / 1e9 for rows in together]
+        for name in ("utilization", "memory", "power"):
+            values = [[getattr(row, name) for row in rows] for rows in together]
+            if not any(None in some for some in values):
+                share = len(self._gpus) if name == "utilization" else 1
+                found[f"gpu_{name}"] = [math.fsum(some) / share for some in values]
+        return {name: values for name, values in found.items() if values}
+
+    def _say(self, what: Any) -> None:
+        """By pipe, never by argv: a URL may hold a login."""
+        if self._process and self._process.stdin:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._process.stdin.write(json.dumps(what).encode() + b"\n")
+
+    async def _answer(self) -> Any:
+        """The process's next line; None if it does not come in time, which ends the process."""
+        if self._process and self._process.stdout:
+            with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):
+                return json.loads(await asyncio.wait_for(self._process.stdout.readline(), METRICS_PATIENCE_S))
+            await self._end()
+        return None
+
+    async def _end(self) -> None:
+        if self._process and self._process.stdin:
+            self._process.stdin.close()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+
+# === 12. Runner ===
 
 
 class Stop:
@@ -4555,6 +5086,10 @@ def agreed(config: Config, lessons: Sequence[Lesson]) -> Lesson:
     return Lesson(Dialect(**{**first, **conceded}), [pair for lesson in lessons for pair in lesson.counted])
 
 
+async def nothing_before() -> None:
+    pass
+
+
 @dataclass
 class Part:
     """One process's part of a measured point: its jobs, its share of the concurrency, and where records go."""
@@ -4566,6 +5101,7 @@ class Part:
     stop: Stop
     # Told the start of the timed part, in ns of perf_counter, its options, and how to ask for the tokens on their way.
     begin: Callable[[int, Config, Callable[[], int]], None]
+    before: Callable[[], Awaitable[None]] = nothing_before  # awaited when all stand ready, right before that start
 
     @property
     def concurrency(self) -> int:
@@ -4638,6 +5174,7 @@ async def measure(part: Part, peers: Peers) -> Optional[Health]:
         sender.dialect, part = lesson.dialect, part.after(lesson)
         pool = Pool(Load(part.schedule, part.workload, sender, part.sinks, part.concurrency), part.stop)
         await pool.prepare()
+        await part.before()
         origin_ns = await peers.start_ns()
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
@@ -4708,7 +5245,7 @@ def signals_as_before() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-# === 12. Shards ===
+# === 13. Shards ===
 
 _REPLY_FIELDS = [item.name for item in dataclasses.fields(Reply)]
 
@@ -4943,6 +5480,7 @@ async def measure_sharded(part: Part) -> list[Health]:
         for shard in shards:
             shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
         await asyncio.gather(*(shard.ready for shard in shards))
+        await part.before()
         origin_ns = time.perf_counter_ns()
         if not part.stop.draining.is_set():
             part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
@@ -4969,7 +5507,7 @@ async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
         shard.kill()  # it does not follow
 
 
-# === 13. Command line (build pure, run not) ===
+# === 14. Command line (build pure, run not) ===
 
 
 class Parser(argparse.ArgumentParser):
@@ -5030,6 +5568,17 @@ def _url(text: str) -> str:
             f"takes a URL like {DEFAULT_API_BASE}, not {plain(Redactor.url(re.sub('.*@', '***@', text)), 80)!r}"
         )
     return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
+
+
+def _metrics_page(text: str) -> str:
+    url = text if text == "off" else _url(text)
+    return url if text == "off" or urlsplit(url).path else f"{url}/metrics"
+
+
+def _gpus(text: str) -> str:
+    if not re.fullmatch(r"off|all|\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"takes all, off, or numbers of GPUs like 0,1, not {plain(text, 60)!r}")
+    return text
 
 
 def _api_key(text: str) -> str:
@@ -5114,7 +5663,7 @@ examples:
 Results go to stdout; progress, notes and errors to stderr."""
 
 
-def build_parser() -> Parser:
+def build_parser() -> Parser:  # noqa: PLR0915
     """Every option, in the order of the README's table."""
     parser = Parser(
         prog=Path(__file__).name,
@@ -5175,6 +5724,21 @@ def build_parser() -> Parser:
         metavar="A,B",
         help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
     )
+    add = parser.add_argument_group("Server's own figures").add_argument
+    add(
+        "--server-metrics",
+        type=_metrics_page,
+        action="append",
+        metavar="URL",
+        help="read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
+    )
+    add("--metrics-interval", type=_seconds, metavar="S", help="seconds between two readings (default: %(default)s)")
+    add(
+        "--gpu-metrics",
+        type=_gpus,
+        metavar="GPUS",
+        help="read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)",
+    )
     add = parser.add_argument_group("Output").add_argument
     add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
     add("--append", action="store_true", help="add to an existing --results-csv")
@@ -5201,6 +5765,7 @@ def build_parser() -> Parser:
     add("--debug", action="store_true", help="show the traceback of an internal error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--shard", type=_shard, help=argparse.SUPPRESS)
+    add("--figures", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(**DEFAULTS)
     return parser
 
@@ -5346,18 +5911,9 @@ def versions() -> dict[str, str]:
 
 
 def fetch_json(url: str, api_key: Optional[str], timeout_s: float = 5.0) -> Any:
-    """GET with the standard library alone; no redirect is followed, the key is for this server only.
-
-    Raises OSError, ValueError or http.client.HTTPException.
-    """
-    request = importlib.import_module("urllib.request")
-    url, login = split_login(url)
-    proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
-    straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
-    opener = request.build_opener(request.ProxyHandler(proxies), straight)
-    headers = {**({"Authorization": f"Bearer {api_key}"} if api_key else {}), **login}
-    with opener.open(request.Request(url, headers=headers), timeout=timeout_s) as response:
-        return json.loads(response.read(ERROR_BODY_BYTES * 1024))
+    """What a page of the server says; the key is for this server only. Raises what `fetch` raises."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return json.loads(fetch(url, headers, ERROR_BODY_BYTES * 1024, timeout_s))
 
 
 class DemoServer:
@@ -5404,6 +5960,7 @@ class Point:
         self.tally = Tally(corpus.own_tokens if corpus else ())
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
+        self.series: Mapping[str, Sequence[float]] = {}  # of the server's own figures
         self._workload = workload_of(config, corpus)
         self._requests_file = corpus.path if corpus else None
 
@@ -5425,8 +5982,11 @@ class Point:
         breaker = Breaker(self.tally, stop, self.config.concurrency, self.config.stop_after_errors)  # after the tally
         sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
         config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
-        part = Part(config, self._workload, ClosedLoop(config.total_requests), sinks, stop, begin)
+        figures = ServerFigures(config)
+        schedule = ClosedLoop(config.total_requests)
+        part = Part(config, self._workload, schedule, sinks, stop, begin, figures.begin)
         try:
+            await figures.start()
             if self.config.processes > 1:
                 self.health = await measure_sharded(part)
             else:
@@ -5435,6 +5995,8 @@ class Point:
         finally:
             for line in live:
                 line.finish()
+            self.tally.server = await figures.stop(self.tally, self.origin_ns)
+            self.series = figures.series()
 
 
 class Invocation:
@@ -5592,6 +6154,9 @@ def run(argv: Sequence[str]) -> int:
     """Raises UserError and RunError."""
     fill_standard_places()
     options = build_parser().parse_args(argv)
+    if options.figures:
+        figures_main()
+        return 0
     if options.shard:
         run_loop(shard_main(*options.shard))
         return 0
