@@ -1750,20 +1750,20 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    server = percent(summary.server.get("server_prefix_cache_hit_rate", 0.0), 1.0)
-    hit = max(percent(summary.cached_tokens, summary.prompt_tokens), server)
+    """A hit rate that the server's own figures tell is none to warn of where the corpus was made to have it."""
+    told, server = summary.cache_told, 100 * summary.server.get("server_prefix_cache_hit_rate", -1)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
-    told = bool(summary.cache_told) or "server_prefix_cache_hit_rate" in summary.server
+    by_server = server if shared < 1 or server > shared + HIT_TOLERANCE else 0.0
+    hit = max(percent(summary.cached_tokens, summary.prompt_tokens), by_server)
     text = (
         f"{hit:.1f} % of the prompt tokens came from the server's prefix cache: these figures do not show their prefill"
     )
-    if hit < 1 and not told and shared >= 1:
+    if hit < 1 and not told and server < 0 and shared >= 1:
         text = f"these prompts share {shared:.0f} % of their tokens; the server does not say how much it had cached"
         cure = "vLLM tells with --enable-prompt-tokens-details; or a corpus without a shared prefix"
         return ReportWarning(text, f"{cure}, if the cache is not what is to be measured")
     cure = "send every prompt of the corpus once only" if config.requests_file else "leave out --seed"
-    asked_for = 1 <= shared >= hit - HIT_TOLERANCE  # a corpus made to be found in the cache
-    return None if hit < 1 or asked_for else ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+    return None if hit < 1 else ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
 
 
 def _warn_others(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -4600,23 +4600,21 @@ def integral(points: Sequence[tuple[float, float]], end: float) -> float:
     return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(held, held[1:]))
 
 
-def gpu_figures(gpus: Mapping[str, Sequence[GpuSample]], origin_ns: int, end_s: float) -> dict[str, Any]:
+def gpu_figures(gpus: Mapping[str, Sequence[GpuSample]], first_ns: int, end_s: float) -> dict[str, Any]:
     """The `gpu_*` figures of a point of `end_s` seconds; memory, power and energy of all its GPUs together."""
     rows = list(itertools.chain.from_iterable(gpus.values()))
     if not rows or end_s <= 0:
         return {}
     found: dict[str, Any] = {"gpu_name": ", ".join(sorted({row.name for row in rows})), "gpu_count": len(gpus)}
     found["gpu_driver"] = ", ".join(sorted({row.driver for row in rows}))
-    used = [
-        row.utilization for row in rows if row.utilization is not None and 0 <= row.at_ns - origin_ns <= end_s * 1e9
-    ]
+    used = [row.utilization for row in rows if row.utilization is not None and 0 <= row.at_ns - first_ns <= end_s * 1e9]
     if used:
         found["gpu_utilization_mean"] = math.fsum(used) / len(used)
     for name in ("memory", "memory_total"):
         peaks = [max(getattr(row, name) or 0.0 for row in some) for some in gpus.values()]
         if all(peaks):
             found["gpu_memory_peak_bytes" if name == "memory" else "gpu_memory_total_bytes"] = round(sum(peaks))
-    power = [[((r.at_ns - origin_ns) / 1e9, r.power) for r in some if r.power is not None] for some in gpus.values()]
+    power = [[((r.at_ns - first_ns) / 1e9, r.power) for r in some if r.power is not None] for some in gpus.values()]
     if all(power):
         found["gpu_energy_j"] = math.fsum(integral(points, end_s) for points in power)
         found["gpu_power_mean_w"] = found["gpu_energy_j"] / end_s
@@ -4797,7 +4795,8 @@ class ServerFigures:
             by_gpu.setdefault(row.gpu, []).append(row)
         asked = self._config.gpu_metrics
         self._gpus = {i: some for i, some in by_gpu.items() if asked or any(row.utilization for row in some)}
-        found = gpu_figures(self._gpus, origin_ns, tally.last_done_s)
+        first_ns = origin_ns + round(1e9 * tally.first_sent_s) if tally.elapsed_s else 0
+        found = gpu_figures(self._gpus, first_ns, tally.elapsed_s)
         for key, count in (("output_token", tally.completion_tokens), ("request", tally.ok)):
             if count and "gpu_energy_j" in found:
                 found[f"gpu_energy_per_{key}_j"] = found["gpu_energy_j"] / count

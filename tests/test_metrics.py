@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import random
 import statistics
@@ -247,8 +248,11 @@ def test_every_warning_says_what_to_do() -> None:
     tally = bench.Tally([5, 0])
     for record in (bad, at_once):
         tally.add(record)
+    tally.server = {"server_mean_queue_ms": 60.0, "server_mean_e2el_ms": 100.0, "server_preemptions": 1}
     config = make_config(output_tokens=50, prompt_tokens=20)
     found = bench.warnings_of(tally.summary(), config, [health()])
+    sound = dataclasses.replace(summary_of(make_record()), server={"server_generated_tokens": 9})  # needs all counted
+    found += [warning for warning in bench.warnings_of(sound, config, []) if "somebody else" in warning.text]
     assert len(found) == len(bench.WARNINGS)
     assert all(warning.cure for warning in found)
 
