@@ -1750,20 +1750,20 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    """A hit rate that the server's own figures tell is none to warn of where the corpus was made to have it."""
-    told, server = summary.cache_told, 100 * summary.server.get("server_prefix_cache_hit_rate", -1)
+    server = summary.server.get("server_prefix_cache_hit_rate")
+    hit = max(percent(summary.cached_tokens, summary.prompt_tokens), 100 * (server or 0.0))
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
-    by_server = server if shared < 1 or server > shared + HIT_TOLERANCE else 0.0
-    hit = max(percent(summary.cached_tokens, summary.prompt_tokens), by_server)
-    text = (
-        f"{hit:.1f} % of the prompt tokens came from the server's prefix cache: these figures do not show their prefill"
-    )
-    if hit < 1 and not told and server < 0 and shared >= 1:
+    if hit < 1 and not summary.cache_told and server is None and shared >= 1:
         text = f"these prompts share {shared:.0f} % of their tokens; the server does not say how much it had cached"
         cure = "vLLM tells with --enable-prompt-tokens-details; or a corpus without a shared prefix"
         return ReportWarning(text, f"{cure}, if the cache is not what is to be measured")
+    if hit < 1 or (shared >= 1 and hit <= shared + HIT_TOLERANCE):  # a corpus made to be found in the cache
+        return None
+    text = (
+        f"{hit:.1f} % of the prompt tokens came from the server's prefix cache: these figures do not show their prefill"
+    )
     cure = "send every prompt of the corpus once only" if config.requests_file else "leave out --seed"
-    return None if hit < 1 else ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+    return ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
 
 
 def _warn_others(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2233,7 +2233,8 @@ def server_lines(summary: Summary) -> list[str]:
     for key, name in SERVER_MEANS.items():
         theirs = server.get(f"server_mean_{ {'gap': 'itl', 'latency': 'e2el'}.get(key, key) }_ms")
         if theirs is not None:
-            means.append(f"{name} {theirs:.2f} ms (here {_figure(summary.distributions[key].mean)})")
+            ours = None if name == "ITL" and not gaps_are_of_tokens(summary) else summary.distributions[key].mean
+            means.append(f"{name} {theirs:.2f} ms (here {_figure(ours)})")
     if said:
         lines.append(f"Server: {', '.join(said)}")
     if means:

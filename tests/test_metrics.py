@@ -196,7 +196,10 @@ def test_the_corpus_own_count_is_compared_with_the_servers(counted: int, warns: 
     assert (f"server counted {6 * counted}" in said) is warns
 
 
-@pytest.mark.parametrize(("cached", "said"), [(None, "these prompts share 90 %"), (0, ""), (5, "50.0 % of the prompt")])
+@pytest.mark.parametrize(
+    ("cached", "said"),
+    [(None, "these prompts share 90 %"), (0, ""), (9, ""), (10, "100.0 % of the prompt tokens")],  # 9 are shared
+)
 def test_a_cache_that_the_server_does_not_tell_is_inferred_from_the_corpus(cached: Any, said: str) -> None:
     tally = bench.Tally([10, 9])
     tally.add(make_record(cached_tokens=cached))
