@@ -4889,7 +4889,6 @@ class Breaker:
         self._newest_ns = 0
         self._kind: Optional[str] = None  # of the row
         self._row = 0
-        self._kinds: set[str] = set()
         self._since_ns = 0  # when the row began, or went on
         self._heard = 0  # requests under way then that have ended
 
@@ -4909,7 +4908,6 @@ class Breaker:
             return
         if kind != self._kind:
             self._kind, self._row = kind, 0
-            self._kinds.add(kind)
         if self._row % (IDENTICAL_FAILURES_TO_STOP + 4 * self._concurrency) == 0:
             # Anew from time to time: a process that had not begun yet had nothing under way.
             self._heard, self._since_ns = 1, self._newest_ns
@@ -4920,8 +4918,8 @@ class Breaker:
     def _judge(self, kind: str) -> None:
         if kind == "connect_refused":
             self._stop.end(f"stopped: {self._row} connections in a row were refused")
-        elif not self._tally.ok and len(self._kinds) == 1:
-            self._stop.end(f"stopped: the first {self._row} requests all failed alike")
+        elif not self._tally.ok:
+            self._stop.end(f"stopped: nothing succeeded, and {self._row} requests in a row all failed alike")
 
 
 @dataclass(frozen=True)

@@ -210,8 +210,7 @@ def test_a_corpus_that_is_replaced_during_the_run_stays_what_it_was(tmp_path: Pa
 
 
 @pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="needs /dev/stdin")
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("way", ["pipe", "substitution", "file"])
+@pytest.mark.parametrize(("way", "processes"), [("pipe", 1), ("substitution", 2), ("file", 2)])
 def test_prompts_that_can_be_read_only_once_reach_every_process(
     demo: Callable[..., Demo], tmp_path: Path, processes: int, way: str
 ) -> None:
