@@ -4548,78 +4548,92 @@ def server_figures(samples: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 NVIDIA_QUERY = "index,name,driver_version,utilization.gpu,memory.used,memory.total,power.draw"
 ROCM_QUERY = "--showuse --showmeminfo vram --showpower --showproductname --showdriverversion --json"
+GPU_FACTS = ("utilization", "memory", "memory_total", "power")  # percent, bytes, bytes, W
 
 
 class GpuSample(NamedTuple):
-    """What one GPU said at one time (ns of perf_counter): percent, bytes, bytes, W; None where it does not tell."""
+    """What one GPU said at one time (seconds from the start); of GPU_FACTS what it tells."""
 
-    at_ns: int
+    at_s: float
     gpu: str
     name: str
     driver: str
-    utilization: Optional[float]
-    memory: Optional[float]
-    memory_total: Optional[float]
-    power: Optional[float]
+    facts: Mapping[str, float]
 
 
-def _gpu_number(text: Any, unit: float = 1.0) -> Optional[float]:
-    with contextlib.suppress(ValueError, TypeError):  # [N/A] and its like
-        return float(text) * unit if math.isfinite(float(text)) else None
-    return None
+def gpu_sample(at_s: float, words: tuple[str, str, str], cells: Iterable[Any], unit: float = 1.0) -> GpuSample:
+    """`words`: number, name, driver; `cells`: GPU_FACTS, `unit` being that of memory; [N/A] and its like are absent."""
+    facts: dict[str, float] = {}
+    for name, cell in zip(GPU_FACTS, cells):
+        with contextlib.suppress(ValueError, TypeError):
+            facts[name] = float(cell) * (unit if name.startswith("memory") else 1.0)
+    return GpuSample(at_s, *words, facts)
 
 
-def nvidia_sample(line: str, at_ns: int) -> GpuSample:
-    """One line of nvidia-smi's CSV, in its units of MiB. Raises ValueError."""
-    index, name, driver, *cells = map(str.strip, line.split(","))
-    used, memory, total, power = (_gpu_number(cell, unit) for cell, unit in zip(cells, (1.0, 2.0**20, 2.0**20, 1.0)))
-    return GpuSample(at_ns, index, name, driver, used, memory, total, power)
+def nvidia_samples(text: str, at_s: float) -> list[GpuSample]:
+    """One line of nvidia-smi's CSV. Raises ValueError."""
+    number, name, driver, *cells = map(str.strip, text.split(","))
+    return [gpu_sample(at_s, (number, name, driver), cells, 2.0**20)]
 
 
-def rocm_samples(text: str, at_ns: int) -> list[GpuSample]:
+def rocm_samples(text: str, at_s: float) -> list[GpuSample]:
     """What `rocm-smi --json` says: an object for each card, and one for the system. Raises ValueError."""
-    cards = json.loads(text)
-    driver, found = str(cards.get("system", {}).get("Driver version", "")), []
-    for key, card in cards.items():
+    told, found = json.loads(text), []
+    for key, card in told.items():
         if key.startswith("card"):
             power = next((value for name, value in card.items() if "Graphics Package Power (W)" in name), None)
             cells = [card.get(name) for name in ("GPU use (%)", "VRAM Total Used Memory (B)", "VRAM Total Memory (B)")]
-            name = next(
-                (str(card[name]) for name in ("Card Series", "Card series", "Card model") if name in card), "AMD"
-            )
-            found.append(GpuSample(at_ns, key[len("card") :], name, driver, *map(_gpu_number, (*cells, power))))
+            name = card.get("Card Series") or card.get("Card series") or card.get("Card model") or "AMD GPU"
+            driver = told.get("system", {}).get("Driver version", "-")
+            found.append(gpu_sample(at_s, (key[len("card") :], str(name), str(driver)), [*cells, power]))
     return found
 
 
-def integral(points: Sequence[tuple[float, float]], end: float) -> float:
-    """Under a line through points (time, value) from 0 to `end`; level before the first and after the last.
+def integral(points: Sequence[tuple[float, float]], begin: float, end: float) -> float:
+    """Under a line through points (time, value); level before the first and after the last.
 
-    >>> integral([(-1.0, 100.0), (1.0, 200.0), (9.0, 200.0)], 2.0)
+    >>> integral([(-1.0, 100.0), (1.0, 200.0), (9.0, 200.0)], 0.0, 2.0)
     350.0
     """
-    held = [(0.0, points[0][1]), *((min(max(at, 0.0), end), value) for at, value in points), (end, points[-1][1])]
+    held = [(begin, points[0][1]), *((min(max(at, begin), end), value) for at, value in points), (end, points[-1][1])]
     return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(held, held[1:]))
 
 
-def gpu_figures(gpus: Mapping[str, Sequence[GpuSample]], first_ns: int, end_s: float) -> dict[str, Any]:
-    """The `gpu_*` figures of a point of `end_s` seconds; memory, power and energy of all its GPUs together."""
-    rows = list(itertools.chain.from_iterable(gpus.values()))
-    if not rows or end_s <= 0:
+def gpu_figures(rows: Sequence[GpuSample], begin: float, end: float) -> dict[str, Any]:
+    """The `gpu_*` figures between two times; memory, power and energy are those of all these GPUs together."""
+    gpus = [[row for row in rows if row.gpu == gpu] for gpu in sorted({row.gpu for row in rows})]
+    if not gpus or end <= begin:
         return {}
-    found: dict[str, Any] = {"gpu_name": ", ".join(sorted({row.name for row in rows})), "gpu_count": len(gpus)}
-    found["gpu_driver"] = ", ".join(sorted({row.driver for row in rows}))
-    used = [row.utilization for row in rows if row.utilization is not None and 0 <= row.at_ns - first_ns <= end_s * 1e9]
+    names, drivers = ({getattr(row, word) for row in rows} for word in ("name", "driver"))
+    found: dict[str, Any] = {"gpu_count": len(gpus), "gpu_name": ", ".join(names), "gpu_driver": ", ".join(drivers)}
+    told = {name: [[(r.at_s, r.facts[name]) for r in some if name in r.facts] for some in gpus] for name in GPU_FACTS}
+    used = [value for some in told["utilization"] for at, value in some if begin <= at <= end]
     if used:
         found["gpu_utilization_mean"] = math.fsum(used) / len(used)
-    for name in ("memory", "memory_total"):
-        peaks = [max(getattr(row, name) or 0.0 for row in some) for some in gpus.values()]
-        if all(peaks):
-            found["gpu_memory_peak_bytes" if name == "memory" else "gpu_memory_total_bytes"] = round(sum(peaks))
-    power = [[((r.at_ns - first_ns) / 1e9, r.power) for r in some if r.power is not None] for some in gpus.values()]
-    if all(power):
-        found["gpu_energy_j"] = math.fsum(integral(points, end_s) for points in power)
-        found["gpu_power_mean_w"] = found["gpu_energy_j"] / end_s
+    for name, key in (("memory", "gpu_memory_peak_bytes"), ("memory_total", "gpu_memory_total_bytes")):
+        if all(told[name]):
+            found[key] = round(sum(max(value for _, value in some) for some in told[name]))
+    if all(told["power"]):
+        found["gpu_energy_j"] = math.fsum(integral(some, begin, end) for some in told["power"])
+        found["gpu_power_mean_w"] = found["gpu_energy_j"] / (end - begin)
     return found
+
+
+def figures_over_time(
+    samples: Sequence[tuple[float, Mapping[str, float]]], rows: Sequence[GpuSample]
+) -> dict[str, Any]:
+    """Lists for a picture, by result key; all `server_*` lists are of one length, as are all `gpu_*` lists."""
+    found = {"server_time_s": [at_s for at_s, _ in samples]}
+    for name in SERVER_SERIES:
+        if all(name in figures for _, figures in samples):
+            found[f"server_{name}"] = [figures[name] for _, figures in samples]
+    together = list(zip(*([row for row in rows if row.gpu == gpu] for gpu in {row.gpu for row in rows})))
+    found["gpu_time_s"] = [some[0].at_s for some in together]
+    for name in GPU_FACTS:
+        if all(name in row.facts for some in together for row in some):
+            share = len(together[0]) if together and name == "utilization" else 1
+            found[f"gpu_{name}"] = [math.fsum(row.facts[name] for row in some) / share for some in together]
+    return {name: values for name, values in found.items() if values}
 
 
 def fetch(url: str, headers: Mapping[str, str], most_bytes: int, timeout_s: float, context: Any = None) -> bytes:
@@ -4629,126 +4643,113 @@ def fetch(url: str, headers: Mapping[str, str], most_bytes: int, timeout_s: floa
     proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
     straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
     handlers = [request.ProxyHandler(proxies), straight, request.HTTPSHandler(context=context)]
-    asked, body, until = request.Request(url, headers={**headers, **login}), b"", time.monotonic() + timeout_s
+    asked, body, until = request.Request(url, headers={**headers, **login}), bytearray(), time.monotonic() + timeout_s
     with request.build_opener(*handlers).open(asked, timeout=timeout_s) as response:
         for piece in iter(lambda: response.read1(READ_BUFFER_BYTES), b""):
             body += piece
             if len(body) > most_bytes or time.monotonic() > until:
                 raise ValueError(f"more than {most_bytes >> 20} MB, or {timeout_s:g} s")
-    return body
-
-
-def what_to_read(config: Config) -> dict[str, Any]:
-    """The orders for the process that reads."""
-    parts = urlsplit(config.api_base)
-    near, asked = is_loopback(parts.hostname or ""), [url for url in config.server_metrics or [] if url != "off"]
-    root = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "/metrics", "", ""))
-    tool = next((name for name in ("nvidia-smi", "rocm-smi") if shutil.which(name)), "")
-    return {
-        "urls": asked or ([root] if near and not config.server_metrics else []),
-        "asked": bool(asked),
-        "interval_s": config.metrics_interval,
-        "tool": tool if config.gpu_metrics not in (None, "off") or (near and not config.gpu_metrics) else "",
-        "gpus": [] if config.gpu_metrics in (None, "all") else config.gpu_metrics.split(","),
-        "tls": [config.ca_file, config.insecure],
-    }
+    return bytes(body)
 
 
 class FigureReader:
-    """Reads metrics pages and a GPU tool at intervals, by the orders of `what_to_read`; in a process of its own."""
+    """Reads metrics pages and a GPU tool at intervals, by the orders of ServerFigures, whose process this is."""
 
     def __init__(self, orders: Mapping[str, Any]) -> None:
-        self.orders = orders
-        self.samples: list[tuple[int, Mapping[str, float]]] = []  # (ns of perf_counter, figures)
-        self.gpu_rows: list[GpuSample] = []
+        self._orders = orders
+        self._urls: Sequence[str] = orders["urls"]
+        self._samples: list[tuple[float, Mapping[str, float]]] = []  # (seconds of perf_counter, figures)
+        self._gpu_rows: list[GpuSample] = []
         self.tool: Any = None
 
-    def read(self) -> str:
-        """One sample, if every page can be read; else what was wrong."""
-        at_ns, pages = time.perf_counter_ns(), []
-        for url in self.orders["urls"]:
-            try:
-                context = tls_context(Origin.of(url, *self.orders["tls"])) if url.startswith("https") else None
-                pages.append(page_figures(fetch(url, {}, METRICS_BYTES, METRICS_TIMEOUT_S, context).decode()))
-            except Exception as error:  # whatever a page may hold, the run goes on without it
-                return f"{Redactor.url(url)}: {_reason(error)}"
-        if pages:
-            self.samples.append((at_ns, added_up(pages)))
-        return "" if pages else "nothing to read"
-
-    def read_until(self, settled: Callable[[Mapping[str, float]], bool]) -> str:
-        """One sample, the first that is settled or the last of METRICS_TRIES; else what was wrong."""
-        kept = len(self.samples)
+    def _read(self, settled: Callable[[Mapping[str, float]], bool] = bool) -> str:
+        """One sample, the first that is settled or the last of METRICS_TRIES; else what was wrong with a page."""
         for turn in range(METRICS_TRIES):
             time.sleep(METRICS_RETRY_S if turn else 0.0)
-            del self.samples[kept:]
-            wrong = self.read()
-            if wrong or settled(self.samples[-1][1]):
-                return wrong
+            at_s, pages = time.perf_counter(), []
+            for url in self._urls:
+                try:
+                    context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
+                    pages.append(page_figures(fetch(url, {}, METRICS_BYTES, METRICS_TIMEOUT_S, context).decode()))
+                except Exception as error:  # whatever a page may hold, the run goes on without it
+                    return f"{Redactor.url(url)}: {_reason(error)}"
+            figures = added_up(pages)
+            if not figures or settled(figures):
+                break
+        self._samples += [(at_s, figures)] if figures else []
         return ""
 
     def before(self) -> str:
         """The sample before the point, as soon as nothing is running any more; what was wrong, if it was asked for."""
-        wrong = self.read_until(lambda figures: not figures.get("running"))
-        if wrong:
-            self.orders = {**self.orders, "urls": []}
-        return wrong if self.orders["asked"] else ""
+        wrong = self._read(lambda figures: not figures.get("running"))
+        self._urls = [] if wrong else self._urls
+        return wrong if self._orders["asked"] else ""
 
     def during(self, said: queue.SimpleQueue[str]) -> str:
-        """A sample at every interval, of which only what a line over time needs is kept, until something is said."""
+        """A sample at every interval, until something is said."""
         due = time.monotonic()
         while True:
-            due = max(due + self.orders["interval_s"], time.monotonic())
+            due = max(due + self._orders["interval_s"], time.monotonic())
             with contextlib.suppress(queue.Empty):
                 return said.get(timeout=due - time.monotonic())
-            if not self.read():
-                at_ns, figures = self.samples[-1]
-                self.samples[-1] = (at_ns, {name: value for name, value in figures.items() if name in SERVER_SERIES})
+            if self._urls and not self._read():  # a line over time needs only some of it
+                at_s, figures = self._samples[-1]
+                self._samples[-1] = (at_s, {name: value for name, value in figures.items() if name in SERVER_SERIES})
 
-    def after(self, counted: Mapping[str, int]) -> None:
-        """The sample after the point, as soon as the server has counted as many tokens as the client."""
+    def after(self, point: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """[the figures of the point, those over time]; counters as soon as they are at what the client counted."""
 
         def caught_up(figures: Mapping[str, float]) -> bool:
-            start = self.samples[0][1]
-            return all(figures.get(name, math.inf) - start.get(name, 0.0) >= n for name, n in counted.items())
+            counted, start = point["counted"].items(), self._samples[0][1]
+            return all(figures.get(name, math.inf) - start.get(name, 0.0) >= count for name, count in counted)
 
-        if self.samples and self.read_until(caught_up):
-            self.samples.clear()
+        if self._samples and self._read(caught_up):
+            self._samples.clear()
+        zero, chosen = point["origin_s"], self._orders["gpus"]
+        worked = {row.gpu for row in self._gpu_rows if row.facts.get("utilization")}
+        gpus = (
+            worked
+            if chosen == "worked"
+            else {row.gpu for row in self._gpu_rows if chosen == "all"} or chosen.split(",")
+        )
+        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus]
+        samples = [(at_s - zero, figures) for at_s, figures in self._samples]
+        found = {**server_figures([figures for _, figures in samples]), **gpu_figures(rows, *point["between_s"])}
+        for name, count in point["per"].items():
+            if count and "gpu_energy_j" in found:
+                found[f"gpu_energy_per_{name}_j"] = found["gpu_energy_j"] / count
+        return [found, figures_over_time(samples[1:-1], rows)]
 
     def watch_gpus(self) -> None:
-        """Rows of the GPU tool for as long as this process lives; none where it does not work."""
+        """Rows of the GPU tool for as long as this process lives and the tool works."""
         subprocess = importlib.import_module("subprocess")
-        name, interval_s, chosen = self.orders["tool"], self.orders["interval_s"], self.orders["gpus"]
-        words = [name, *ROCM_QUERY.split()]
+        name, interval_s = self._orders["tool"], self._orders["interval_s"]
+        words, parse = [name, *ROCM_QUERY.split()], rocm_samples
         if name == "nvidia-smi":
-            words = [name, f"--query-gpu={NVIDIA_QUERY}", "--format=csv,noheader,nounits"]
+            words, parse = [name, f"--query-gpu={NVIDIA_QUERY}", "--format=csv,noheader,nounits"], nvidia_samples
             words.append(f"--loop-ms={round(interval_s * 1e3)}")
-        while name:
-            with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            while name:
                 pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
                 self.tool = subprocess.Popen(words, stdin=nothing, stdout=pipe, stderr=nothing, text=True)
-                pieces = self.tool.stdout if name == "nvidia-smi" else [self.tool.stdout.read()]
-                for piece in pieces:
-                    at_ns = time.perf_counter_ns()
-                    rows = [nvidia_sample(piece, at_ns)] if name == "nvidia-smi" else rocm_samples(piece, at_ns)
-                    self.gpu_rows += [row for row in rows if not chosen or row.gpu in chosen]
-            time.sleep(interval_s)
+                for piece in self.tool.stdout if name == "nvidia-smi" else [self.tool.stdout.read()]:
+                    self._gpu_rows += parse(piece, time.perf_counter())
+                time.sleep(interval_s)
 
 
 def figures_main() -> None:
-    """The process that reads: its orders on stdin, then `begin`, then what the client has counted by the end."""
+    """The process that reads: its orders on stdin, then `begin`, then how the point went."""
     reader = FigureReader(json.loads(sys.stdin.readline()))
     threading.Thread(target=reader.watch_gpus, daemon=True).start()
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
     if sys.stdin.readline():
         print(json.dumps(reader.before()), flush=True)
-        said: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=lambda: said.put(sys.stdin.readline()), daemon=True).start()
-        counted = reader.during(said)
-        if counted:
-            reader.after(json.loads(counted))
-            print(json.dumps([reader.samples, reader.gpu_rows]), flush=True)
-    if reader.tool:
-        reader.tool.kill()
+        point = reader.during(said)
+        told = reader.after(json.loads(point)) if point else None
+        if reader.tool:
+            reader.tool.kill()
+        print(json.dumps(told), flush=True)
 
 
 class ServerFigures:
@@ -4758,68 +4759,56 @@ class ServerFigures:
     """
 
     def __init__(self, config: Config) -> None:
-        self._config = config
-        self._orders = what_to_read(config)
+        parts = urlsplit(config.api_base)
+        near, asked = is_loopback(parts.hostname or ""), [url for url in config.server_metrics or [] if url != "off"]
+        root = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "/metrics", "", ""))
+        gpus = config.gpu_metrics or ("worked" if near else "off")
+        tool = next((name for name in ("nvidia-smi", "rocm-smi") if gpus != "off" and shutil.which(name)), "")
+        self._asked_gpus = gpus if gpus not in ("worked", "off") else ""
+        self.orders = {
+            "urls": asked or ([root] if near and not config.server_metrics else []), "asked": bool(asked),
+            "interval_s": config.metrics_interval, "gpus": gpus, "tool": tool,
+            "tls": [config.ca_file, config.insecure],
+        }  # fmt: skip
         self._process: Optional[asyncio.subprocess.Process] = None
-        self._samples: Sequence[tuple[float, Mapping[str, float]]] = ()  # (seconds from the start, figures)
-        self._gpus: Mapping[str, Sequence[GpuSample]] = {}
-        self._origin_ns = 0
+        self._series: dict[str, list[float]] = {}
 
     async def start(self) -> None:
         """Let the process start, to be ready when the warm-up is over."""
-        if self._orders["urls"] or self._orders["tool"]:
+        if self.orders["urls"] or self.orders["tool"]:
+            pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+            streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": nothing, "limit": 1 << 28}
+            command = (sys.executable, THIS_FILE, "--figures")
             with contextlib.suppress(OSError):
-                self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, THIS_FILE, "--figures"), stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
-                    limit=1 << 28,
-                )  # fmt: skip
-            self._say(self._orders)
+                self._process = await asyncio.create_subprocess_exec(*command, start_new_session=True, **streams)
+            self._say(self.orders)
 
     async def begin(self) -> None:
         """The figures before the timed part, which waits for them, at most METRICS_PATIENCE_S."""
         self._say("begin")
         wrong = await self._answer() if self._process else ""
-        if wrong or (wrong is None and self._orders["asked"]):
+        if wrong or (wrong is None and self.orders["asked"]):
             note(f"--server-metrics {plain(wrong or 'cannot be read')}: measuring without")
 
     async def stop(self, tally: Tally, origin_ns: int) -> dict[str, Any]:
         """The figures after it, and all that follows from them, under the keys that the JSON has."""
-        whole, self._origin_ns = not tally.errors + tally.aborted, origin_ns
         counted = {"prompt_tokens": tally.prompt_tokens, "generated_tokens": tally.completion_tokens}
-        self._say(counted if whole else {})
-        samples, rows = (await self._answer() if origin_ns else None) or ([], [])
+        begun, between_s = bool(origin_ns and self._process), (tally.first_sent_s, tally.last_done_s)
+        if begun:
+            self._say({
+                "origin_s": origin_ns / 1e9, "between_s": between_s if tally.elapsed_s else (0.0, 0.0),
+                "counted": {} if tally.errors + tally.aborted else counted,
+                "per": {"output_token": tally.completion_tokens, "request": tally.ok},
+            })  # fmt: skip
+        found, self._series = (await self._answer() if begun else None) or ({}, {})
         await self._end()
-        self._samples = [((at_ns - origin_ns) / 1e9, figures) for at_ns, figures in samples]
-        by_gpu: dict[str, list[GpuSample]] = {}
-        for row in itertools.starmap(GpuSample, rows):
-            by_gpu.setdefault(row.gpu, []).append(row)
-        asked = self._config.gpu_metrics
-        self._gpus = {i: some for i, some in by_gpu.items() if asked or any(row.utilization for row in some)}
-        first_ns = origin_ns + round(1e9 * tally.first_sent_s) if tally.elapsed_s else 0
-        found = gpu_figures(self._gpus, first_ns, tally.elapsed_s)
-        for key, count in (("output_token", tally.completion_tokens), ("request", tally.ok)):
-            if count and "gpu_energy_j" in found:
-                found[f"gpu_energy_per_{key}_j"] = found["gpu_energy_j"] / count
-        if asked not in (None, "off") and not found and origin_ns:
-            note(f"--gpu-metrics {asked}: neither nvidia-smi nor rocm-smi tells of it here")
-        return {**server_figures([figures for _, figures in self._samples]), **found}
+        if origin_ns and self._asked_gpus and "gpu_name" not in found:
+            note(f"--gpu-metrics {self._asked_gpus}: neither nvidia-smi nor rocm-smi tells of it here")
+        return found
 
     def series(self) -> dict[str, list[float]]:
-        """How they went, in seconds from the start of the timed part; all `server_*` lists are of one length."""
-        during = self._samples[1:-1]
-        found = {"server_time_s": [at_s for at_s, _ in during]}
-        for name in SERVER_SERIES:
-            if all(name in figures for _, figures in during):
-                found[f"server_{name}"] = [figures[name] for _, figures in during]
-        together = list(zip(*self._gpus.values()))
-        found["gpu_time_s"] = [(rows[0].at_ns - self._origin_ns) / 1e9 for rows in together]
-        for name in ("utilization", "memory", "power"):
-            values = [[getattr(row, name) for row in rows] for rows in together]
-            if not any(None in some for some in values):
-                share = len(self._gpus) if name == "utilization" else 1
-                found[f"gpu_{name}"] = [math.fsum(some) / share for some in values]
-        return {name: values for name, values in found.items() if values}
+        """How the figures went, in seconds from the start of the timed part; `figures_over_time` has the keys."""
+        return self._series
 
     def _say(self, what: Any) -> None:
         """By pipe, never by argv: a URL may hold a login."""
@@ -5084,10 +5073,6 @@ def agreed(config: Config, lessons: Sequence[Lesson]) -> Lesson:
     return Lesson(Dialect(**{**first, **conceded}), [pair for lesson in lessons for pair in lesson.counted])
 
 
-async def nothing_before() -> None:
-    pass
-
-
 @dataclass
 class Part:
     """One process's part of a measured point: its jobs, its share of the concurrency, and where records go."""
@@ -5099,7 +5084,7 @@ class Part:
     stop: Stop
     # Told the start of the timed part, in ns of perf_counter, its options, and how to ask for the tokens on their way.
     begin: Callable[[int, Config, Callable[[], int]], None]
-    before: Callable[[], Awaitable[None]] = nothing_before  # awaited when all stand ready, right before that start
+    before: Optional[Callable[[], Awaitable[None]]] = None  # awaited when all stand ready, before that start
 
     @property
     def concurrency(self) -> int:
@@ -5172,7 +5157,8 @@ async def measure(part: Part, peers: Peers) -> Optional[Health]:
         sender.dialect, part = lesson.dialect, part.after(lesson)
         pool = Pool(Load(part.schedule, part.workload, sender, part.sinks, part.concurrency), part.stop)
         await pool.prepare()
-        await part.before()
+        if part.before:
+            await part.before()
         origin_ns = await peers.start_ns()
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
@@ -5478,7 +5464,8 @@ async def measure_sharded(part: Part) -> list[Health]:
         for shard in shards:
             shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
         await asyncio.gather(*(shard.ready for shard in shards))
-        await part.before()
+        if part.before:
+            await part.before()
         origin_ns = time.perf_counter_ns()
         if not part.stop.draining.is_set():
             part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
@@ -5936,7 +5923,7 @@ class DemoServer:
 
     def truth(self, since_ns: int) -> dict[str, Distribution]:
         """Latency and TTFT as the server saw them, of the requests that arrived from `since_ns` on."""
-        said = fetch_json(f"{self.api_base[: -len('/v1')]}/truth?since_ns={since_ns}", None)
+        said = fetch_json(f"{self.api_base[: -len('/v1')]}/truth?since_ns={since_ns}", None, timeout_s=60.0)
         measured = [dict(zip(said["fields"], row)) for row in said["requests"]]
         streamed = [row for row in measured if row["streamed"]]
         return {

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import pytest
 
@@ -190,7 +190,7 @@ def test_a_points_figures_are_differences_means_and_peaks() -> None:
     ],
 )
 def test_only_a_local_servers_page_is_read_unasked(base: str, given: Any, urls: list[str]) -> None:
-    orders = bench.what_to_read(make_config(api_base=base, server_metrics=given, gpu_metrics="off"))
+    orders = bench.ServerFigures(make_config(api_base=base, server_metrics=given, gpu_metrics="off")).orders
     assert [url.replace(":2/", ":1/") for url in orders["urls"]] == urls
     assert orders["tool"] == ""
 
@@ -441,9 +441,10 @@ def test_rocm_smi_is_read_by_both_names_of_its_power() -> None:
         "card1": {"GPU use (%)": 0, "Average Graphics Package Power (W)": "N/A"},
         "system": {"Driver version": "6.10.5"},
     }  # fmt: skip
-    first, second = bench.rocm_samples(json.dumps(cards), 7)
-    assert first == bench.GpuSample(7, "0", "Instinct MI300X", "6.10.5", 97.0, 1000.0, 206141652992.0, 550.0)
-    assert (second.gpu, second.name, second.power, second.memory) == ("1", "AMD", None, None)
+    first, second = bench.rocm_samples(json.dumps(cards), 7.0)
+    facts = {"utilization": 97.0, "memory": 1000.0, "memory_total": 206141652992.0, "power": 550.0}
+    assert first == bench.GpuSample(7.0, "0", "Instinct MI300X", "6.10.5", facts)
+    assert second == bench.GpuSample(7.0, "1", "AMD GPU", "6.10.5", {"utilization": 0.0})
 
 
 def test_rocm_smi_is_asked_at_every_interval(
@@ -456,14 +457,29 @@ def test_rocm_smi_is_asked_at_every_interval(
     assert "gpu_memory_peak_bytes" not in said
 
 
-def rows(gpu: str, *powers: Optional[float]) -> list[bench.GpuSample]:
-    return [bench.GpuSample(at * 10**9, gpu, "G", "d", 50.0, 1.0, 2.0, power) for at, power in enumerate(powers)]
+def rows(gpu: str, *powers: float) -> list[bench.GpuSample]:
+    facts = {"utilization": 50.0, "memory": 1.0}
+    return [bench.GpuSample(at, gpu, "G", "d", {**facts, "power": power}) for at, power in enumerate(powers)]
 
 
 def test_energy_is_power_integrated_over_the_point() -> None:
-    found = bench.gpu_figures({"0": rows("0", 100.0, 300.0, 300.0), "1": rows("1", 50.0, 50.0, 50.0)}, 0, 2.0)
+    both = [*rows("0", 100.0, 300.0, 300.0), *rows("1", 50.0, 50.0, 50.0)]
+    found = bench.gpu_figures(both, 0.0, 2.0)
     assert found["gpu_energy_j"] == pytest.approx(200 + 300 + 100)
     assert found["gpu_power_mean_w"] == pytest.approx(300)
-    partly = bench.gpu_figures({"0": rows("0", 100.0), "1": rows("1", None)}, 0, 2.0)
-    assert "gpu_energy_j" not in partly  # of one of two GPUs it would be half the truth
-    assert bench.gpu_figures({}, 0, 2.0) == {}
+    untold = bench.GpuSample(0.0, "2", "G", "d", {})
+    assert "gpu_energy_j" not in bench.gpu_figures([*both, untold], 0.0, 2.0)  # of two of three it would not be all
+    assert bench.gpu_figures([], 0.0, 2.0) == {}
+
+
+def test_what_is_drawn_over_time_has_lists_of_one_length() -> None:
+    samples = [(0.1, {"running": 4.0, "waiting": 1.0}), (0.2, {"running": 5.0})]
+    assert bench.figures_over_time(samples, [*rows("0", 100.0, 300.0), *rows("1", 50.0, 50.0, 50.0)]) == {
+        "server_time_s": [0.1, 0.2],
+        "server_running": [4.0, 5.0],
+        "gpu_time_s": [0, 1],
+        "gpu_utilization": [50.0, 50.0],
+        "gpu_memory": [2.0, 2.0],
+        "gpu_power": [150.0, 350.0],
+    }
+    assert bench.figures_over_time([], []) == {}
