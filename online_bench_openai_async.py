@@ -58,6 +58,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import random
@@ -131,8 +132,8 @@ GC_THRESHOLDS = (5_000, 100, 1000)  # short young passes, no full one
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 EXACT_SAMPLES = 2_000_000  # values of one metric kept as they are; those beyond are counted in buckets
-BUCKET_ERROR = 0.001  # how far a bucket's value may be from those in it, as a share of them
-LEAST_BUCKET = 1e-6  # of ms: the clock's ns; what is less, 0 above all, counts as this
+BUCKET_BITS = 14  # of a float's 32 that tell no buckets apart: 9 of its fraction do
+BUCKET_ERROR = 0.001  # how far a bucket's value may be from those in it, as a share of them: 2**-10
 FEW_SAMPLES_FOR_P99 = 100
 REPORT_COLUMNS = 100
 ERROR_GROUPS_SHOWN = 5
@@ -783,7 +784,7 @@ class Corpus(Sequence[Request]):
     """The prompts of a JSONL file, all checked before any load, then read and parsed one by one as they are needed.
 
     Kept are offsets only, so that several processes hold no copy of the file each. What can be read only once, as a
-    pipe, goes to a temporary file, which `close` removes; `path` is where another process finds the lines.
+    pipe, goes to a temporary file, without a name or removed by `close`; `path` is where another process finds it.
     """
 
     def __init__(self, name: str, system_prompt: Optional[str]) -> None:
@@ -801,7 +802,7 @@ class Corpus(Sequence[Request]):
         at = number = 0
         try:
             self._file = os.open(self._name, _READ_ONLY)
-            if not self._can_be_read_again():
+            if check and not self._can_be_read_again():
                 self._copy_to_disk()
             with open(self._file, "rb", closefd=False) as file:
                 for raw in file:
@@ -829,11 +830,17 @@ class Corpus(Sequence[Request]):
         return False
 
     def _copy_to_disk(self) -> None:
-        place, self._copy = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
-        with open(self._file, "rb") as source, open(place, "wb") as target:
+        place, self.path = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
+        by_number = f"/proc/{os.getpid()}/fd/{place}"
+        if os.path.exists(by_number):  # then it needs no name, and none is left behind however this process ends
+            os.unlink(self.path)
+            self.path = by_number
+        else:
+            self._copy = self.path
+        with open(self._file, "rb") as source, open(place, "wb", closefd=False) as target:
+            self._file = place
             shutil.copyfileobj(source, target)
-        self.path = self._copy
-        self._file = os.open(self.path, _READ_ONLY)
+        os.lseek(place, 0, os.SEEK_SET)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -1396,40 +1403,38 @@ def describe(sample: Iterable[float]) -> Distribution:
 
 
 class Sample:
-    """The values of one metric: the first EXACT_SAMPLES as they are, those beyond counted in logarithmic buckets.
+    """The values of one metric: the first EXACT_SAMPLES as they are, those beyond counted in buckets.
 
-    The buckets are DDSketch's (Masson, Rim, Lee: DDSketch, VLDB 2019, section 2): bucket i counts the values in
-    [g**i, g**(i+1)), g = (1+e)/(1-e), and stands for 2 g**(i+1) / (1+g), which is within e of each of them. So memory
-    does not grow with the run; mean, deviation, maximum and n stay exact, percentiles are within e = BUCKET_ERROR.
+    The buckets are HdrHistogram's (hdrhistogram.org): each power of two is cut into 512 equal parts, and a bucket
+    stands for its middle, within BUCKET_ERROR of all that it holds. Its number is what a value has in the upper bits
+    as a float of 32. So memory does not grow with the run; mean, deviation, maximum and n stay exact.
     """
-
-    _RATIO = (1 + BUCKET_ERROR) / (1 - BUCKET_ERROR)
 
     def __init__(self, code: str, most: int = EXACT_SAMPLES) -> None:
         """`code`: the array type of the values kept."""
         self.exact: array[float] = array(code)
         self._most = most
         self._buckets: Counter[int] = Counter()
-        self._n = 0  # of values in the buckets, with their sum, that of their squares, and the largest
-        self._sum = self._squares = 0.0
+        self._n = 0  # of values in the buckets, with their sum, and the largest
+        self._sum = 0.0
         self._max = -math.inf
-        self._shift = 0.0  # a value among them, taken off each before it is squared: for precision
+        self._near = 0.0  # one of them, and the sum of their squared distances to it: for precision
+        self._squares = 0.0
 
     def extend(self, values: Sequence[float]) -> None:
         if len(self.exact) < self._most:
             self.exact.extend(values)
         else:
-            self._shift = self._shift or self.exact[0]
+            self._near = self._near or self.exact[0]
             self._count(values)
 
     def _count(self, values: Sequence[float]) -> None:
-        logs = map(math.log, map(max, values, itertools.repeat(LEAST_BUCKET)))
-        self._buckets.update(map(math.floor, map((1 / math.log(self._RATIO)).__mul__, logs)))
-        off = [value - self._shift for value in values]
-        self._n += len(off)
-        self._sum += math.fsum(off)
-        self._squares += math.fsum(map(float.__mul__, off, off))
-        self._max = max(self._max, *values)
+        bits = memoryview(array("f", values)).cast("B").cast("I")
+        self._buckets.update(map(operator.rshift, bits, itertools.repeat(BUCKET_BITS)))
+        self._n += len(values)
+        self._sum += math.fsum(values)
+        self._squares += math.dist(values, [self._near] * len(values)) ** 2
+        self._max = max(self._max, max(values))
 
     def describe(self) -> Distribution:
         """Call it once, when nothing more comes: it counts what was kept, where there is more than that."""
@@ -1439,27 +1444,26 @@ class Sample:
             self._count(self.exact[start : start + (1 << 16)])
         self.exact = self.exact[:0]
         mean = self._sum / self._n
-        deviation = math.sqrt(max(0.0, self._squares / self._n - mean**2))
-        ordered = BucketValues(self._buckets, self._RATIO, self._max)
+        deviation = math.sqrt(max(0.0, self._squares / self._n - (mean - self._near) ** 2))
+        ordered = BucketValues(self._buckets, self._max)
         ranks = {rank: percentile(ordered, rank) for rank in PERCENTILES}
-        return Distribution(self._n, mean + self._shift, deviation, self._max, ranks)
+        return Distribution(self._n, mean, deviation, self._max, ranks)
 
 
 class BucketValues(Sequence[float]):
-    """The order statistics of counted buckets, each as its bucket's value and none above the maximum."""
+    """The order statistics of counted buckets, each as the middle of its bucket and none above the maximum."""
 
-    def __init__(self, buckets: Mapping[int, int], ratio: float, most: float) -> None:
-        self._numbers = sorted(buckets)
-        self._ends = list(itertools.accumulate(buckets[number] for number in self._numbers))
-        self._ratio = ratio
-        self._most = most
+    def __init__(self, buckets: Mapping[int, int], most: float) -> None:
+        bits = array("I", [number << BUCKET_BITS | 1 << BUCKET_BITS - 1 for number in buckets])
+        counted = sorted(zip(memoryview(bits).cast("B").cast("f"), buckets.values()))
+        self._values = [min(most, value) for value, _ in counted]
+        self._ends = list(itertools.accumulate(count for _, count in counted))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, at: Any) -> Any:
-        number = self._numbers[bisect.bisect_right(self._ends, at)]
-        return min(self._most, 2 * self._ratio ** (number + 1) / (1 + self._ratio))
+        return self._values[bisect.bisect_right(self._ends, at)]
 
 
 def _one(value: Optional[float]) -> Sequence[float]:
