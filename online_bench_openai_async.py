@@ -4472,7 +4472,7 @@ SERVER_DIALECTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 SERVER_COUNTS = ("prompt_tokens", "computed_prompt_tokens", "generated_tokens", "preemptions")
 SERVER_GAUGES = ("running", "waiting", "kv_cache", "acceptance_length")
 SERVER_DURATIONS = ("queue", "ttft", "tpot", "itl", "e2el")
-SERVER_SERIES = ("running", "waiting", "kv_cache", "acceptance_length", "prompt_tokens", "generated_tokens")
+SERVER_SERIES = ("running", "waiting", "kv_cache", "acceptance_length", "generated_tokens")  # kept during the point
 NOT_ADDED_UP = ("kv_cache", "acceptance_length")  # over engines and replicas: the greatest
 
 _SAMPLE_LINE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?\s*')
@@ -4626,17 +4626,17 @@ def gpu_figures(rows: Sequence[GpuSample], begin: float, end: float) -> dict[str
 def figures_over_time(
     samples: Sequence[tuple[float, Mapping[str, float]]], rows: Sequence[GpuSample]
 ) -> dict[str, Any]:
-    """Lists for a picture, by result key; all `server_*` lists are of one length, as are all `gpu_*` lists."""
-    found = {"server_time_s": [at_s for at_s, _ in samples]}
-    for name in SERVER_SERIES:
-        if all(name in figures for _, figures in samples):
-            found[f"server_{name}"] = [figures[name] for _, figures in samples]
-    together = list(zip(*([row for row in rows if row.gpu == gpu] for gpu in {row.gpu for row in rows})))
-    found["gpu_time_s"] = [some[0].at_s for some in together]
-    for name in GPU_FACTS:
-        if all(name in row.facts for some in together for row in some):
-            share = len(together[0]) if together and name == "utilization" else 1
-            found[f"gpu_{name}"] = [math.fsum(row.facts[name] for row in some) / share for some in together]
+    """Lists of [seconds, value] for a picture, by result key; power is that of all GPUs, utilisation their mean."""
+    found: dict[str, list[list[float]]] = {}
+    for name in SERVER_SERIES[:-1]:
+        found[f"server_{name}"] = [[at, figures[name]] for at, figures in samples if name in figures]
+    made = [(at, figures[SERVER_SERIES[-1]]) for at, figures in samples if SERVER_SERIES[-1] in figures]
+    steps = zip(made, made[1:])
+    found["server_generated_tokens_per_s"] = [[b[0], _rate(b[1] - a[1], b[0] - a[0])] for a, b in steps]
+    gpus = [[row for row in rows if row.gpu == gpu] for gpu in sorted({row.gpu for row in rows})]
+    for name, key, share in (("power", "gpu_power_w", 1), ("utilization", "gpu_utilization", len(gpus))):
+        told = [[(row.at_s, row.facts[name]) for row in some if name in row.facts] for some in gpus]
+        found[key] = [[some[0][0], math.fsum(value for _, value in some) / share] for some in zip(*told)]
     return {name: values for name, values in found.items() if values}
 
 
@@ -4775,7 +4775,7 @@ class ServerFigures:
             "tls": [config.ca_file, config.insecure],
         }  # fmt: skip
         self._process: Optional[asyncio.subprocess.Process] = None
-        self._series: dict[str, list[float]] = {}
+        self._series: dict[str, list[list[float]]] = {}
 
     async def start(self) -> None:
         """Let the process start, to be ready when the warm-up is over."""
@@ -4810,8 +4810,8 @@ class ServerFigures:
             note(f"--gpu-metrics {self._asked_gpus}: neither nvidia-smi nor rocm-smi tells of it here")
         return found
 
-    def series(self) -> dict[str, list[float]]:
-        """How the figures went, in seconds from the start of the timed part; `figures_over_time` has the keys."""
+    def series(self) -> dict[str, list[list[float]]]:
+        """How the figures went: by result key, lists of [seconds from the start of the timed part, value]."""
         return self._series
 
     def _say(self, what: Any) -> None:
@@ -5949,7 +5949,7 @@ class Point:
         self.tally = Tally(corpus.own_tokens if corpus else ())
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
-        self.series: Mapping[str, Sequence[float]] = {}  # of the server's own figures
+        self.series: Mapping[str, Any] = {}  # the server's own figures over time
         self._workload = workload_of(config, corpus)
         self._requests_file = corpus.path if corpus else None
 

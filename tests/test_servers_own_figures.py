@@ -190,7 +190,7 @@ def test_a_points_figures_are_differences_means_and_peaks() -> None:
     ],
 )
 def test_only_a_local_servers_page_is_read_unasked(base: str, given: Any, urls: list[str]) -> None:
-    orders = bench.ServerFigures(make_config(api_base=base, server_metrics=given, gpu_metrics="off")).orders
+    orders: Any = bench.ServerFigures(make_config(api_base=base, server_metrics=given, gpu_metrics="off")).orders
     assert [url.replace(":2/", ":1/") for url in orders["urls"]] == urls
     assert orders["tool"] == ""
 
@@ -472,14 +472,12 @@ def test_energy_is_power_integrated_over_the_point() -> None:
     assert bench.gpu_figures([], 0.0, 2.0) == {}
 
 
-def test_what_is_drawn_over_time_has_lists_of_one_length() -> None:
-    samples = [(0.1, {"running": 4.0, "waiting": 1.0}), (0.2, {"running": 5.0})]
+def test_what_is_drawn_over_time_is_lists_of_seconds_and_values() -> None:
+    samples = [(0.5, {"running": 4.0, "generated_tokens": 10.0}), (1.0, {"running": 5.0, "generated_tokens": 40.0})]
     assert bench.figures_over_time(samples, [*rows("0", 100.0, 300.0), *rows("1", 50.0, 50.0, 50.0)]) == {
-        "server_time_s": [0.1, 0.2],
-        "server_running": [4.0, 5.0],
-        "gpu_time_s": [0, 1],
-        "gpu_utilization": [50.0, 50.0],
-        "gpu_memory": [2.0, 2.0],
-        "gpu_power": [150.0, 350.0],
+        "server_running": [[0.5, 4.0], [1.0, 5.0]],
+        "server_generated_tokens_per_s": [[1.0, 60.0]],
+        "gpu_power_w": [[0, 150.0], [1, 350.0]],
+        "gpu_utilization": [[0, 50.0], [1, 50.0]],
     }
     assert bench.figures_over_time([], []) == {}
