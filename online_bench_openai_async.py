@@ -4763,14 +4763,14 @@ class ServerFigures:
     """
 
     def __init__(self, config: Config) -> None:
-        parts = urlsplit(config.api_base)
-        near, asked = is_loopback(parts.hostname or ""), [url for url in config.server_metrics or [] if url != "off"]
-        root = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "/metrics", "", ""))
+        asked, bases = [url for url in config.server_metrics or [] if url != "off"], map(urlsplit, [config.api_base])
+        roots = {urlunsplit((b.scheme, b.netloc.rpartition("@")[2], "/metrics", "", "")) for b in bases}
+        near = all(is_loopback(urlsplit(root).hostname or "") for root in roots)
         gpus = config.gpu_metrics or ("worked" if near else "off")
         tool = next((name for name in ("nvidia-smi", "rocm-smi") if gpus != "off" and shutil.which(name)), "")
         self._asked_gpus = gpus if gpus not in ("worked", "off") else ""
         self.orders = {
-            "urls": asked or ([root] if near and not config.server_metrics else []), "asked": bool(asked),
+            "urls": asked or (sorted(roots) if near and not config.server_metrics else []), "asked": bool(asked),
             "interval_s": config.metrics_interval, "gpus": gpus, "tool": tool,
             "tls": [config.ca_file, config.insecure],
         }  # fmt: skip
