@@ -248,8 +248,9 @@ def test_every_warning_says_what_to_do() -> None:
     """All rules at once: a bad run, and each line of it with a cure."""
     bad = make_record(has_usage=False, cached_tokens=5, merged_reads=3, reconnects=1, free_s=0.5, syn_resent=1)
     at_once = make_record(1, last_s=1.1)
+    dead = make_record(2, status="http_error", error_kind="connect_refused", error="refused", server="http://b")
     tally = bench.Tally([5, 0])
-    for record in (bad, at_once):
+    for record in (bad, at_once, dead):
         tally.add(record)
     tally.server = {"server_mean_queue_ms": 60.0, "server_mean_e2el_ms": 100.0, "server_preemptions": 1}
     config = make_config(output_tokens=50, prompt_tokens=20)

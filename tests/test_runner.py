@@ -58,7 +58,7 @@ class Server:
 
 
 def numbered(index: int) -> bench.Request:
-    return bench.Request([{"role": "user", "content": str(index)}])
+    return bench.Request({"messages": [{"role": "user", "content": str(index)}]})
 
 
 def nothing_happens(stop: bench.Stop) -> None:
