@@ -6405,11 +6405,11 @@ class Point:
         breaker = Breaker(self.tally, stop, self.config.concurrency, self.config.stop_after_errors)  # after the tally
         sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
         config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
+        part = Part(config, self._workload, ClosedLoop(config.total_requests), sinks, stop, begin)
         figures = ServerFigures(config)
-        schedule = ClosedLoop(config.total_requests)
-        part = Part(config, self._workload, schedule, sinks, stop, begin, figures.begin)
+        part.before = figures.begin
+        await figures.start()
         try:
-            await figures.start()
             if self.config.processes > 1:
                 self.health = await measure_sharded(part)
             else:

@@ -180,18 +180,21 @@ def test_a_points_figures_are_differences_means_and_peaks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "given", "urls"),
+    ("servers", "given", "urls"),
     [
-        ("http://127.0.0.1:8000/v1", None, ["http://127.0.0.1:8000/metrics"]),
-        ("http://me:secret@localhost:8000/openai/v1?key=1", None, ["http://localhost:8000/metrics"]),
-        ("http://127.0.0.1:8000/v1", ["off"], []),
-        ("https://api.openai.com/v1", None, []),
-        ("https://api.openai.com/v1", ["http://box:1/metrics", "http://box:2/metrics"], ["http://box:1/metrics"] * 2),
+        (["http://127.0.0.1:8000/v1"], None, ["http://127.0.0.1:8000/metrics"]),
+        (["http://me:secret@localhost:8000/openai/v1?key=1"], None, ["http://localhost:8000/metrics"]),
+        (["http://[::1]:1/v1", "http://[::1]:2/v1"], None, ["http://[::1]:1/metrics", "http://[::1]:2/metrics"]),
+        (["http://127.0.0.1:8000/v1", "http://10.0.0.1:8000/v1"], None, []),  # half of the counts would be none
+        (["http://127.0.0.1:8000/v1"], ["off"], []),
+        (["https://api.openai.com/v1"], None, []),
+        (["https://api.openai.com/v1"], ["http://box:1/metrics"], ["http://box:1/metrics"]),
     ],
 )
-def test_only_a_local_servers_page_is_read_unasked(base: str, given: Any, urls: list[str]) -> None:
-    orders: Any = bench.ServerFigures(make_config(api_base=base, server_metrics=given, gpu_metrics="off")).orders
-    assert [url.replace(":2/", ":1/") for url in orders["urls"]] == urls
+def test_only_local_servers_pages_are_read_unasked(servers: list[str], given: Any, urls: list[str]) -> None:
+    config = make_config(api_base=servers[0], servers=servers, server_metrics=given, gpu_metrics="off")
+    orders: Any = bench.ServerFigures(config).orders
+    assert orders["urls"] == urls
     assert orders["tool"] == ""
 
 
