@@ -246,7 +246,7 @@ class Reply:
     kernel_reads: int = 0  # reads with the kernel's stamp
     content_reads: int = 0
     merged_reads: int = 0  # content reads of more than one chunk
-    first_merged: bool = False  # the first token came in one read with later chunks
+    with_first: int = 0  # later chunks that came in one read with the first token
     late_gaps: int = 0  # gaps left out: their chunks queued up while this client was held up
     syn_resent: int = 0  # how often its connection's first packet had to be repeated
     chunks: Optional[int] = None
@@ -456,6 +456,7 @@ class Summary:
     content_reads: int
     merged_reads: int
     first_merged: int  # successes whose first token came in one read with later chunks
+    with_first: int  # those chunks
     late_read: int  # requests of which chunks queued up while this client was held up
     late_first: int  # of them, those of which even the first token's arrival is not known
     late_gaps: int
@@ -1282,7 +1283,7 @@ class StreamReader:
         self._gaps_before = 0  # how many gaps there were before the last read
         self._packed: set[int] = set()  # stamps of late reads of several chunks
         self._late_gaps = 0
-        self._first_merged = False
+        self._with_first = 0
         self._choice_index: Any = None
 
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
@@ -1441,9 +1442,11 @@ class StreamReader:
             self._content_reads += 1
             self._alone = True
             self._gaps_before = len(self._gaps_ms)
-        elif self._alone:
-            self._alone = False
-            self._several(stamp_ns)
+        else:
+            self._with_first += stamp_ns == self._first_ns
+            if self._alone:
+                self._alone = False
+                self._several(stamp_ns)
         if visible and self._visible_ns is None:
             self._visible_ns = stamp_ns
         if self._last_ns is None:
@@ -1466,7 +1469,6 @@ class StreamReader:
             del self._gaps_ms[self._gaps_before :]
         else:
             self._merged_reads += 1
-            self._first_merged = self._first_merged or stamp_ns == self._first_ns
 
     def _fail(self, kind: str, message: str) -> None:
         self._failure = self._failure or _failed(kind, message)
@@ -1479,7 +1481,8 @@ class StreamReader:
         reply.first_ns, reply.visible_ns = (
             None if stamp_ns in self._packed else stamp_ns for stamp_ns in (self._first_ns, self._visible_ns)
         )
-        reply.last_ns, reply.late_gaps, reply.first_merged = self._last_ns, self._late_gaps, self._first_merged
+        reply.last_ns, reply.late_gaps = self._last_ns, self._late_gaps
+        reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
         set_fields(reply, self._counts)
@@ -1583,7 +1586,7 @@ class Sample:
     def extend(self, values: Sequence[float]) -> None:
         if len(self.exact) < self._most:
             self.exact.extend(values)
-        else:
+        elif values:
             self._near = self._near or self.exact[0]
             self._count(values)
 
@@ -1643,12 +1646,13 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
-    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), above=("ttft", 1.0001)),
+    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), "f",
+           ("ttft", 1.0001)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
     Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), "f"),
     Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), "f", ("latency", 0.01)),
-    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
-    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), above=("latency", 1.01)),
+    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms), "f"),
+    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), "f", ("latency", 1.01)),
     Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), "f", ("latency", 0.01)),
     Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None), "f",
            ("latency", 0.01)),
@@ -1670,7 +1674,7 @@ GROUP_METRICS = ("latency", "ttft", "tpot")
 # What is counted besides, by the summary's field names.
 COUNTED_BESIDES = (
     "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
-    "streams", "first_merged", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
+    "streams", "first_merged", "with_first", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
     "prefix_tokens",
 )  # fmt: skip
 
@@ -1681,7 +1685,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample(metric.code) for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample("f") for metric in METRICS if metric.key in GROUP_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -1728,9 +1732,7 @@ class Tally:
 
     def add(self, record: Record) -> None:
         for metric in METRICS:
-            values = metric.read(record)
-            if values:
-                self.samples[metric.key].extend(values)
+            self.samples[metric.key].extend(metric.read(record))
         for name in COUNTED:
             self.counts[name] += getattr(record.reply, name)
         self.counts["new_connections"] += bool(record.reply.new_connection)
@@ -1773,7 +1775,8 @@ class Tally:
             counts["chunked_tokens"] += reply.completion_tokens or 0
         if reply.chunks:
             counts["streams"] += 1
-            counts["first_merged"] += reply.first_merged
+            counts["first_merged"] += reply.with_first > 0
+            counts["with_first"] += reply.with_first
             counts["late_first"] += reply.first_ns is None
             counts["one_piece"] += reply.first_ns == reply.last_ns and (reply.completion_tokens or 0) > 1
         if self._own_tokens and reply.prompt_tokens:
@@ -1858,7 +1861,7 @@ class ReportWarning(NamedTuple):
 def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     gaps = summary.distributions["gap"].n + summary.late_gaps
     share = max(_rate(summary.late_first, summary.streams), _rate(summary.late_gaps, gaps))
-    if share < LATE_SHARE:
+    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:  # the rest had come together
         return None
     pause = max((h.lag_max_ms for h in health), default=0.0)
     return (
@@ -1961,7 +1964,9 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     server = summary.server.get("server_prefix_cache_hit_rate")
-    hit = max(percent(summary.cached_tokens, summary.prompt_tokens), 100 * (server or 0.0))
+    cached = max(summary.cached_tokens, (server or 0.0) * summary.prompt_tokens)
+    template = 0.0 if config.requests_file else summary.ok * calibration_of(config).constant_tokens
+    hit = percent(max(0.0, cached - template), summary.prompt_tokens)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
     if hit < 1 and not summary.cache_told and server is None and shared >= 1:
         text = f"these prompts share {shared:.0f} % of their tokens; the server does not say how much it had cached"
@@ -2024,10 +2029,19 @@ def _warn_corpus(summary: Summary, config: Config, health: Sequence[Health]) -> 
 
 
 def merged_figures(summary: Summary) -> list[str]:
-    """The figures that chunks which came together have bent."""
-    first = summary.first_merged > MERGED_LIMIT * summary.streams
-    gaps = summary.merged_reads > MERGED_LIMIT * summary.content_reads
-    return [*(["TTFT", "TPOT"] if first else []), *(["the chunk gaps"] if gaps else [])]
+    """The figures that chunks which came together have bent by more than MERGED_LIMIT.
+
+    A first token that k later ones came with is late by about k TPOT, and TPOT's span is too short by as much.
+    """
+    ttft, tpot, output = (summary.distributions[key].mean or 0.0 for key in ("ttft", "tpot", "output"))
+    ahead = _rate(summary.with_first, summary.streams)
+    unseen = min(1.0, ahead / max(1.0, output - 1))  # share of the steps from token to token
+    bent = {
+        "TTFT": ahead and ahead * tpot >= MERGED_LIMIT * ttft * (1 - unseen),
+        "TPOT": unseen > MERGED_LIMIT,
+        "the chunk gaps": summary.merged_reads > MERGED_LIMIT * summary.content_reads,
+    }
+    return [name for name, is_bent in bent.items() if is_bent]
 
 
 def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:

@@ -186,7 +186,7 @@ def test_the_demo_needs_nothing_and_says_how_true_it_was() -> None:
 
 
 def test_rows_totals_and_summary_agree(cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path) -> None:
-    server, path, line = demo(ttft_ms=5, gap_ms=1), tmp_path / "r.csv", tmp_path / "s.jsonl"
+    server, path, line = demo(ttft_ms=5, gap_ms=20), tmp_path / "r.csv", tmp_path / "s.jsonl"
     done = cli(*server.target, *SMALL, "--stream", "--results-csv", str(path), "--summary-jsonl", str(line))
     assert done.code == 0, done.err
     rows = rows_of(path)
@@ -196,7 +196,7 @@ def test_rows_totals_and_summary_agree(cli: Callable[..., Outcome], demo: Callab
     assert sum(int(row["completion_tokens"]) for row in rows) == told["total_output_tokens"] == 60
     assert sum(int(row["prompt_tokens"]) for row in rows) == sum(row["prompt_tokens"] for row in measured)
     assert told["total_input_tokens"] == sum(row["prompt_tokens"] for row in measured)
-    assert all(float(row["ttft_ms"]) <= float(row["latency_ms"]) for row in rows)
+    assert all(float(row["ttft_ms"] or 0) <= float(row["latency_ms"]) for row in rows)  # blank where read late
     assert told["gaps_are_of_tokens"] is True
     cli(*server.target, *SMALL, "--summary-jsonl", str(line))
     assert len(line.read_text().splitlines()) == 2
