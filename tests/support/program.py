@@ -60,7 +60,7 @@ def words_of(**options: Any) -> list[str]:
 def alone(words: Sequence[str]) -> list[str]:
     """The same command line, reading no metrics page unless it names one or asks for an interval."""
     quiet = not any(word.startswith(("--server-metrics", "--metrics-interval")) for word in words)
-    return [*words, *(["--server-metrics", "off"] if quiet and any(word == "--model" for word in words) else [])]
+    return [*words, *(["--server-metrics", "off"] if quiet and {"--model", "--demo"} & set(words) else [])]
 
 
 def results_of(argv: Sequence[str], folder: Optional[Path] = None) -> list[dict[str, str]]:
