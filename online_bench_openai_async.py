@@ -2503,42 +2503,35 @@ def client_line(health: Sequence[Health]) -> str:
     )
 
 
-# Figure of the server -> how the report says it; those that it does not tell are left out.
+# Figures of the server and its GPUs -> how the report says them; those that are not told are left out.
 SERVER_PHRASES = {
     "server_running_mean": "running mean {:.1f}", "server_running_peak": "peak {:.0f}",
     "server_waiting_mean": "waiting mean {:.1f}", "server_waiting_peak": "peak {:.0f}",
     "server_mean_queue_ms": "queue time mean {:.1f} ms", "server_prefix_cache_hit_rate": "prefix cache hits {:.1%}",
     "server_kv_cache_peak": "KV cache peak {:.1%}", "server_preemptions": "preemptions {}",
     "server_acceptance_length_mean": "tokens per decoding step {:.2f}",
+    "gpu_name": "{}", "gpu_count": "count {}", "gpu_driver": "driver {}",
+    "gpu_utilization_mean": "utilisation mean {:.0f} %", "gpu_memory_peak_bytes": "memory peak {:.1f} GiB",
+    "gpu_power_mean_w": "power mean {:.0f} W",
+    "gpu_energy_per_output_token_j": "{:.3g} J per output token", "gpu_energy_per_request_j": "{:.3g} J per request",
 }  # fmt: skip
-GPU_PHRASES = {
-    "gpu_utilization_mean": "utilisation mean {:.0f} %", "gpu_memory_peak_bytes": "memory peak {:.3g} bytes",
-    "gpu_power_mean_w": "power mean {:.0f} W", "gpu_energy_per_output_token_j": "{:.3g} J per output token",
-    "gpu_energy_per_request_j": "{:.3g} J per request",
-}  # fmt: skip
-SERVER_MEANS = {"ttft": "TTFT", "tpot": "TPOT", "gap": "ITL", "latency": "E2E"}  # by our metric
+SERVER_MEANS = (("ttft", "TTFT", "ttft"), ("tpot", "TPOT", "tpot"), ("itl", "ITL", "gap"), ("e2el", "E2E", "latency"))
 
 
 def server_lines(summary: Summary) -> list[str]:
-    """What the server and its GPUs say of themselves; its own means beside ours."""
-    server, lines = summary.server, []
-    said = [phrase.format(server[key]) for key, phrase in SERVER_PHRASES.items() if key in server]
-    means = []
-    for key, name in SERVER_MEANS.items():
-        theirs = server.get(f"server_mean_{ {'gap': 'itl', 'latency': 'e2el'}.get(key, key) }_ms")
-        if theirs is not None:
-            ours = None if name == "ITL" and not gaps_are_of_tokens(summary) else summary.distributions[key].mean
-            means.append(f"{name} {theirs:.2f} ms (here {_figure(ours)})")
-    if said:
-        lines.append(f"Server: {', '.join(said)}")
-    if means:
-        lines.append(f"Server: means {', '.join(means)}")
-    if "gpu_name" in server:
-        said = [phrase.format(server[key]) for key, phrase in GPU_PHRASES.items() if key in server]
-        lines.append(
-            f"GPU: {server['gpu_count']} x {server['gpu_name']} (driver {server['gpu_driver']}): {', '.join(said)}"
-        )
-    return [plain(line, 400) for line in lines]
+    """What the server and its GPUs say of themselves; the server's own means beside ours."""
+    said: dict[str, list[str]] = {"server": [], "gpu": [], "means": []}
+    for key, phrase in SERVER_PHRASES.items():
+        if key in summary.server:
+            value = summary.server[key]
+            said[key.partition("_")[0]].append(phrase.format(value / 2**30 if key.endswith("_bytes") else value))
+    for key, name, ours in SERVER_MEANS:
+        if f"server_mean_{key}_ms" in summary.server:
+            here = None if key == "itl" and not gaps_are_of_tokens(summary) else summary.distributions[ours].mean
+            beside = "" if here is None else f" (here {_figure(here)})"
+            said["means"].append(f"{name} {summary.server[f'server_mean_{key}_ms']:.2f} ms{beside}")
+    heads = {"server": "Server", "means": "Server's means", "gpu": "GPU"}
+    return [plain(f"{head}: {', '.join(said[kind])}", 400) for kind, head in heads.items() if said[kind]]
 
 
 # Labels of the founding document's configuration block, spaces included: scripts may read it.

@@ -231,7 +231,7 @@ def test_the_servers_totals_are_the_clients(demo: Callable[..., Demo], tmp_path:
     assert 0 < said["server_running_peak"] <= 4
     assert said["server_mean_ttft_ms"] >= 20
     assert "Server: running mean" in done.out
-    assert f"means TTFT {said['server_mean_ttft_ms']:.2f} ms (here " in done.out
+    assert f"Server's means: TTFT {said['server_mean_ttft_ms']:.2f} ms (here " in done.out
     assert not [line for line in said["warnings"] if "somebody" in line]
 
 
@@ -420,7 +420,7 @@ def test_nvidia_smi_gives_energy_per_token(
     assert said["gpu_energy_per_output_token_j"] == pytest.approx(said["gpu_energy_j"] / said["total_output_tokens"])
     assert said["gpu_energy_per_request_j"] == pytest.approx(said["gpu_energy_j"] / said["completed"])
     assert said["gpu_memory_peak_bytes"] == 70000 << 20
-    assert "GPU: 1 x NVIDIA H100 80GB HBM3 (driver 570.124.06): utilisation mean 90 %" in done.out
+    assert "GPU: NVIDIA H100 80GB HBM3, count 1, driver 570.124.06, utilisation mean 90 %, memory peak" in done.out
     assert "--loop-ms=100" in (tmp_path / "asked").read_text()
 
 
