@@ -260,7 +260,9 @@ def test_prompts_below_the_template_are_told_the_least() -> None:
 
 def test_every_warning_says_what_to_do() -> None:
     """All rules at once: a bad run, and each line of it with a cure."""
-    bad = make_record(has_usage=False, cached_tokens=50, merged_reads=3, reconnects=1, free_s=0.5, syn_resent=1)
+    bad = make_record(
+        has_usage=False, cached_tokens=50, merged_reads=3, reconnects=1, free_s=0.5, syn_resent=1, due_s=0.1
+    )
     at_once = make_record(1, last_s=1.1)
     dead = make_record(2, status="http_error", error_kind="connect_refused", error="refused", server="http://b")
     tally = bench.Tally([5, 0])
