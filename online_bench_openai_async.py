@@ -32,9 +32,10 @@ Sections of this file; each uses only sections above it:
      8. Sinks
      9. Stopwatch
     10. Sender
-    11. Runner
-    12. Shards
-    13. Command line
+    11. Server's own figures
+    12. Runner
+    13. Shards
+    14. Command line
 
 --help-columns explains the columns of --results-csv and the exit codes.
 """
@@ -60,6 +61,7 @@ import json
 import math
 import operator
 import os
+import queue
 import random
 import re
 import secrets
@@ -73,6 +75,7 @@ import struct
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 from array import array
@@ -105,6 +108,7 @@ DEFAULTS: Mapping[str, Any] = {
     "concurrency": 128, "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
     "endpoint_type": "chat", "history": "server", "processes": 1, "transport": "auto", "timeout": 600.0,
     "connect_timeout": 30.0, "max_error_rate": 0.5, "request_rate": math.inf, "burstiness": 1.0, "speed": 1.0,
+    "metrics_interval": 1.0,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -125,6 +129,12 @@ READY_POLL_S = 0.5
 REFUSALS = ("http_400", "http_401", "http_403", "http_422")  # of a server that is ready
 IDENTICAL_FAILURES_TO_STOP = 100
 TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
+
+METRICS_BYTES = 8 << 20  # of a metrics page: beyond it is none
+METRICS_TIMEOUT_S = 1.0
+METRICS_TRIES = 10  # until the server's counters stand still
+METRICS_RETRY_S = 0.1
+METRICS_PATIENCE_S = 5.0  # for the process that reads them
 
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
@@ -182,6 +192,9 @@ TRACE_BLOCK_TOKENS = 512  # that one hash of a Mooncake trace stands for
 MOST_TOKENS = 1 << 40  # a count beyond it is no count
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
+HIT_TOLERANCE = 2.0  # percentage points of prefix cache hits above what the corpus shares
+SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
+KV_CACHE_FULL = 0.99
 
 # === 2. Types ===
 
@@ -505,6 +518,7 @@ class Summary:
     due_rate: Optional[float]  # requests a second, between the first and the last due time, and as they were sent
     issued_rate: Optional[float]
     first_error_s: Optional[float]  # when the first failure had ended, from the start
+    server: Mapping[str, Any] = field(default_factory=dict)  # `server_*` and `gpu_*`, as the JSON has them
 
     @property
     def error_share(self) -> float:
@@ -565,6 +579,9 @@ class Config:
     continuous_usage: bool
     processes: int
     transport: str
+    server_metrics: Optional[Sequence[str]]  # URLs, or off; None: of a loopback server
+    metrics_interval: float
+    gpu_metrics: Optional[str]
     ca_file: Optional[str]
     insecure: bool
     seed: int
@@ -2065,6 +2082,7 @@ class Tally:
         self.counts: Counter[str] = Counter()
         self.finish_reasons: Counter[str] = Counter()
         self.first_error_s: Optional[float] = None
+        self.server: Mapping[str, Any] = {}  # what the server said of itself, once it has
         self.samples = {metric.key: Sample() for metric in METRICS}
         self.groups: dict[str, dict[str, GroupTally]] = {name: {} for name in GROUPINGS}
         self._failures: dict[tuple[str, str], list[Any]] = {}
@@ -2171,6 +2189,7 @@ class Tally:
             first_error_s=self.first_error_s,
             due_rate=self.due.per_s,
             issued_rate=self.issued.per_s,
+            server=self.server,
             **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
 
@@ -2324,16 +2343,58 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if summary.sessions:  # whose histories are cached on purpose
         return None
+    server = summary.server.get("server_prefix_cache_hit_rate")
+    cached = max(summary.cached_tokens, (server or 0.0) * summary.prompt_tokens)
     template = 0.0 if config.requests_file else summary.ok * calibration_of(config).constant_tokens
-    hit = percent(max(0.0, summary.cached_tokens - template), summary.prompt_tokens)
+    hit = percent(max(0.0, cached - template), summary.prompt_tokens)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
-    text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
-    if hit < 1 and not summary.cache_told and shared >= 1:
+    if hit < 1 and not summary.cache_told and server is None and shared >= 1:
         text = f"these prompts share {shared:.0f} % of their tokens; the server does not say how much it had cached"
         cure = "vLLM tells with --enable-prompt-tokens-details; or a corpus without a shared prefix"
         return ReportWarning(text, f"{cure}, if the cache is not what is to be measured")
+    if hit < 1 or (shared >= 1 and hit <= shared + HIT_TOLERANCE):  # a corpus made to be found in the cache
+        return None
+    text = (
+        f"{hit:.1f} % of the prompt tokens came from the server's prefix cache: these figures do not show their prefill"
+    )
     cure = "send every prompt of the corpus once only" if config.requests_file else "leave out --seed"
-    return None if hit < 1 else ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+    return ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+
+
+def _warn_others(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    """Where every request was served and counted, the server has counted the same."""
+    kinds = (("prompt", summary.prompt_tokens), ("generated", summary.completion_tokens))
+    both = [(summary.server.get(f"server_{kind}_tokens", ours), ours, kind) for kind, ours in kinds]
+    off = [f"{theirs} {kind} tokens where this client counted {ours}" for theirs, ours, kind in both if theirs != ours]
+    if not off or summary.errors + summary.aborted + summary.without_usage:
+        return None
+    text = f"the server has counted {' and '.join(off)}"
+    if all(theirs >= ours for theirs, ours, _ in both):
+        return ReportWarning(f"{text}: somebody else used it meanwhile", "a server that nobody else uses")
+    cure = "--server-metrics with the page of each replica, or off"
+    return ReportWarning(f"{text}: not every request went to the server whose figures were read", cure)
+
+
+def _warn_server_queue(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    server = summary.server
+    waited, latency = server.get("server_mean_queue_ms"), server.get("server_mean_e2el_ms")
+    waiting, running = (server.get(f"server_{name}_mean", 0.0) for name in ("waiting", "running"))
+    share = _rate(waiting, waiting + running) if waited is None or latency is None else _rate(waited, latency)
+    if share < SERVER_QUEUE_SHARE:
+        return None
+    text = f"requests waited in the server's queue: {waited:.1f} ms on average" if waited is not None else "it queued"
+    if waiting:
+        text += f", {waiting:.1f} waiting beside {running:.1f} running"
+    return ReportWarning(f"the server queues: {text}", "a lower concurrency or rate; or read TTFT as queueing")
+
+
+def _warn_kv_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    preempted, full = summary.server.get("server_preemptions", 0), summary.server.get("server_kv_cache_peak", 0.0)
+    if not preempted and full < KV_CACHE_FULL:
+        return None
+    what = f"the server's KV cache was {full:.0%} full at its peak" if full else "the server's KV cache was full"
+    text = f"{what}, {preempted} preemptions: what was preempted is computed again, within TPOT and latency"
+    return ReportWarning(text, "a lower concurrency, shorter requests, or more memory for the KV cache")
 
 
 def _warn_corpus(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2432,6 +2493,9 @@ WARNINGS = (
     _warn_short_replies,
     _warn_corpus,
     _warn_cache,
+    _warn_others,
+    _warn_server_queue,
+    _warn_kv_cache,
     _warn_merged,
     _warn_one_piece,
     _warn_backlog,
@@ -2466,7 +2530,7 @@ class Redactor:
         named = [value for name, value in config.headers.items() if not is_harmless(name, value)]
         cls.fields([config.extra_body, {name: value.strip() for name, _, value in from_environ}], found=named)
         proxies = [f"//{value.rpartition('//')[2]}" for name, value in environ.items() if name.lower()[-6:] == "_proxy"]
-        urls = [config.api_base, *config.servers, *proxies]
+        urls = [config.api_base, *config.servers, *(config.server_metrics or []), *proxies]
         logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
         basic = [base64.b64encode(login.encode()).decode() for login in logins]
         queries = [text for url in urls for _, name, text in _QUERY.findall(url) if _SECRET_NAME.search(name)]
@@ -2548,6 +2612,7 @@ class Redactor:
             "api_key": config.api_key if config.api_key in PLAIN_KEYS else "***",
             "headers": {name: v if is_harmless(name, v) else "***" for name, v in config.headers.items()} or None,
             "extra_body": Redactor.fields(config.extra_body),
+            "server_metrics": config.server_metrics and [Redactor.url(url) for url in config.server_metrics],
         }
 
 
@@ -2789,7 +2854,7 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
-    for line in (clock_line(summary, health), client_line(health)):
+    for line in (clock_line(summary, health), client_line(health), *server_lines(summary)):
         lines += wrapped(line, len("Client: "))
     for group in summary.error_groups[:ERROR_GROUPS_SHOWN]:
         message = plain(group.first_message)
@@ -2835,6 +2900,37 @@ def client_line(health: Sequence[Health]) -> str:
         f"Client: {count}, CPU {cpu:.0f} %, waiting {waiting:.0f} %,"
         f" loop lag p99 {lag:.1f} ms, max {longest:.0f} ms, gc pause max {pause:.1f} ms"
     )
+
+
+# Figures of the server and its GPUs -> how the report says them; those that are not told are left out.
+SERVER_PHRASES = {
+    "server_running_mean": "running mean {:.1f}", "server_running_peak": "peak {:.0f}",
+    "server_waiting_mean": "waiting mean {:.1f}", "server_waiting_peak": "peak {:.0f}",
+    "server_mean_queue_ms": "queue time mean {:.1f} ms", "server_prefix_cache_hit_rate": "prefix cache hits {:.1%}",
+    "server_kv_cache_peak": "KV cache peak {:.1%}", "server_preemptions": "preemptions {}",
+    "server_acceptance_length_mean": "tokens per decoding step {:.2f}",
+    "gpu_name": "{}", "gpu_count": "count {}", "gpu_driver": "driver {}",
+    "gpu_utilization_mean": "utilisation mean {:.0f} %", "gpu_memory_peak_bytes": "memory peak {:.1f} GiB",
+    "gpu_power_mean_w": "power mean {:.0f} W",
+    "gpu_energy_per_output_token_j": "{:.3g} J per output token", "gpu_energy_per_request_j": "{:.3g} J per request",
+}  # fmt: skip
+SERVER_MEANS = (("ttft", "TTFT", "ttft"), ("tpot", "TPOT", "tpot"), ("itl", "ITL", "gap"), ("e2el", "E2E", "latency"))
+
+
+def server_lines(summary: Summary) -> list[str]:
+    """What the server and its GPUs say of themselves; the server's own means beside ours."""
+    said: dict[str, list[str]] = {"server": [], "gpu": [], "means": []}
+    for key, phrase in SERVER_PHRASES.items():
+        if key in summary.server:
+            value = summary.server[key]
+            said[key.partition("_")[0]].append(phrase.format(value / 2**30 if key.endswith("_bytes") else value))
+    for key, name, ours in SERVER_MEANS:
+        if f"server_mean_{key}_ms" in summary.server:
+            here = None if key == "itl" and not gaps_are_of_tokens(summary) else summary.distributions[ours].mean
+            beside = "" if here is None else f" (here {_figure(here)})"
+            said["means"].append(f"{name} {summary.server[f'server_mean_{key}_ms']:.2f} ms{beside}")
+    heads = {"server": "Server", "means": "Server's means", "gpu": "GPU"}
+    return [plain(f"{head}: {', '.join(said[kind])}", 400) for kind, head in heads.items() if said[kind]]
 
 
 # Labels of the founding document's configuration block, spaces included: scripts may read it.
@@ -2926,7 +3022,7 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "warnings": [". Cure: ".join(warning) for warning in warnings_of(summary, config, health)],
         "config": Redactor.config(config),
     }
-    return {**run, **requests, **_metric_keys(summary.distributions), **ours}
+    return {**run, **requests, **_metric_keys(summary.distributions), **summary.server, **ours}
 
 
 def _group_json(got: GroupSummary) -> dict[str, Any]:
@@ -5183,7 +5279,425 @@ class Sender:
         return f"{message[: ERROR_TEXT_CHARS - len(cure) - 2]}; {cure}" if cure else message
 
 
-# === 11. Runner ===
+# === 11. Server's own figures (parse pure, fetch not) ===
+
+# What each server calls its figures on its metrics page, newest name first. Of counters the growth over the point
+# counts, of gauges the value, of durations the growth of `_sum` over that of `_count`.
+SERVER_DIALECTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "vLLM": ("vllm:", {  # demo_server.py speaks it, too
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prefix_cache_queries_total gpu_prefix_cache_queries_total",
+        "cache_hits": "prefix_cache_hits_total gpu_prefix_cache_hits_total", "preemptions": "num_preemptions_total",
+        "drafts": "spec_decode_num_drafts_total", "accepted": "spec_decode_num_accepted_tokens_total",
+        "running": "num_requests_running", "waiting": "num_requests_waiting",
+        "kv_cache": "kv_cache_usage_perc gpu_cache_usage_perc",
+        "queue": "request_queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "tpot": "request_time_per_output_token_seconds",
+        "itl": "inter_token_latency_seconds time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "SGLang": ("sglang:", {
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prompt_tokens_total", "cache_hits": "cached_tokens_total",
+        "preemptions": "num_retracted_requests_total", "acceptance_length": "spec_accept_length",
+        "running": "num_running_reqs", "waiting": "num_queue_reqs", "kv_cache": "token_usage",
+        "queue": "queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "itl": "inter_token_latency_seconds time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "TGI": ("tgi_", {
+        "prompt_tokens": "request_input_length_sum", "generated_tokens": "request_generated_tokens_sum",
+        "running": "batch_current_size", "waiting": "queue_size", "queue": "request_queue_duration",
+        "tpot": "request_mean_time_per_token_duration", "e2el": "request_duration",
+    }),
+    "llama.cpp": ("llamacpp:", {
+        "computed_prompt_tokens": "prompt_tokens_total",  # without those that its cache had
+        "generated_tokens": "tokens_predicted_total", "kv_cache": "kv_cache_usage_ratio",
+        "drafts": "spec_decode_num_drafts_total", "accepted": "spec_decode_num_accepted_tokens_total",
+        "running": "requests_processing", "waiting": "requests_deferred",
+    }),
+    "TensorRT-LLM": ("trtllm_ trtllm:", {
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prompt_tokens_total", "cache_hits": "prompt_cached_tokens_total",
+        "acceptance_length": "spec_decode_acceptance_length", "kv_cache": "kv_cache_utilization",
+        "running": "num_requests_running", "waiting": "num_requests_waiting",
+        "queue": "request_queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "tpot": "time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "Dynamo": ("dynamo_frontend_", {  # what it calls queued includes the prefill, so it is no waiting
+        "prompt_tokens": "input_sequence_tokens_sum", "cache_queries": "input_sequence_tokens_sum",
+        "generated_tokens": "output_tokens_total output_sequence_tokens_sum", "cache_hits": "cached_tokens_sum",
+        "running": "active_requests inflight_requests", "ttft": "time_to_first_token_seconds",
+        "itl": "inter_token_latency_seconds", "e2el": "request_duration_seconds",
+    }),
+}  # fmt: skip
+SERVER_COUNTS = ("prompt_tokens", "computed_prompt_tokens", "generated_tokens", "preemptions")
+SERVER_GAUGES = ("running", "waiting", "kv_cache", "acceptance_length")
+SERVER_DURATIONS = ("queue", "ttft", "tpot", "itl", "e2el")
+SERVER_SERIES = ("running", "waiting", "kv_cache", "acceptance_length", "generated_tokens")  # kept during the point
+NOT_ADDED_UP = ("kv_cache", "acceptance_length")  # over engines and replicas: the greatest
+
+_SAMPLE_LINE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?\s*')
+_OTHER_RANK = re.compile(r'\b[tp]p_rank="[1-9]')  # of one engine: it repeats what rank 0 says
+
+
+def parse_metrics(text: str) -> dict[str, list[float]]:
+    """Every sample of a page in Prometheus's text format, by name: a value per set of labels. Raises ValueError.
+
+    Strict, so that no other page passes for one; small, so that nothing has to be installed for it.
+
+    >>> parse_metrics('# TYPE a counter\\na_total{model="x}",rank="0"} 2\\na_total{model="y"} 3 1700000000000')
+    {'a_total': [2.0, 3.0]}
+    """
+    found: dict[str, list[float]] = {}
+    for line in text.split("\n"):
+        if line.strip() and not line.startswith("#"):
+            match = _SAMPLE_LINE.fullmatch(line)
+            if not match:
+                raise ValueError(f"no Prometheus text: {plain(line, 40)!r}")
+            value = float(match[3])
+            if math.isfinite(value) and not _OTHER_RANK.search(match[2] or ""):
+                found.setdefault(match[1], []).append(value)
+    return found
+
+
+def page_figures(text: str) -> tuple[str, dict[str, float]]:
+    """(the dialect of a metrics page, its figures). Raises ValueError where none is known."""
+    samples = parse_metrics(text)
+    for dialect, (prefixes, figures) in SERVER_DIALECTS.items():
+        found = {}
+        for figure, names in figures.items():
+            for part in ("_sum", "_count") if figure in SERVER_DURATIONS else ("",):
+                known = (f"{prefix}{name}{part}" for name in names.split() for prefix in prefixes.split())
+                values = next((samples[name] for name in known if name in samples), [])
+                if values:
+                    found[figure + part] = max(values) if figure in NOT_ADDED_UP else math.fsum(values)
+        if found:
+            return dialect, found
+    raise ValueError(f"it has no figures of {', '.join(SERVER_DIALECTS)}")
+
+
+def added_up(pages: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Several pages as one. Pages of one dialect are replicas; those of another count the same requests again (a
+    router and its engines), so a figure is taken from the dialect of the first page that has it."""
+    dialects: dict[str, str] = {}
+    total: dict[str, float] = {}
+    for dialect, figures in pages:
+        for figure, value in figures.items():
+            if dialects.setdefault(figure, dialect) == dialect:
+                before = total.get(figure, 0.0)
+                total[figure] = max(before, value) if figure in NOT_ADDED_UP else before + value
+    return total
+
+
+def server_figures(samples: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The `server_*` figures of a point: the first sample was taken before it, the last one after it."""
+    if len(samples) < 2:
+        return {}
+    grown = {name: samples[-1][name] - samples[0].get(name, 0.0) for name in samples[-1] if name not in SERVER_GAUGES}
+    if min(grown.values(), default=0.0) < 0:  # it was started anew in between
+        return {}
+    found: dict[str, Any] = {f"server_{name}": round(grown[name]) for name in SERVER_COUNTS if name in grown}
+    if grown.get("cache_queries"):
+        found["server_prefix_cache_hit_rate"] = grown.get("cache_hits", 0.0) / grown["cache_queries"]
+    if grown.get("drafts"):
+        found["server_acceptance_length_mean"] = 1 + grown.get("accepted", 0.0) / grown["drafts"]
+    for name in SERVER_DURATIONS:
+        if grown.get(f"{name}_count"):
+            found[f"server_mean_{name}_ms"] = 1e3 * grown[f"{name}_sum"] / grown[f"{name}_count"]
+    for name in SERVER_GAUGES:
+        during = [sample[name] for sample in samples[1:-1] if name in sample]
+        if during:
+            found[f"server_{name}_mean"], found[f"server_{name}_peak"] = math.fsum(during) / len(during), max(during)
+    return found
+
+
+NVIDIA_QUERY = "index,name,driver_version,utilization.gpu,memory.used,memory.total,power.draw"
+ROCM_QUERY = "--showuse --showmeminfo vram --showpower --showproductname --showdriverversion --json"
+GPU_FACTS = ("utilization", "memory", "memory_total", "power")  # percent, bytes, bytes, W
+
+
+class GpuSample(NamedTuple):
+    """What one GPU said at one time (seconds from the start); of GPU_FACTS what it tells."""
+
+    at_s: float
+    gpu: str
+    name: str
+    driver: str
+    facts: Mapping[str, float]
+
+
+def gpu_sample(at_s: float, words: tuple[str, str, str], cells: Iterable[Any], unit: float = 1.0) -> GpuSample:
+    """`words`: number, name, driver; `cells`: GPU_FACTS, `unit` being that of memory; [N/A] and its like are absent."""
+    facts: dict[str, float] = {}
+    for name, cell in zip(GPU_FACTS, cells):
+        with contextlib.suppress(ValueError, TypeError):
+            facts[name] = float(cell) * (unit if name.startswith("memory") else 1.0)
+    return GpuSample(at_s, *words, facts)
+
+
+def nvidia_samples(text: str, at_s: float) -> list[GpuSample]:
+    """One line of nvidia-smi's CSV. Raises ValueError."""
+    number, name, driver, *cells = map(str.strip, text.split(","))
+    return [gpu_sample(at_s, (number, name, driver), cells, 2.0**20)]
+
+
+def rocm_samples(text: str, at_s: float) -> list[GpuSample]:
+    """What `rocm-smi --json` says: an object for each card, and one for the system. Raises ValueError."""
+    told, found = json.loads(text), []
+    for key, card in told.items():
+        if key.startswith("card"):
+            power = next((value for name, value in card.items() if "Graphics Package Power (W)" in name), None)
+            cells = [card.get(name) for name in ("GPU use (%)", "VRAM Total Used Memory (B)", "VRAM Total Memory (B)")]
+            name = card.get("Card Series") or card.get("Card series") or card.get("Card model") or "AMD GPU"
+            driver = told.get("system", {}).get("Driver version", "-")
+            found.append(gpu_sample(at_s, (key[len("card") :], str(name), str(driver)), [*cells, power]))
+    return found
+
+
+def integral(points: Sequence[tuple[float, float]], begin: float, end: float) -> float:
+    """Under a line through points (time, value); level before the first and after the last.
+
+    >>> integral([(-1.0, 100.0), (1.0, 200.0), (9.0, 200.0)], 0.0, 2.0)
+    350.0
+    """
+    held = [(begin, points[0][1]), *((min(max(at, begin), end), value) for at, value in points), (end, points[-1][1])]
+    return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(held, held[1:]))
+
+
+def gpu_figures(rows: Sequence[GpuSample], begin: float, end: float) -> dict[str, Any]:
+    """The `gpu_*` figures between two times; memory, power and energy are those of all these GPUs together."""
+    gpus = [[row for row in rows if row.gpu == gpu] for gpu in sorted({row.gpu for row in rows})]
+    if not gpus or end <= begin:
+        return {}
+    names, drivers = ({getattr(row, word) for row in rows} for word in ("name", "driver"))
+    found: dict[str, Any] = {"gpu_count": len(gpus), "gpu_name": ", ".join(names), "gpu_driver": ", ".join(drivers)}
+    told = {name: [[(r.at_s, r.facts[name]) for r in some if name in r.facts] for some in gpus] for name in GPU_FACTS}
+    used = [value for some in told["utilization"] for at, value in some if begin <= at <= end]
+    if used:
+        found["gpu_utilization_mean"] = math.fsum(used) / len(used)
+    for name, key in (("memory", "gpu_memory_peak_bytes"), ("memory_total", "gpu_memory_total_bytes")):
+        if all(told[name]):
+            found[key] = round(sum(max(value for _, value in some) for some in told[name]))
+    if all(told["power"]):
+        found["gpu_energy_j"] = math.fsum(integral(some, begin, end) for some in told["power"])
+        found["gpu_power_mean_w"] = found["gpu_energy_j"] / (end - begin)
+    return found
+
+
+def figures_over_time(
+    samples: Sequence[tuple[float, Mapping[str, float]]], rows: Sequence[GpuSample]
+) -> dict[str, Any]:
+    """Lists of [seconds, value] for a picture, by result key; power is that of all GPUs, utilisation their mean."""
+    found: dict[str, list[list[float]]] = {}
+    for name in SERVER_SERIES[:-1]:
+        found[f"server_{name}"] = [[at, figures[name]] for at, figures in samples if name in figures]
+    made = [(at, figures[SERVER_SERIES[-1]]) for at, figures in samples if SERVER_SERIES[-1] in figures]
+    steps = zip(made, made[1:])
+    found["server_generated_tokens_per_s"] = [[b[0], _rate(b[1] - a[1], b[0] - a[0])] for a, b in steps]
+    gpus = [[row for row in rows if row.gpu == gpu] for gpu in sorted({row.gpu for row in rows})]
+    for name, key, share in (("power", "gpu_power_w", 1), ("utilization", "gpu_utilization", len(gpus))):
+        told = [[(row.at_s, row.facts[name]) for row in some if name in row.facts] for some in gpus]
+        found[key] = [[some[0][0], math.fsum(value for _, value in some) / share] for some in zip(*told)]
+    return {name: values for name, values in found.items() if values}
+
+
+def fetch(url: str, headers: Mapping[str, str], most_bytes: int, timeout_s: float, context: Any = None) -> bytes:
+    """GET with the standard library alone; no redirect is followed. Raises OSError, ValueError or HTTPException."""
+    request = importlib.import_module("urllib.request")
+    url, login = split_login(url)
+    proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
+    straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
+    handlers = [request.ProxyHandler(proxies), straight, request.HTTPSHandler(context=context)]
+    asked, body, until = request.Request(url, headers={**login, **headers}), bytearray(), time.monotonic() + timeout_s
+    with request.build_opener(*handlers).open(asked, timeout=timeout_s) as response:
+        for piece in iter(lambda: response.read1(READ_BUFFER_BYTES), b""):
+            body += piece
+            if len(body) > most_bytes or time.monotonic() > until:
+                raise ValueError(f"more than {most_bytes >> 20} MB, or {timeout_s:g} s")
+    return bytes(body)
+
+
+class FigureReader:
+    """Reads metrics pages and a GPU tool at intervals, by the orders of ServerFigures, whose process this is."""
+
+    def __init__(self, orders: Mapping[str, Any]) -> None:
+        self._orders = orders
+        self._urls: Sequence[str] = orders["urls"]
+        self._samples: list[tuple[float, Mapping[str, float]]] = []  # (seconds of perf_counter, figures)
+        self._gpu_rows: list[GpuSample] = []
+        self.tool: Any = None
+
+    def _read(self, settled: Callable[[Mapping[str, float]], bool] = bool) -> str:
+        """One sample, the first that is settled or the last of METRICS_TRIES; else what was wrong with a page."""
+        for turn in range(METRICS_TRIES):
+            time.sleep(METRICS_RETRY_S if turn else 0.0)
+            at_s, pages = time.perf_counter(), []
+            for url in self._urls:
+                try:
+                    context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
+                    pages.append(page_figures(fetch(url, {}, METRICS_BYTES, METRICS_TIMEOUT_S, context).decode()))
+                except Exception as error:  # whatever a page may hold, the run goes on without it
+                    return f"{Redactor.url(url)}: {_reason(error)}"
+            figures = added_up(pages)
+            if not figures or settled(figures):
+                break
+        self._samples += [(at_s, figures)] if figures else []
+        return ""
+
+    def before(self) -> str:
+        """The sample before the point, as soon as nothing is running any more; what was wrong, if it was asked for."""
+        wrong = self._read(lambda figures: not figures.get("running"))
+        self._urls = [] if wrong else self._urls
+        return wrong if self._orders["asked"] else ""
+
+    def during(self, said: queue.SimpleQueue[str]) -> str:
+        """A sample at every interval, until something is said."""
+        due = time.monotonic()
+        while True:
+            due = max(due + self._orders["interval_s"], time.monotonic())
+            with contextlib.suppress(queue.Empty):
+                return said.get(timeout=due - time.monotonic())
+            if self._urls and not self._read():  # a line over time needs only some of it
+                at_s, figures = self._samples[-1]
+                self._samples[-1] = (at_s, {name: value for name, value in figures.items() if name in SERVER_SERIES})
+
+    def after(self, point: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """[the figures of the point, those over time]; counters as soon as they are at what the client counted."""
+
+        def caught_up(figures: Mapping[str, float]) -> bool:
+            counted, start = point["counted"].items(), self._samples[0][1]
+            return all(figures.get(name, math.inf) - start.get(name, 0.0) >= count for name, count in counted)
+
+        if self._samples and self._read(caught_up):
+            self._samples.clear()
+        zero, chosen = point["origin_s"], self._orders["gpus"]
+        worked = {row.gpu for row in self._gpu_rows if row.facts.get("utilization")}
+        gpus = (
+            worked
+            if chosen == "worked"
+            else {row.gpu for row in self._gpu_rows if chosen == "all"} or chosen.split(",")
+        )
+        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus]
+        samples = [(at_s - zero, figures) for at_s, figures in self._samples]
+        found = {**server_figures([figures for _, figures in samples]), **gpu_figures(rows, *point["between_s"])}
+        for name, count in point["per"].items():
+            if count and "gpu_energy_j" in found:
+                found[f"gpu_energy_per_{name}_j"] = found["gpu_energy_j"] / count
+        return [found, figures_over_time(samples[1:-1], rows)]
+
+    def watch_gpus(self) -> None:
+        """Rows of the GPU tool for as long as this process lives and the tool works."""
+        subprocess = importlib.import_module("subprocess")
+        name, interval_s = self._orders["tool"], self._orders["interval_s"]
+        words, parse = [name, *ROCM_QUERY.split()], rocm_samples
+        if name == "nvidia-smi":
+            words, parse = [name, f"--query-gpu={NVIDIA_QUERY}", "--format=csv,noheader,nounits"], nvidia_samples
+            words.append(f"--loop-ms={round(interval_s * 1e3)}")
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            while name:
+                pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+                self.tool = subprocess.Popen(words, stdin=nothing, stdout=pipe, stderr=nothing, text=True)
+                for piece in self.tool.stdout if name == "nvidia-smi" else [self.tool.stdout.read()]:
+                    self._gpu_rows += parse(piece, time.perf_counter())
+                time.sleep(interval_s)
+
+
+def figures_main() -> None:
+    """The process that reads: its orders on stdin, then `begin`, then how the point went."""
+    reader = FigureReader(json.loads(sys.stdin.readline()))
+    threading.Thread(target=reader.watch_gpus, daemon=True).start()
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    if sys.stdin.readline():
+        print(json.dumps(reader.before()), flush=True)
+        threading.Thread(target=lambda: said.put(sys.stdin.readline()), daemon=True).start()
+        point = reader.during(said)
+        told = reader.after(json.loads(point)) if point else None
+        if reader.tool:
+            reader.tool.kill()
+        print(json.dumps(told), flush=True)
+
+
+class ServerFigures:
+    """What the server and its GPUs say of one point, read by a process of its own.
+
+    So neither a slow page, nor the parsing of a large one, nor starting a tool takes a turn from this event loop.
+    """
+
+    def __init__(self, config: Config) -> None:
+        asked, bases = [url for url in config.server_metrics or [] if url != "off"], map(urlsplit, config.servers)
+        roots = {urlunsplit((b.scheme, b.netloc.rpartition("@")[2], "/metrics", "", "")) for b in bases}
+        near = all(is_loopback(urlsplit(root).hostname or "") for root in roots)
+        gpus = config.gpu_metrics or ("worked" if near else "off")
+        tool = next((name for name in ("nvidia-smi", "rocm-smi") if gpus != "off" and shutil.which(name)), "")
+        self._asked_gpus = gpus if gpus not in ("worked", "off") else ""
+        self.orders = {
+            "urls": asked or (sorted(roots) if near and not config.server_metrics else []), "asked": bool(asked),
+            "interval_s": config.metrics_interval, "gpus": gpus, "tool": tool,
+            "tls": [config.ca_file, config.insecure],
+        }  # fmt: skip
+        self._process: Optional[asyncio.subprocess.Process] = None
+        self._series: dict[str, list[list[float]]] = {}
+
+    async def start(self) -> None:
+        """Let the process start, to be ready when the warm-up is over."""
+        if self.orders["urls"] or self.orders["tool"]:
+            pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+            streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": nothing, "limit": 1 << 28}
+            command = (sys.executable, THIS_FILE, "--figures")
+            with contextlib.suppress(OSError):
+                self._process = await asyncio.create_subprocess_exec(*command, start_new_session=True, **streams)
+            self._say(self.orders)
+
+    async def begin(self) -> None:
+        """The figures before the timed part, which waits for them, at most METRICS_PATIENCE_S."""
+        self._say("begin")
+        wrong = await self._answer() if self._process else ""
+        if wrong or (wrong is None and self.orders["asked"]):
+            note(f"--server-metrics {plain(wrong or 'cannot be read')}: measuring without")
+
+    async def stop(self, tally: Tally, origin_ns: int) -> dict[str, Any]:
+        """The figures after it, and all that follows from them, under the keys that the JSON has."""
+        counted = {"prompt_tokens": tally.prompt_tokens, "generated_tokens": tally.completion_tokens}
+        begun, between_s = bool(origin_ns and self._process), (tally.first_sent_s, tally.last_done_s)
+        if begun:
+            self._say({
+                "origin_s": origin_ns / 1e9, "between_s": between_s if tally.elapsed_s else (0.0, 0.0),
+                "counted": {} if tally.errors + tally.aborted else counted,
+                "per": {"output_token": tally.completion_tokens, "request": tally.ok},
+            })  # fmt: skip
+        found, self._series = (await self._answer() if begun else None) or ({}, {})
+        await self._end()
+        if origin_ns and self._asked_gpus and "gpu_name" not in found:
+            note(f"--gpu-metrics {self._asked_gpus}: neither nvidia-smi nor rocm-smi tells of it here")
+        return found
+
+    def series(self) -> dict[str, list[list[float]]]:
+        """How the figures went: by result key, lists of [seconds from the start of the timed part, value]."""
+        return self._series
+
+    def _say(self, what: Any) -> None:
+        """By pipe, never by argv: a URL may hold a login."""
+        if self._process and self._process.stdin:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._process.stdin.write(json.dumps(what).encode() + b"\n")
+
+    async def _answer(self) -> Any:
+        """The process's next line; None if it does not come in time, which ends the process."""
+        if self._process and self._process.stdout:
+            with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):
+                return json.loads(await asyncio.wait_for(self._process.stdout.readline(), METRICS_PATIENCE_S))
+            await self._end()
+        return None
+
+    async def _end(self) -> None:
+        if self._process and self._process.stdin:
+            self._process.stdin.close()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+
+# === 12. Runner ===
 
 
 class Stop:
@@ -5485,6 +5999,7 @@ class Part:
     stop: Stop
     # Told the start of the timed part, in ns of perf_counter, its options, and how to ask for the tokens on their way.
     begin: Callable[[int, Config, Callable[[], int]], None]
+    before: Optional[Callable[[], Awaitable[None]]] = None  # awaited when all stand ready, before that start
 
     @property
     def concurrency(self) -> Optional[int]:
@@ -5572,6 +6087,8 @@ async def measure(part: Part, peers: Peers) -> Optional[Health]:
         load = Load(part.schedule, part.workload, sender, part.sinks, part.concurrency, part.config.grace)
         pool = Pool(load, part.stop)
         await pool.prepare()
+        if part.before:
+            await part.before()
         origin_ns = await peers.start_ns(part.schedule)
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
@@ -5642,7 +6159,7 @@ def signals_as_before() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-# === 12. Shards ===
+# === 13. Shards ===
 
 _REPLY_FIELDS = [item.name for item in dataclasses.fields(Reply)]
 
@@ -5886,6 +6403,8 @@ async def measure_sharded(part: Part) -> list[Health]:
         for shard in shards:
             shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
         await asyncio.gather(*(shard.ready for shard in shards))
+        if part.before:
+            await part.before()
         origin_ns = start_ns(part.schedule)
         if not part.stop.draining.is_set():
             part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
@@ -5912,7 +6431,7 @@ async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
         shard.kill()  # it does not follow
 
 
-# === 13. Command line (build pure, run not) ===
+# === 14. Command line (build pure, run not) ===
 
 
 class Parser(argparse.ArgumentParser):
@@ -5975,6 +6494,17 @@ def _url(text: str) -> str:
             f"takes a URL like {DEFAULT_API_BASE}, not {plain(Redactor.url(re.sub('.*@', '***@', text)), 80)!r}"
         )
     return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
+
+
+def _metrics_page(text: str) -> str:
+    url = text if text == "off" else _url(text)
+    return url if text == "off" or urlsplit(url).path else f"{url}/metrics"
+
+
+def _gpus(text: str) -> str:
+    if not re.fullmatch(r"off|all|\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"takes all, off, or numbers of GPUs like 0,1, not {plain(text, 60)!r}")
+    return text
 
 
 def _api_key(text: str) -> str:
@@ -6170,6 +6700,21 @@ def build_parser() -> Parser:
         metavar="A,B",
         help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
     )
+    add = parser.add_argument_group("Server's own figures").add_argument
+    add(
+        "--server-metrics",
+        type=_metrics_page,
+        action="append",
+        metavar="URL",
+        help="read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
+    )
+    add("--metrics-interval", type=_seconds, metavar="S", help="seconds between two readings (default: %(default)s)")
+    add(
+        "--gpu-metrics",
+        type=_gpus,
+        metavar="GPUS",
+        help="read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)",
+    )
     add = parser.add_argument_group("Output").add_argument
     add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
     add("--append", action="store_true", help="add to an existing --results-csv")
@@ -6196,6 +6741,7 @@ def build_parser() -> Parser:
     add("--debug", action="store_true", help="show the traceback of an internal error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--shard", type=_shard, help=argparse.SUPPRESS)
+    add("--figures", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(**{**DEFAULTS, "concurrency": None})  # given with a schedule, it is a cap
     return parser
 
@@ -6378,18 +6924,10 @@ def versions() -> dict[str, str]:
 def fetch_json(
     url: str, api_key: Optional[str], timeout_s: float = 5.0, headers: Optional[Mapping[str, str]] = None
 ) -> Any:
-    """GET with the standard library alone; no redirect is followed, the key is for this server only.
-
-    Raises OSError, ValueError or http.client.HTTPException.
-    """
-    request = importlib.import_module("urllib.request")
-    url, login = split_login(url)
-    proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
-    straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
-    opener = request.build_opener(request.ProxyHandler(proxies), straight)
-    own = {**({"Authorization": f"Bearer {api_key}"} if api_key else {}), **login, **(headers or {})}
-    with opener.open(request.Request(url, headers=own), timeout=timeout_s) as response:
-        return json.loads(response.read(ERROR_BODY_BYTES * 1024))
+    """What a page of the server says; the key is for this server only. Raises what `fetch` raises."""
+    own = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    own = {**own, **split_login(url)[1], **(headers or {})}
+    return json.loads(fetch(url, own, ERROR_BODY_BYTES * 1024, timeout_s))
 
 
 async def one_token(config: Config) -> Optional[Failure]:
@@ -6456,7 +6994,7 @@ class DemoServer:
 
     def truth(self, since_ns: int) -> dict[str, Distribution]:
         """Latency and TTFT as the server saw them, of the requests that arrived from `since_ns` on."""
-        said = fetch_json(f"{self.api_base[: -len('/v1')]}/truth?since_ns={since_ns}", None)
+        said = fetch_json(f"{self.api_base[: -len('/v1')]}/truth?since_ns={since_ns}", None, timeout_s=60.0)
         measured = [dict(zip(said["fields"], row)) for row in said["requests"]]
         streamed = [row for row in measured if row["streamed"]]
         return {
@@ -6478,6 +7016,7 @@ class Point:
         self.tally = Tally(corpus.own_tokens if corpus else ())
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
+        self.series: Mapping[str, Any] = {}  # the server's own figures over time
         self._workload = workload_of(config, corpus)
         self._schedule = schedule_of(config, corpus)
         self._requests_file = corpus.path if corpus else None
@@ -6502,6 +7041,9 @@ class Point:
         sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
         config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
         part = Part(config, self._workload, self._schedule, sinks, stop, begin)
+        figures = ServerFigures(config)
+        part.before = figures.begin
+        await figures.start()
         try:
             if self.config.processes > 1:
                 self.health = await measure_sharded(part)
@@ -6511,6 +7053,8 @@ class Point:
         finally:
             for line in live:
                 line.finish()
+            self.tally.server = await figures.stop(self.tally, self.origin_ns)
+            self.series = figures.series()
 
 
 class Invocation:
@@ -6684,6 +7228,9 @@ def run(argv: Sequence[str]) -> int:
     """Raises UserError and RunError."""
     fill_standard_places()
     options = build_parser().parse_args(argv)
+    if options.figures:
+        figures_main()
+        return 0
     if options.shard:
         run_loop(shard_main(*options.shard))
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import random
 import statistics
@@ -210,7 +211,10 @@ def test_the_corpus_own_count_is_compared_with_the_servers(counted: int, warns: 
     assert (f"server counted {6 * counted}" in said) is warns
 
 
-@pytest.mark.parametrize(("cached", "said"), [(None, "these prompts share 90 %"), (0, ""), (5, "50.0 % of the prompt")])
+@pytest.mark.parametrize(
+    ("cached", "said"),
+    [(None, "these prompts share 90 %"), (0, ""), (9, ""), (10, "100.0 % of the prompt tokens")],  # 9 are shared
+)
 def test_a_cache_that_the_server_does_not_tell_is_inferred_from_the_corpus(cached: Any, said: str) -> None:
     tally = bench.Tally([10, 9])
     tally.add(make_record(cached_tokens=cached))
@@ -271,8 +275,11 @@ def test_every_warning_says_what_to_do() -> None:
     tally = bench.Tally([5, 0])
     for record in (bad, at_once, dead):
         tally.add(record)
+    tally.server = {"server_mean_queue_ms": 60.0, "server_mean_e2el_ms": 100.0, "server_preemptions": 1}
     config = make_config(output_tokens=50, prompt_tokens=20)
     found = bench.warnings_of(tally.summary(), config, [health()])
+    sound = dataclasses.replace(summary_of(make_record()), server={"server_generated_tokens": 9})  # needs all counted
+    found += [warning for warning in bench.warnings_of(sound, config, []) if "somebody else" in warning.text]
     assert len(found) == len(bench.WARNINGS)
     assert all(warning.cure for warning in found)
 
