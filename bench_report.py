@@ -121,6 +121,11 @@ class Metric(NamedTuple):
         """The label without its unit."""
         return self.label.partition(" (")[0]
 
+    @property
+    def words(self) -> str:
+        """The same within a sentence."""
+        return self.short if self.short.isupper() else self.short.lower()
+
 
 METRICS = (
     Metric("e2el_ms", "Latency (ms)", "latency_ms"),
@@ -1409,6 +1414,8 @@ def _limits_kept(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
     """The highest level within all limits, and whether those below are."""
     limits = " and ".join(f"{slo.name} {slo.op} {slo.limit:g}" for slo in slos)
     best = highest_passing(levels, slos)
+    if len(levels) == 1:
+        return f"{limits} {'held' if best else 'not held'}"
     if best is None:
         return f"none holds {limits}"
     unit = "req/s" if best.by_rate else "in flight"
@@ -1707,6 +1714,7 @@ class Picture:
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 HUES = len(SYMBOLS)
+CORNERS = ("top right", "bottom left")  # of a point, where its label stands: clear of its falling line
 SHADES = 10  # of one run's levels, from low to high
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
@@ -1729,7 +1737,9 @@ def trace(mode: str, x: Sequence[Any], y: Sequence[Any], colour: str, hover: str
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
     look = {"gridcolor": "@grid", "linecolor": "@grid", "zerolinecolor": "@grid", "automargin": True}
-    steps = {"dtick": "D2"} if more.get("type") == "log" and "tickvals" not in more else {}  # 1, 2 and 5
+    steps = (
+        {"dtick": "D2", "tickformat": ",~r"} if more.get("type") == "log" and "tickvals" not in more else {}
+    )  # 1, 2, 5
     return {"title": {"text": title, "standoff": 8}, **look, **steps, **more}
 
 
@@ -1754,7 +1764,7 @@ def layout(**more: Any) -> dict[str, Any]:
         "hovermode": "closest",
         "hoverlabel": hover,
         "font": {"color": "@ink", "family": "system-ui, sans-serif", "size": 13},
-        "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+        "margin": {"l": 8, "r": 12, "t": 28, "b": 8},  # the button to save a picture stands above it
         "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
         **more,
     }
@@ -1775,7 +1785,11 @@ def pareto(levels: Sequence[Level]) -> Optional[Picture]:
         hover = f"{shown(name)} at %{{text}}: %{{y:,.0f}} tokens/s in all, %{{x:.1f}} each"
         line = trace("lines+markers+text", x, y, f"@c{place % HUES}", hover)
         line["marker"]["symbol"] = SYMBOLS[place % HUES]
-        words = {"text": [level.label for level in run_levels], "textposition": "top right", "cliponaxis": False}
+        words = {
+            "text": [level.label for level in run_levels],
+            "textposition": CORNERS[place % len(CORNERS)],
+            "cliponaxis": False,
+        }
         data.append({**line, **words, "name": shown(name), "textfont": {"color": f"@c{place % HUES}", "size": 12}})
     user = "1000 / median TPOT" if by_tpot else "median over requests of output tokens / latency"
     load_words = "request rate" if levels[0].by_rate else "requests in flight"
@@ -2013,10 +2027,10 @@ def _ecdf_picture(metric: Metric, curves: Sequence[tuple[Level, Floats]], left_o
     upward = axis(f"% of {'gaps' if metric.stem == 'itl_ms' else 'requests'}", range=[0, 101])
     made = layout(xaxis=across, yaxis=upward, showlegend=len(data) > 1)
     if len(curves) > 1:
-        title = f"How {metric.short} spreads: further left and steeper is better"
+        title = f"How {metric.words} spreads: further left and steeper is better"
     else:
         middle, high = (number(float(value)) for value in np.percentile(curves[0][1], [50, 99]))
-        title = f"How {metric.short} spreads: half within {middle} ms, 99 % within {high} ms"
+        title = f"How {metric.words} spreads: half within {middle} ms, 99 % within {high} ms"
     return Picture(f"ecdf-{metric.stem}", title, caption, data, made)
 
 
@@ -2067,12 +2081,12 @@ STYLE = """
 :root[data-theme=dark] { color-scheme: dark; DARK }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 20px 16px 48px; }
+main { max-width: 1320px; margin: 0 auto; padding: 20px 16px 48px; }
 header { display: flex; gap: 12px; align-items: flex-start; justify-content: space-between; }
 h1, h2, p, li, summary, figcaption { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; }
 h2 { font-size: 1.05rem; line-height: 1.35; margin: 0 0 2px; }
-p { margin: 0 0 8px; } .soft, figcaption { color: var(--soft); font-size: .87rem; }
+p { margin: 4px 0 8px; } .soft, figcaption { color: var(--soft); font-size: .87rem; }
 button { font: inherit; font-size: .85rem; color: var(--ink); background: var(--paper); border: 1px solid var(--grid);
   border-radius: 6px; padding: 4px 10px; cursor: pointer; white-space: nowrap; }
 section, details { background: var(--paper); border: 1px solid var(--grid); border-radius: 8px;
@@ -2095,6 +2109,8 @@ th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { te
 .words td:not(:first-child) { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 8em; }
 .verdict :is(th, td):last-child { white-space: normal; text-align: left; min-width: 8.5em; }
 figure { margin: 0; }
+@media (max-width: 560px) { h1 { font-size: 1.2rem; } main { padding: 14px 10px 32px; }
+  .verdict :is(th, td):last-child { white-space: nowrap; } }
 """
 
 SCRIPT = """
@@ -2182,7 +2198,8 @@ def verdict_html(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
     found = [*findings(levels, slos), *against_the_first(levels)]
     warnings = warning_lines(levels)
     more = f"<h2>Warnings</h2>{list_html(warnings)}" if warnings else ""
-    kind = "bad" if bound or errors else "good"
+    missed = slos and any(highest_passing(run_levels, slos) is None for run_levels in by_run(levels).values())
+    kind = "bad" if bound or errors or missed else "good"
     return f'<section class="{kind}" id="verdict"><h2>{escape(head)}</h2>{list_html(found)}{more}</section>'
 
 
