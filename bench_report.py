@@ -2289,11 +2289,9 @@ BROWSERS = (
 EXPORT = """
 (async () => {
   const made = [];
-  for (const figure of FIGURES) {
-    const url = await Plotly.toImage(figure, {format: FORMAT, width: figure.layout.width, height: figure.layout.height,
-      scale: FORMAT === "png" ? 2 : 1});
-    made.push(url);
-  }
+  for (const format of FORMATS) for (const figure of FIGURES)
+    made.push(await Plotly.toImage(figure, {format, width: figure.layout.width, height: figure.layout.height,
+      scale: format === "png" ? 2 : 1}));
   document.body.innerHTML = "<pre></pre>";
   document.querySelector("pre").textContent = made.join("\\n") + "\\nEND";
 })();
@@ -2317,24 +2315,28 @@ def light_figure(picture: Picture) -> dict[str, Any]:
     return figure
 
 
-def images(pictures: Sequence[Picture], kind: str, plotly_js: str) -> list[bytes]:
-    """The pictures as PNG or SVG, by an installed browser, else by kaleido. Raises UserError where neither can."""
+def images(pictures: Sequence[Picture], kinds: Sequence[str], plotly_js: str) -> Iterator[bytes]:
+    """The pictures as PNG or SVG, kind by kind, by an installed browser, else by kaleido. Raises UserError where
+    neither can."""
+    told = " and ".join(f"--{kind}" for kind in kinds)
     figures = [light_figure(picture) for picture in pictures]
     browser = find_browser()
     if browser is None:
         try:
             import plotly.io
 
-            return [plotly.io.to_image(figure, format=kind, scale=2 if kind == "png" else 1) for figure in figures]
+            for kind in kinds:
+                yield from (plotly.io.to_image(each, format=kind, scale=2 if kind == "png" else 1) for each in figures)
+            return
         except Exception as error:  # kaleido absent, or without a browser of its own: it raises many kinds
             reason = plain(str(error), 120)
-            raise UserError(f"--{kind} needs a Chromium browser or kaleido (pip install kaleido): {reason}") from None
-    script = f"const FIGURES = {json_in_page(figures)}, FORMAT = {json.dumps(kind)};{EXPORT}"
+            raise UserError(f"{told} needs a Chromium browser or kaleido (pip install kaleido): {reason}") from None
+    script = f"const FIGURES = {json_in_page(figures)}, FORMATS = {json.dumps(kinds)};{EXPORT}"
     page = f"<!doctype html><meta charset=utf-8><body><script>{plotly_js}</script><script>{script}</script>"
     lines = re.search(r"<pre>(.*)\nEND</pre>", in_browser(browser, page), re.DOTALL)
     if lines is None:
-        raise UserError(f"--{kind}: {browser} drew nothing")
-    return [_decoded(url) for url in lines[1].split("\n")]
+        raise UserError(f"{told}: {browser} drew nothing")
+    yield from map(_decoded, lines[1].split("\n"))
 
 
 def _decoded(url: str) -> bytes:
@@ -2481,15 +2483,14 @@ def html_command(options: argparse.Namespace, problems: Problems) -> int:
     title = options.title or f"Benchmark of {', '.join(list(by_run(levels))[:4])}"
     write_whole(options.output, page_html(levels, slos, plain(title), plotly_js).encode("utf-8"))
     say([f"{options.output}: {os.path.getsize(options.output) / 1e6:.1f} MB"])
-    for kind in ("png", "svg"):
-        folder = getattr(options, kind)
-        if folder:
-            pictures, strips = pictures_of(levels, slos)
-            every = [*pictures, *(picture for _, picture in strips)]
-            for picture, data in zip(every, images(every, kind, plotly_js)):
-                os.makedirs(folder, exist_ok=True)
-                write_whole(os.path.join(folder, f"{picture.key}.{kind}"), data)
-            say([f"{folder}: {len(every)} pictures"])
+    folders = {kind: folder for kind, folder in (("png", options.png), ("svg", options.svg)) if folder}
+    pictures, strips = pictures_of(levels, slos) if folders else ([], [])
+    every = [*pictures, *(picture for _, picture in strips)]
+    files = [os.path.join(folder, f"{picture.key}.{kind}") for kind, folder in folders.items() for picture in every]
+    for file, data in zip(files, images(every, list(folders), plotly_js)):
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        write_whole(file, data)
+    say(f"{folder}: {len(every)} pictures" for folder in folders.values())
     return 0
 
 
