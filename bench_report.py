@@ -694,7 +694,9 @@ def canonical(name: str) -> str:
 
 def read_flat(result: Mapping[str, Any]) -> Iterator[Point]:
     """A result of flat keys: ours, vLLM's, SGLang's; with the lists of --save-detailed, its requests as well."""
-    figures = {canonical(key): value for key, value in result.items() if value is not None}
+    connecting = result.get("connecting")
+    every = {**result, **(connecting if isinstance(connecting, dict) else {})}
+    figures = {canonical(key): value for key, value in every.items() if value is not None}
     if isinstance(figures.get("request_rate"), str):  # vLLM writes "inf" for a closed loop
         figures["request_rate"] = _finite(figures["request_rate"])
     requests = detailed_requests(result)
@@ -724,11 +726,12 @@ def detailed_requests(result: Mapping[str, Any]) -> Optional[Requests]:
     ok = np.array([not error for error in given.get("errors", [""] * count)], dtype=bool) & (latency > 0)
     if int(ok.sum()) != result.get("completed"):  # which of them failed is not told
         return None
-    columns = {"index": np.arange(count, dtype=float), "latency_ms": latency * 1e3, "ttft_ms": ttft * 1e3}
+    columns = {"index": np.arange(count, dtype=float), "latency_ms": latency * 1e3}
     for name, column in (("input_lens", "prompt_tokens"), ("output_lens", "completion_tokens")):
         if name in given:
             columns[column] = np.array(given[name], dtype=float)
-    columns["ttft_ms"] = np.where(ttft > 0, columns["ttft_ms"], np.nan)
+    ttft = np.where(ttft > 0, ttft, np.nan)  # 0: not known
+    columns["ttft_ms"] = ttft * 1e3
     if "completion_tokens" in columns:
         more = columns["completion_tokens"] - 1
         columns["tpot_ms"] = np.where(more > 0, (latency - ttft) * 1e3 / np.maximum(more, 1), np.nan)
@@ -739,7 +742,7 @@ def detailed_requests(result: Mapping[str, Any]) -> Optional[Requests]:
         sent = np.array(given["start_times"], dtype=float)
         columns["sent_s"] = sent - sent.min()
         if "itls" in given:
-            stamps = [np.cumsum([sent[i] + ttft[i], *itls[i]]) for i in range(count) if ok[i]]
+            stamps = [np.cumsum([sent[i] + ttft[i], *itls[i]]) for i in range(count) if ok[i] and ttft[i] > 0]
             requests.token_s = np.concatenate(stamps or [np.empty(0)]) - sent.min()
     complete_columns(requests)
     order = np.argsort(requests.column("done_s"), kind="stable")

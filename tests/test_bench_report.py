@@ -286,6 +286,16 @@ def test_vllm_with_its_details(tmp_path: Path, cli: Callable[..., Outcome]) -> N
     assert "vLLM counts otherwise" in cli("show", path, "--slo", "p99_ttft_ms<30").out
 
 
+def test_a_first_token_that_is_not_known_gives_no_tpot(tmp_path: Path) -> None:
+    """As --save-detailed has it of a reply that was read late; of its connections, `connecting` tells."""
+    detail = {**DETAIL, "ttfts": [0.0, 0.02, 0.03, 0.0], "latencies": [0.31, 0.22, 0.43, 0.0]}
+    ours = summary(**detail, completed=3, connecting={"p99_connect_ms": 2.5, "connect_count": 1})
+    point = report.read_json(write_json(tmp_path / "s.jsonl", ours), report.Problems())[0]
+    assert point.requests is not None
+    assert sorted(point.requests.sample("tpot_ms")) == pytest.approx([100, 200])
+    assert point.figure("p99_connect_ms") == 2.5
+
+
 def test_sglang_line_with_infinity(tmp_path: Path) -> None:
     line = {"backend": "sglang", "request_rate": float("inf"), "max_concurrency": 32, "completed": 10}
     line.update(request_throughput=3.0, output_throughput=9.0, total_throughput=12.0, mean_e2e_latency_ms=500.0)
