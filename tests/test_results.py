@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
 from tests.support.program import ROOT, cli
-from tests.support.records import health, make_config, make_record, summary_of
+from tests.support.records import make_config, make_record, summary_of
 from tests.support.tables import json_lines
 
 STEMS = {stem for metric in bench.METRICS for stem in metric.stems}
@@ -23,6 +23,12 @@ STREAMED = {"ttft_ms", "ttfv_ms", "tpot_ms", "itl_ms", "tail_ms"}
 ALWAYS = {"e2el_ms", "e2e_latency_ms", "e2e_ms", "client_queue_time_ms"}
 ALWAYS |= {"tokens_per_s_per_user", "output_tokens", "prompt_tokens"}
 STATISTICS = ("mean", "median", "std", "max", "p50", "p90", "p95", "p99", "p99.9")
+SCHEDULED = {"response_ms", "late_send_ms"}
+OPTIONS: Mapping[str, Sequence[str]] = {
+    "whole": (),
+    "streamed": ("--stream", "--save-detailed", "--metadata", "gpu_type=H100"),
+    "rate": ("--request-rate", "200"),
+}
 SMALL = ("--concurrency", "2", "--total-requests", "8", "--output-tokens", "5")
 
 
@@ -35,10 +41,10 @@ def server() -> Iterator[Demo]:
 
 @pytest.fixture(scope="module")
 def results(server: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """A result of whole replies, and a streamed one with details, from files of their own."""
+    """Results of whole replies, of streams with details, and of a rate, from files of their own."""
     folder = tmp_path_factory.mktemp("results")
     found = {}
-    for name, options in (("whole", ()), ("streamed", ("--stream", "--save-detailed", "--metadata", "gpu_type=H100"))):
+    for name, options in OPTIONS.items():
         path = folder / f"{name}.json"
         done = cli(*server.target, *SMALL, *options, "--summary-json", path)
         assert done.code == 0, done.err
@@ -79,17 +85,10 @@ def check(result: Mapping[str, Any]) -> None:
 
 
 def test_what_a_configuration_cannot_measure_is_left_out(results: dict[str, dict[str, Any]]) -> None:
-    for name, stems in (("whole", ALWAYS), ("streamed", ALWAYS | STREAMED)):
+    for name, stems in (("whole", ALWAYS), ("streamed", ALWAYS | STREAMED), ("rate", ALWAYS | SCHEDULED)):
         check(results[name])
         assert distributions(results[name]) == stems
     assert results["streamed"]["gpu_type"] == "H100"
-
-
-def test_response_time_is_there_with_a_schedule_only() -> None:
-    with_schedule = summary_of(*(make_record(n, due_s=0.5) for n in range(3)))
-    told = bench.summary_json(with_schedule, make_config(), [health()], {})
-    assert told["p99.9_response_ms"] == pytest.approx(1000)
-    assert "response_ms" in distributions(told)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -249,7 +248,8 @@ def test_the_document_names_every_key_and_column(results: dict[str, dict[str, An
     lists = documented("`--save-detailed`")
     named = {f"{name}_{stem}" for stem in STEMS for name in STATISTICS}
     named |= {re.sub("_ms$", "", stem) + "_count" for stem in STEMS}
-    assert documented("The summary") == [key for key in results["whole"] if key not in named]
+    assert documented("The summary") == [key for key in results["rate"] if key not in named]
+    assert set(results["rate"]) - set(results["whole"]) - named == {"due_rate", "issued_rate"}
     assert sorted(documented("Distributions")) == sorted(STEMS)
     assert lists == [key for key in results["streamed"] if key in lists]
     assert set(results["streamed"]) - set(results["whole"]) - named == {*lists, "gpu_type"}
