@@ -141,7 +141,8 @@ PROGRESS_PIPE_S = 10.0
 LAG_SAMPLE_S = 0.05
 GC_THRESHOLDS = (5_000, 100, 1000)  # short young passes, no full one
 
-PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+SHOWN_PERCENTILES = PERCENTILES[:-1]
 EXACT_SAMPLES = 2_000_000  # values of one metric kept as they are; those beyond are counted in buckets
 BUCKET_BITS = 14  # of a float's 32 that tell no buckets apart: 9 of its fraction do
 BUCKET_ERROR = 0.001  # how far a bucket's value may be from those in it, as a share of them: 2**-10
@@ -571,6 +572,10 @@ class Config:
     append: bool
     overwrite: bool
     summary_jsonl: Optional[str]
+    summary_json: Optional[str]
+    save_detailed: bool
+    report: Optional[str]
+    metadata: Optional[Mapping[str, str]]
     warmup: int
     temperature: float
     max_tokens_field: str
@@ -2003,6 +2008,8 @@ METRICS = (
     Metric("prompt", "Prompt tokens", ("prompt_tokens",), lambda r: _one(r.reply.prompt_tokens if r.ok else None)),
 )  # fmt: skip
 
+METRIC = {metric.key: metric for metric in METRICS}
+
 # Sums over all records, whatever their fate: field of the record -> the tally's counter.
 COUNTED = ("reads", "kernel_reads", "content_reads", "merged_reads", "reconnects", "syn_resent", "late_gaps")
 # What requests are told apart by, and how many such groups are reported at most; with more there are none.
@@ -2796,13 +2803,13 @@ def _figure(value: Optional[float]) -> str:
 
 
 def distribution_table(summary: Summary) -> list[str]:
-    rows = [["", "mean", *(f"p{rank:g}" for rank in PERCENTILES), "max", "n"]]
+    rows = [["", "mean", *(f"p{rank:g}" for rank in SHOWN_PERCENTILES), "max", "n"]]
     starred = False
     for metric in METRICS:
         if not _shown(metric, summary):
             continue
         sample = summary.distributions[metric.key]
-        cells = [_figure(value) for value in sample.percentiles.values()]
+        cells = [_figure(sample.percentiles[rank]) for rank in SHOWN_PERCENTILES]
         if sample.n < FEW_SAMPLES_FOR_P99:
             cells[-1] += "*"
             starred = True
@@ -2975,20 +2982,25 @@ def truth_line(summary: Summary, truth: Mapping[str, Distribution]) -> str:
 
 
 def summary_json(summary: Summary, config: Config, health: Sequence[Health], run: Mapping[str, Any]) -> dict[str, Any]:
-    """One strict-JSON object per run; absent figures are null. `run` adds date, argv, versions and the like."""
+    """A strict-JSON object; what cannot be measured is left out. `run`: date, argv, versions and the like.
+
+    Readers call float() on all that ends in `_ms`, and refuse repetitions whose keys differ.
+    """
+    figures = _metric_keys(summary.distributions)
+    connecting = figures.pop("connect")  # no keys of its own: whether a connection has to be opened again is chance
     requests = {
         "model_id": config.model,
-        "num_prompts": config.total_requests or summary.ok + summary.errors + summary.aborted,
+        "num_prompts": summary.ok + summary.errors,
         **({"max_concurrency": config.concurrency} if config.concurrency else {}),
         "completed": summary.ok,
         "failed": summary.errors,
         "aborted": summary.aborted,
+        "not_sent": max(0, (config.total_requests or 0) - summary.ok - summary.errors - summary.aborted),
         "duration": summary.elapsed_s,
         "total_input_tokens": summary.prompt_tokens,
         "total_output_tokens": summary.completion_tokens,
         "total_cached_tokens": summary.cached_tokens,
         "request_throughput": summary.requests_per_s,
-        "request_goodput": None,
         "input_throughput": _rate(summary.prompt_tokens, summary.elapsed_s),
         "output_throughput": summary.generated_per_s,
         "total_token_throughput": summary.total_per_s,
@@ -2996,10 +3008,17 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "concurrency": in_flight_mean(health),
         "max_concurrent_requests": sum(h.peak_in_flight for h in health),
     }
-    ours = {
+    ours = {"connecting": connecting, **_our_keys(summary, config, health)}
+    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **summary.server, **ours}
+
+
+def _our_keys(summary: Summary, config: Config, health: Sequence[Health]) -> dict[str, Any]:
+    """What neither vLLM nor SGLang tells."""
+    rates = {"due_rate": summary.due_rate, "issued_rate": summary.issued_rate} if summary.due_rate else {}
+    return {
         "errors_by_kind": {f"{g.status}/{g.kind}": g.count for g in summary.error_groups},
         "error_messages": {f"{g.status}/{g.kind}": plain(g.first_message) for g in summary.error_groups},
-        **({"due_rate": summary.due_rate, "issued_rate": summary.issued_rate} if summary.due_rate else {}),
+        **{name: rate for name, rate in rates.items() if rate},
         "held_back_requests": summary.held_back,
         "finish_reasons": dict(summary.finish_reasons),
         "replies_without_usage": summary.without_usage,
@@ -3014,30 +3033,67 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "reconnects": summary.reconnects,
         "sessions": summary.sessions,
         "unsent_turns": summary.unsent_turns,
-        "groups": {
-            name: {group: _group_json(got) for group, got in groups.items()} for name, groups in summary.groups.items()
-        },
-        "client_bound": client_bound(summary, health),
+        "groups": {name: _group_json(groups) for name, groups in summary.groups.items()},
+        "client_bound": client_bound(summary, health) or "",
         "client": [dataclasses.asdict(h) for h in health],
         "warnings": [". Cure: ".join(warning) for warning in warnings_of(summary, config, health)],
-        "config": Redactor.config(config),
+        "config": {name: value for name, value in Redactor.config(config).items() if value is not None},
     }
-    return {**run, **requests, **_metric_keys(summary.distributions), **summary.server, **ours}
 
 
-def _group_json(got: GroupSummary) -> dict[str, Any]:
-    counts = {"completed": got.ok, "failed": got.errors, "cached_share": got.cached_share}
-    return {**counts, **_metric_keys(got.distributions)}
+def _group_json(groups: Mapping[str, GroupSummary]) -> dict[str, Any]:
+    told = {}
+    for name, got in groups.items():
+        shares = {} if got.cached_share is None else {"cached_share": got.cached_share}
+        told[name] = {"completed": got.ok, "failed": got.errors, **shares, **_flat(_metric_keys(got.distributions))}
+    return told
 
 
-def _metric_keys(distributions: Mapping[str, Distribution]) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for metric, sample in ((metric, distributions[metric.key]) for metric in METRICS if metric.key in distributions):
-        for stem in metric.stems if sample.n or metric.key not in ("response", "late") else ():
-            keys.update({f"mean_{stem}": sample.mean, f"median_{stem}": sample.percentiles.get(50.0)})
-            keys.update({f"std_{stem}": sample.std, f"max_{stem}": sample.max, f"n_{stem}": sample.n})
-            keys.update({f"p{rank:g}_{stem}": sample.percentiles.get(rank) for rank in PERCENTILES})
-    return keys
+def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for keys in figures.values() for name, value in keys.items()}
+
+
+def _metric_keys(distributions: Mapping[str, Distribution]) -> dict[str, dict[str, Any]]:
+    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
+    found: dict[str, dict[str, Any]] = {}
+    for metric, sample in ((metric, distributions.get(metric.key, Distribution(0))) for metric in METRICS):
+        values = {"mean": sample.mean, "median": sample.percentiles.get(50.0), "max": sample.max}
+        values.update({f"p{rank:g}": value for rank, value in sample.percentiles.items()})
+        if sample.n > 1:  # of one value there is none, and readers divide by it
+            values["std"] = sample.std
+        keys = found[metric.key] = {
+            f"{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
+        }
+        keys.update({f"{re.sub('_ms$', '', stem)}_count": sample.n for stem in metric.stems if sample.n})
+    return found
+
+
+def result_name(result: Mapping[str, Any]) -> str:
+    """The name of a result's own file, as vLLM names them: label or backend, rate, concurrency, model, date (UTC)."""
+    words = [result.get("label") or result["backend"], f"{result['request_rate']}qps"]
+    words += [f"{w}{result[k]}" for w, k in (("concurrency", "max_concurrency"), ("repeat", "repeat")) if k in result]
+    words += [result["model_id"].rpartition("/")[2], result["date"]]
+    return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, words)))[:200]
+
+
+def detail_lists(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """The per-request lists of --save-detailed, named as vLLM and SGLang name them, in order of the requests' numbers.
+
+    Times are seconds, 0 where there is none, as there: readers take no null. What the run's own stop cut off is in
+    none of them, and what only streams have only in those of streams.
+    """
+    kept = sorted((record for record in records if not record.aborted), key=lambda record: record.job.index)
+    lists: dict[str, list[Any]] = {
+        "input_lens": [record.reply.prompt_tokens or 0 for record in kept],
+        "output_lens": [record.reply.completion_tokens or 0 if record.ok else 0 for record in kept],
+        "start_times": [round(record.sent_s or 0.0, 6) for record in kept],
+        "latencies": [round((record.latency_ms or 0.0) / 1e3, 6) for record in kept],
+        "errors": [plain(record.error or record.error_kind) for record in kept],
+    }
+    if any(record.ttft_ms for record in kept):
+        lists["ttfts"] = [round((record.ttft_ms or 0.0) / 1e3, 6) for record in kept]
+        lists["itls"] = [[round(gap / 1e3, 6) for gap in record.reply.gaps_ms if record.ok] for record in kept]
+    return lists
 
 
 # === 8. Sinks (the only writers) ===
@@ -3210,6 +3266,7 @@ class CsvSink:
 
     def __init__(self, path: str, append: bool, overwrite: bool) -> None:
         """Checks everything before any load; rows that are to be replaced stay until `begin`. Raises UserError."""
+        self.path = path
         self.rows = 0
         self.lost = 0
         self.reason = ""
@@ -3293,22 +3350,47 @@ class CsvSink:
 
 
 class SummarySink:
-    """One line appended per run; opened before any load, so that nobody waits an hour for an error."""
+    """A line of JSON for each point; opened before any load, so that nobody waits an hour for an error."""
 
-    def __init__(self, path: str) -> None:
-        self._out = OutputFile(path, "--summary-jsonl")
-        self._out.share()
+    def __init__(self, path: str, new: bool = False, points: int = 1) -> None:
+        """`new`: the file must not exist and takes one point; a directory takes a file for each. Raises UserError."""
+        option = "--summary-json" if new else "--summary-jsonl"
+        self.path = path
+        self._out: Optional[OutputFile] = None
+        self._ours = not os.path.isdir(path)
+        if new and (path.endswith(("/", os.sep)) or not self._ours):
+            with _writing(option, path):
+                os.makedirs(path, exist_ok=True)
+                os.rmdir(tempfile.mkdtemp(dir=path))
+        elif points > 1 and new:
+            raise UserError(f"{option} {path}: {points} points take a directory, {path}/")
+        else:
+            self._out = OutputFile(path, option, f"{option} {path} exists; name another or a directory" if new else "")
+            self._out.share()
 
     def write(self, summary: Mapping[str, Any]) -> None:
-        """Raises OSError."""
+        """Raises OSError or UserError."""
+        out = self._out or self._next(os.path.join(self.path, result_name(summary)))
         line = json.dumps(summary, ensure_ascii=False, allow_nan=False) + "\n"
-        self._out.write(line.encode("utf-8", "replace"))
-        if self._out.gone():
+        out.write(line.encode("utf-8", "replace"))
+        if not self._out:
+            out.close()
+        elif out.gone():
             raise FileNotFoundError(2, "it has been removed or replaced meanwhile")
 
+    @staticmethod
+    def _next(path: str) -> OutputFile:
+        names = itertools.chain(("",), (f"-{number}" for number in itertools.count(2)))
+        free = next(name for name in (f"{path}{end}.json" for end in names) if not os.path.lexists(name))
+        return OutputFile(free, "--summary-json", f"{free} exists")
+
     def close(self) -> None:
-        """A run that measured nothing leaves no file of its own."""
-        self._out.close(unused_bytes=0)
+        """A run that measured nothing leaves no file and no directory of its own."""
+        if self._out:
+            self._out.close(unused_bytes=0)
+        elif self._ours:
+            with contextlib.suppress(OSError):  # it holds results
+                os.rmdir(self.path)
 
 
 class LiveLine:
@@ -6021,7 +6103,7 @@ class Part:
 
 
 class Kept(list[Record]):
-    """A sink that keeps its records: for the few of a warm-up."""
+    """A sink that keeps its records: the few of a warm-up, or, for --save-detailed, all."""
 
     add = list.append
 
@@ -6563,6 +6645,13 @@ def _calibration(text: str) -> list[float]:
     )
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = _text(text).partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {plain(text, 60)!r}")
+    return name, value
+
+
 def _engine(text: str) -> str:
     if not all(isinstance(value, (int, float)) and value >= 0 for value in _json_object(text).values()):
         raise argparse.ArgumentTypeError('takes a JSON object of numbers like {"ttft_ms": 200}')
@@ -6720,6 +6809,10 @@ def build_parser() -> Parser:
     add("--append", action="store_true", help="add to an existing --results-csv")
     add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
     add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
+    add("--summary-json", type=_path, metavar="PATH", help="write them to a new file; DIR/: to a new file in it")
+    add("--save-detailed", action="store_true", help="add the per-request lists of vLLM and SGLang to both")
+    add("--metadata", type=_pair, action="append", metavar="K=V", help="add a key to both, such as gpu_type=H100")
+    add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
     add("--no-progress", action="store_true", help="do not show the progress line")
     add = parser.add_argument_group("Client").add_argument
     add("--processes", type=_processes, metavar="N", help="client processes, or auto (default: %(default)s)")
@@ -6772,6 +6865,7 @@ def build_config(options: argparse.Namespace, prompts: int, trace: bool = False)
         "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
         "warmup": default_warmup(concurrency, total) if options.warmup is None else options.warmup,
         "seed": secrets.randbelow(1 << 32) if options.seed is None else options.seed,
+        "metadata": dict(options.metadata) if options.metadata else None,
         "processes": min(concurrency or processes, total or processes, processes),
     }
     names = [item.name for item in dataclasses.fields(Config)]
@@ -6866,7 +6960,7 @@ def require_model(options: argparse.Namespace) -> None:
 def keep_files_apart(options: argparse.Namespace) -> None:
     """Raises UserError when one file is named twice: the corpus would be overwritten, or results mixed."""
     named: dict[str, str] = {}
-    for option in ("--requests-file", "--results-csv", "--summary-jsonl"):
+    for option in ("--requests-file", "--results-csv", "--summary-jsonl", "--summary-json", "--report"):
         path = getattr(options, option[2:].replace("-", "_"))
         other = named.setdefault(os.path.realpath(path), option) if path else option
         if other != option and os.path.realpath(path) != os.devnull:
@@ -7008,6 +7102,36 @@ class DemoServer:
         self._process.stdout.close()
 
 
+class Page:
+    """--report: what is measured, kept in a folder until bench_report.py, beside this file, has drawn it."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UserError when the page cannot be written, or would replace another file."""
+        with _writing("--report", path):
+            if os.path.exists(path) and b'content="bench_report.py"' not in Path(path).read_bytes()[:400]:
+                raise UserError(f"--report {path} exists and is no report; name another file")
+            os.rmdir(tempfile.mkdtemp(dir=os.path.dirname(path) or "."))
+            self.folder = tempfile.mkdtemp(prefix="report-")
+        self._path = path
+
+    def draw(self, name: str) -> None:
+        """A page that cannot be drawn costs one line, which says how to draw it later."""
+        script = os.path.join(os.path.dirname(THIS_FILE), "bench_report.py")
+        subprocess = importlib.import_module("subprocess")
+        command = [sys.executable, script, "html", f"{name.replace('=', ' ')}={self.folder}", "-o", self._path]
+        why = f"copy bench_report.py to {os.path.dirname(script)}"
+        if os.path.exists(script):
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+            if done.returncode == 0:
+                return note(f"report {done.stdout}")
+            why = (done.stderr.strip() or "it was killed").splitlines()[-1]
+        _say(f"WARNING: no --report: {plain(why)}; then: bench_report.py html {self.folder} -o {self._path}")
+        self.folder = ""  # it stays
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 class Point:
     """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
 
@@ -7017,28 +7141,32 @@ class Point:
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
         self.series: Mapping[str, Any] = {}  # the server's own figures over time
+        self.origin_unix_s = math.nan
+        self.kept = Kept()
         self._workload = workload_of(config, corpus)
         self._schedule = schedule_of(config, corpus)
         self._requests_file = corpus.path if corpus else None
 
-    async def measure(self, stop: Stop, csv_sink: Optional[CsvSink]) -> None:
+    async def measure(self, stop: Stop, csvs: Sequence[CsvSink]) -> None:
         """Raises RunError when the warm-up fails."""
         live: list[LiveLine] = []
         goal = Goal(self.config.total_requests, self.config.duration)
 
         def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
             self.origin_ns = origin_ns
+            self.origin_unix_s = time.time() - (time.perf_counter_ns() - origin_ns) / 1e9
             self.config = dataclasses.replace(config, requests_file=self.config.requests_file)  # as the user named it
             if not config.requests_file and not config.prompt_calibration:
                 note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
-            if csv_sink:
+            for csv_sink in csvs:
                 csv_sink.begin()
             if not self.config.no_progress:
                 live.append(LiveLine(self.tally, goal, time.perf_counter, arriving))
                 live[0].start()
 
         breaker = Breaker(self.tally, stop, self.config.concurrency, self.config.stop_after_errors)  # after the tally
-        sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
+        kept = [self.kept] if self.config.save_detailed else []
+        sinks: list[Sink] = [self.tally, *csvs, *kept, breaker]
         config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
         part = Part(config, self._workload, self._schedule, sinks, stop, begin)
         figures = ServerFigures(config)
@@ -7063,35 +7191,57 @@ class Invocation:
     def __init__(self, config: Config, argv: Sequence[str]) -> None:
         """Raises UserError when an output cannot be opened."""
         self._argv = argv
-        self._csv: Optional[CsvSink] = None
-        self._jsonl: Optional[SummarySink] = None
-        self._started = time.strftime("%Y%m%d-%H%M%S")
-        if config.results_csv:
-            self._csv = CsvSink(config.results_csv, config.append, config.overwrite)
+        self._started = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        self._csvs: list[CsvSink] = []
+        self._summaries: list[SummarySink] = []
+        self._page: Optional[Page] = None
         try:
-            if config.summary_jsonl:
-                self._jsonl = SummarySink(config.summary_jsonl)
+            self._open(config)
         except UserError:
             self.close()
             raise
 
+    def _open(self, config: Config) -> None:
+        facts = self._facts(Point(config, None), Stop())
+        named = summary_json(Tally().summary(), dataclasses.replace(config, metadata=None), (), facts)
+        for name in config.metadata or ():
+            if name in named or re.match(r"(mean|median|std|max|p\d*)_|.*_(count|ms)$", name):
+                raise UserError(f"--metadata {name}: results have keys of such a name; choose another")
+        if config.results_csv:
+            self._csvs.append(CsvSink(config.results_csv, config.append, config.overwrite))
+        if config.summary_jsonl:
+            self._summaries.append(SummarySink(config.summary_jsonl))
+        if config.summary_json:
+            self._summaries.append(SummarySink(config.summary_json, new=True))
+        if config.save_detailed and not (self._summaries or config.report):
+            raise UserError("--save-detailed needs --summary-json, --summary-jsonl or --report")
+        if config.report:
+            self._page = Page(config.report)
+            self._csvs.append(CsvSink(os.path.join(self._page.folder, "results.csv"), append=False, overwrite=False))
+            self._summaries.append(SummarySink(os.path.join(self._page.folder, "results.jsonl")))
+
     def close(self) -> None:
-        if self._csv:
-            self._csv.discard_if_empty()
-        if self._jsonl:
-            self._jsonl.close()
+        for csv_sink in self._csvs:
+            csv_sink.discard_if_empty()
+        for sink in self._summaries:
+            sink.close()
+        if self._page:
+            self._page.close()
 
     def run(self, point: Point, demo: Optional[DemoServer]) -> int:
         """Measure and report; the exit code."""
         with signals_as_before():
             stop = run_loop(self._measure(point))
             finish_on_first_signal(stop)
-            return self._finish(point, stop, demo)
+            code = self._finish(point, stop, demo)
+        if self._page and self._csvs[-1].rows:
+            self._page.draw((point.config.metadata or {}).get("label", point.config.model))
+        return code
 
     async def _measure(self, point: Point) -> Stop:
         stop = Stop()
         on_signals(stop)
-        await point.measure(stop, self._csv)
+        await point.measure(stop, self._csvs)
         return stop
 
     def _finish(self, point: Point, stop: Stop, demo: Optional[DemoServer]) -> int:
@@ -7123,33 +7273,42 @@ class Invocation:
         if stop.interrupted or stop.reason:
             why, made = stop.reason or "interrupted", summary.ok + summary.errors + summary.aborted
             yield f"{why}: {made} of {config.total_requests or 'as many as possible'} requests were made"
-        if self._csv and self._csv.lost:
-            yield f"{self._csv.lost} rows could not be written to {config.results_csv}: {self._csv.reason}"
-        if self._csv and self._csv.gone():
-            yield f"{config.results_csv} has been removed or replaced: its {self._csv.rows} rows are lost"
+        for sink in self._csvs:
+            if sink.lost:
+                yield f"{sink.lost} rows could not be written to {sink.path}: {sink.reason}"
+            if sink.gone():
+                yield f"{sink.path} has been removed or replaced: its {sink.rows} rows are lost"
 
     def _write_summary(self, summary: Summary, point: Point, stop: Stop) -> None:
-        if not self._jsonl:
+        if not self._summaries:
             return
-        config = point.config
-        run = {
+        lists = {**detail_lists(point.kept), **point.series} if point.config.save_detailed else {}
+        result = {**summary_json(summary, point.config, point.health, self._facts(point, stop)), **lists}
+        for sink in self._summaries:
+            try:
+                sink.write(result)
+            except (OSError, UserError) as error:
+                _say(f"WARNING: the summary could not be written to {sink.path}: {_reason(error)}")
+
+    def _facts(self, point: Point, stop: Stop) -> dict[str, Any]:
+        """What the figures do not say of a point; its times on the wall clock end as far apart as it took."""
+        config, tally = point.config, point.tally
+        times = [point.origin_unix_s + at for at in (tally.first_sent_s, tally.last_done_s)]
+        if not all(map(math.isfinite, times)):  # nothing was sent
+            times = [time.time()] * 2
+        return {
             "date": self._started,
+            "benchmark_start_time_unix": times[0],
+            "benchmark_end_time_unix": times[1],
             "endpoint_type": BACKENDS[config.endpoint_type],
             "backend": BACKENDS[config.endpoint_type],
-            "label": None,
-            "tag": None,
-            "tokenizer_id": None,
             "dataset_name": "custom" if config.requests_file else "random",
             **{name: Redactor.config(config)[name] for name in ("request_rate", "burstiness")},
             "interrupted": stop.interrupted,
-            "stop_reason": stop.reason or None,
+            "stop_reason": stop.reason,
             "versions": versions(),
             "argv": Redactor.of(config, os.environ).argv(self._argv),
         }
-        try:
-            self._jsonl.write(summary_json(summary, config, point.health, run))
-        except OSError as error:
-            _say(f"WARNING: the summary could not be written to {config.summary_jsonl}: {_reason(error)}")
 
 
 def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:

@@ -578,7 +578,7 @@ def ours_read(folder: Path) -> Findings:
     notes = {key: summary[key] for key in ("kernel_stamped_share", "merged_read_share", "new_connections")}
     notes.update({key: health[key] for key in ("cpu_s", "wall_s", "waiting_s", "lag_p99_ms", "gc_pause_ms")})
     figures = {name: values for name, values in found.items() if None not in values}
-    return Findings(figures, summary["completed"], summary["client_bound"], notes)
+    return Findings(figures, summary["completed"], summary["client_bound"] or None, notes)
 
 
 def reference_command(key: str) -> Callable[[Programs, Load], list[str]]:
