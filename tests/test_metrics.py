@@ -256,7 +256,9 @@ def test_prompts_below_the_template_are_told_the_least() -> None:
 
 def test_every_warning_says_what_to_do() -> None:
     """All rules at once: a bad run, and each line of it with a cure."""
-    bad = make_record(has_usage=False, cached_tokens=50, merged_reads=3, reconnects=1, free_s=0.5, syn_resent=1)
+    bad = make_record(
+        has_usage=False, cached_tokens=50, merged_reads=3, reconnects=1, free_s=0.5, syn_resent=1, due_s=0.1
+    )
     at_once = make_record(1, last_s=1.1)
     dead = make_record(2, status="http_error", error_kind="connect_refused", error="refused", server="http://b")
     tally = bench.Tally([5, 0])
@@ -272,6 +274,7 @@ def sample_of(values: list[float], most: int) -> bench.Sample:
     sample = bench.Sample("d", most)
     for at in range(0, len(values), 100):
         sample.extend(array("d", values[at : at + 100]))
+    sample.extend(())  # a request without this metric
     return sample
 
 
@@ -325,7 +328,7 @@ def test_a_report_of_a_histogram_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_request_costs_at_most_100_bytes_of_the_tally() -> None:
-    tally, record = bench.Tally(), make_record(gaps_ms=(), due_s=0.5)
+    tally, record = bench.Tally(), make_record(gaps_ms=(), due_s=0.5, label="chat", server="a")
     for _ in range(1_000):
         tally.add(record)
     tracemalloc.start()
