@@ -1191,6 +1191,8 @@ SWEEP_COLUMNS = (
     Column("latency p50", "p50_e2el_ms", 1, "e2el_ms"),
     Column("latency p95", "p95_e2el_ms", 1, "e2el_ms", 95.0),
     Column("latency p99", "p99_e2el_ms", 1, "e2el_ms", 99.0),
+    Column("server queue", "server_mean_queue_ms", 1),
+    Column("J/token", "gpu_energy_per_output_token_j", 3),
 )
 
 
