@@ -42,6 +42,7 @@ def test_a_refusal_teaches_the_dialect() -> None:
     newer = bench.concede(dialect, config, refusal("'max_tokens' is not supported, use 'max_completion_tokens'"))
     assert newer is not None
     assert newer.limit_field == "max_completion_tokens"
+    assert str(newer) == "max_completion_tokens, usage"  # as the user is told
     silent = bench.concede(dialect, config, refusal("stream_options is not allowed"))
     assert silent is not None
     assert not silent.include_usage
