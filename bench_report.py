@@ -134,6 +134,8 @@ METRICS = (
     Metric("ttft_ms", "TTFT (ms)", "ttft_ms"),
     Metric("tpot_ms", "TPOT (ms)", "tpot_ms"),
     Metric("itl_ms", "Chunk gap (ms)", ""),
+    Metric("ttfv_ms", "First visible token (ms)", ""),
+    Metric("late_send_ms", "Late sends (ms)", ""),
     Metric("connect_ms", "Connect (ms)", "connect_ms"),
     Metric("tail_ms", "Tail (ms)", "tail_ms"),
     Metric("client_queue_time_ms", "Client queue (ms)", "queue_ms"),
@@ -142,7 +144,13 @@ METRICS = (
     Metric("prompt_tokens", "Prompt tokens", "prompt_tokens"),
 )
 BY_STEM = {metric.stem: metric for metric in METRICS}
-HIDDEN_STEMS = ("client_queue_time_ms", "connect_ms", "tail_ms")  # in the table only with --verbose
+HIDDEN_STEMS = (
+    "client_queue_time_ms",
+    "connect_ms",
+    "late_send_ms",
+    "tail_ms",
+    "ttfv_ms",
+)  # in the table only with --verbose
 
 
 @dataclass(eq=False)

@@ -2105,8 +2105,9 @@ class Tally:
         if record.reply.turn:  # of those begun, the turns yet to come
             self.counts["sessions"] += record.reply.turn == 1
             self.counts["unsent_turns"] += record.reply.later_turns if record.reply.turn == 1 else -1
-        self.due.add(record.job.due_s if record.reply.turn in (None, 1) else None)
-        self.issued.add(record.sent_s)
+        if record.reply.turn in (None, 1):  # a rate is that of sessions
+            self.due.add(record.job.due_s)
+            self.issued.add(record.sent_s)
         self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS
         self._add_to_groups(record)
         if record.aborted:
@@ -2848,9 +2849,10 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
     if health:
         lines += wrapped(in_flight_line(summary, health), len("In flight: "))
     if summary.due_rate and summary.issued_rate:
-        asked, rates = config.request_rate, (summary.due_rate, summary.issued_rate, summary.requests_per_s)
+        kind, done = ("Sessions", summary.sessions) if summary.sessions else ("Requests", summary.ok)
+        asked, rates = config.request_rate, (summary.due_rate, summary.issued_rate, _rate(done, summary.elapsed_s))
         told = "" if math.isinf(asked) else f"asked {asked:g}, "
-        lines.append("Requests/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
+        lines.append(kind + "/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
     if summary.sessions:
         why = ": a turn before them failed, or the run ended" if summary.unsent_turns else ""
         lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")
@@ -6740,6 +6742,35 @@ def _add_load(parser: Parser) -> None:
     add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
 
 
+def _add_output(parser: Parser) -> None:
+    """What is read of the server beside the replies, and where results go."""
+    add = parser.add_argument_group("Server's own figures").add_argument
+    add(
+        "--server-metrics",
+        type=_metrics_page,
+        action="append",
+        metavar="URL",
+        help="read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
+    )
+    add("--metrics-interval", type=_seconds, metavar="S", help="seconds between two readings (default: %(default)s)")
+    add(
+        "--gpu-metrics",
+        type=_gpus,
+        metavar="GPUS",
+        help="read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)",
+    )
+    add = parser.add_argument_group("Output").add_argument
+    add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
+    add("--append", action="store_true", help="add to an existing --results-csv")
+    add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
+    add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
+    add("--summary-json", type=_path, metavar="PATH", help="write them to a new file; DIR/: to a new file in it")
+    add("--save-detailed", action="store_true", help="add the per-request lists of vLLM and SGLang to both")
+    add("--metadata", type=_pair, action="append", metavar="K=V", help="add a key to both, such as gpu_type=H100")
+    add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
+    add("--no-progress", action="store_true", help="do not show the progress line")
+
+
 def build_parser() -> Parser:
     """Every option, in the order of the README's table."""
     parser = Parser(
@@ -6789,31 +6820,7 @@ def build_parser() -> Parser:
         metavar="A,B",
         help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
     )
-    add = parser.add_argument_group("Server's own figures").add_argument
-    add(
-        "--server-metrics",
-        type=_metrics_page,
-        action="append",
-        metavar="URL",
-        help="read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
-    )
-    add("--metrics-interval", type=_seconds, metavar="S", help="seconds between two readings (default: %(default)s)")
-    add(
-        "--gpu-metrics",
-        type=_gpus,
-        metavar="GPUS",
-        help="read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)",
-    )
-    add = parser.add_argument_group("Output").add_argument
-    add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
-    add("--append", action="store_true", help="add to an existing --results-csv")
-    add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
-    add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
-    add("--summary-json", type=_path, metavar="PATH", help="write them to a new file; DIR/: to a new file in it")
-    add("--save-detailed", action="store_true", help="add the per-request lists of vLLM and SGLang to both")
-    add("--metadata", type=_pair, action="append", metavar="K=V", help="add a key to both, such as gpu_type=H100")
-    add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
-    add("--no-progress", action="store_true", help="do not show the progress line")
+    _add_output(parser)
     add = parser.add_argument_group("Client").add_argument
     add("--processes", type=_processes, metavar="N", help="client processes, or auto (default: %(default)s)")
     add("--transport", choices=TRANSPORTS, help="stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client")
