@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOWN = "--demo --stream --concurrency 64 --total-requests 512"
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128)
 SWEPT = [
-    "--demo", "--demo-engine", '{"step_ms": 10, "max_batch": 32}', "--stream", "--prompt-tokens", "256",
+    "--demo", "--demo-engine", '{"step_ms": 10, "max_batch": 32}', "--stream",
     "--output-tokens", "32", "--concurrency", ",".join(map(str, LEVELS)),
 ]  # fmt: skip
 TRIES = 3
