@@ -2349,9 +2349,11 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if summary.sessions:  # whose histories are cached on purpose
-        return None
     server = summary.server.get("server_prefix_cache_hit_rate")
+    if summary.sessions:  # whose histories are cached on purpose
+        text = "the server does not say how much of the sessions' histories it had cached"
+        told = summary.cache_told or server is not None
+        return None if told else ReportWarning(text, "vLLM tells with --enable-prompt-tokens-details")
     cached = max(summary.cached_tokens, (server or 0.0) * summary.prompt_tokens)
     template = 0.0 if config.requests_file else summary.ok * calibration_of(config).constant_tokens
     hit = percent(max(0.0, cached - template), summary.prompt_tokens)
