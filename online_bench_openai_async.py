@@ -2105,8 +2105,9 @@ class Tally:
         if record.reply.turn:  # of those begun, the turns yet to come
             self.counts["sessions"] += record.reply.turn == 1
             self.counts["unsent_turns"] += record.reply.later_turns if record.reply.turn == 1 else -1
-        self.due.add(record.job.due_s if record.reply.turn in (None, 1) else None)
-        self.issued.add(record.sent_s)
+        if record.reply.turn in (None, 1):  # a rate is that of sessions
+            self.due.add(record.job.due_s)
+            self.issued.add(record.sent_s)
         self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS
         self._add_to_groups(record)
         if record.aborted:
@@ -2848,9 +2849,10 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
     if health:
         lines += wrapped(in_flight_line(summary, health), len("In flight: "))
     if summary.due_rate and summary.issued_rate:
-        asked, rates = config.request_rate, (summary.due_rate, summary.issued_rate, summary.requests_per_s)
+        kind, done = ("Sessions", summary.sessions) if summary.sessions else ("Requests", summary.ok)
+        asked, rates = config.request_rate, (summary.due_rate, summary.issued_rate, _rate(done, summary.elapsed_s))
         told = "" if math.isinf(asked) else f"asked {asked:g}, "
-        lines.append("Requests/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
+        lines.append(kind + "/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
     if summary.sessions:
         why = ": a turn before them failed, or the run ended" if summary.unsent_turns else ""
         lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")

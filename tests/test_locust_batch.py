@@ -98,7 +98,7 @@ def test_request_options(lb, settings):
 
 
 def test_a_batch_line_gains_a_missing_model_and_what_a_stream_needs(lb, settings):
-    line = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "hi"}], "top_k": 1}}
+    line: dict[str, Any] = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "hi"}], "top_k": 1}}
     _, body = body_of(lb, settings, line, stream=True, max_tokens="5", extra_body='{"min_p": 1}')
     asked = {"model": "gpt-4o-mini", "stream": True, "stream_options": {"include_usage": True}}
     assert body == {**asked, **line["body"]}

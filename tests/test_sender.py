@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -249,10 +250,15 @@ def test_each_body_arrives_as_its_line_says_and_no_secret_is_shown(
     cli: Callable[..., Outcome], script: Callable[..., ScriptedServer], tmp_path: Path, transport: str, processes: int
 ) -> None:
     calls: list[tuple[int, Call]] = []
-    servers = [script(lambda call, at=at: (calls.append((at, call)), call.send(echo_of(call)))) for at in range(2)]
+
+    def answer(at: int, call: Call) -> None:
+        calls.append((at, call))
+        call.send(echo_of(call))
+
+    servers = [script(functools.partial(answer, at)) for at in range(2)]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    words = [word for server in servers for word in ("--api-base", server.api_base)]
+    words: list[Any] = [word for server in servers for word in ("--api-base", server.api_base)]
     words += ["--model", "m", "--requests-file", corpus, "--transport", transport, "--processes", processes]
     words += ["--concurrency", 2, "--output-tokens", 16, "--extra-body", '{"top_k": 5}', "--warmup", 1]
     words += ["--header", f"X-Gate: {HEADER}", "--header", "X-Tier=a1", "--api-key", ""]
