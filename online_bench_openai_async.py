@@ -95,7 +95,7 @@ except ImportError:  # Windows
 
 # === 1. Constants ===
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 THIS_FILE = os.path.abspath(__file__)
 
 DEFAULT_API_BASE = "http://127.0.0.1:8000/v1"
@@ -4361,6 +4361,8 @@ KEPT_HEADERS = (b"content-encoding", b"retry-after", b"location")
 
 
 def _reason(error: BaseException) -> str:
+    wrapped = getattr(error, "reason", None)  # by urllib
+    error = wrapped if isinstance(wrapped, BaseException) else error
     return f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
 
