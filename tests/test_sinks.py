@@ -29,7 +29,7 @@ def test_help_columns_explains_every_column_in_order_and_the_exit_codes(capsys: 
     columns, codes = capsys.readouterr().out.split("Exit codes:")
     assert ended.value.code == 0
     assert re.findall(r"^  (\w+)  +\S", columns, re.MULTILINE) == list(bench.CSV_COLUMNS)
-    assert re.findall(r"^  (\d+)  +\S", codes, re.MULTILINE) == ["0", "1", "2", "130"]
+    assert re.findall(r"^  (\d+)  +\S", codes, re.MULTILINE) == ["0", "1", "2", "3", "130"]
     assert all(len(line) <= 100 for line in columns.splitlines())
 
 
@@ -172,7 +172,7 @@ def test_other_columns_are_not_appended_to(tmp_path: Path) -> None:
 def test_an_older_files_missing_columns_are_named(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text(",".join(list(bench.CSV_COLUMNS)[:-2]) + "\n")
-    with pytest.raises(bench.UserError, match="lacks the columns new_connection, http_status; name another file"):
+    with pytest.raises(bench.UserError, match="lacks the columns repeat, start_unix_s; name another file"):
         bench.CsvSink(str(path), append=True, overwrite=False)
 
 
