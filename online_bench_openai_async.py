@@ -178,6 +178,7 @@ MOST_TOKENS = 1 << 40  # a count beyond it is no count
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
 SEARCH_PRECISION = 0.04  # of the level that holds: how near the one that fails must be
+BOUND_REPEATS = 2.0  # times as many requests where this client was the limit
 SEARCH_MOST = 16  # times the usual number of requests: what is not sure by then stays unresolved
 DRIFT = 0.10  # of a mean, from the first to the last third of the steady window
 NORMAL_95 = 1.96  # standard errors to either side of a mean
@@ -2556,7 +2557,8 @@ class Level:
         self.level = points[0].level
         self.needed = needed
         self.failed = [limit for limit in limits if not limit.holds(self.figure(limit.name))]
-        self.resolved = needed <= 1 and all(point.complete for point in points)
+        bound = not self.failed and any(point.client_bound for point in points)  # less load than asked proves nothing
+        self.resolved = needed <= 1 and not bound and all(point.complete for point in points)
         self.holds = self.resolved and not self.failed
 
     def values(self, name: str) -> list[float]:
@@ -2574,10 +2576,11 @@ class Level:
         words = ["client-bound"] if any(point.client_bound for point in self.points) else []
         words += ["knee"] if self.level == knee_level else []
         words += [] if all(point.complete for point in self.points) else ["interrupted"]
-        if self.points[0].config.slo:
-            verdicts = [f"fails {limit.name}" for limit in self.failed] or ["holds"]
-            words += verdicts if self.resolved else ["too few requests to be sure" if self.needed > 1 else ""]
-        return ", ".join(word for word in words if word)
+        if self.points[0].config.slo and self.resolved:
+            words += [f"fails {limit.name}" for limit in self.failed] or ["holds"]
+        elif self.points[0].config.slo:
+            words.append(f"seems to {'fail' if self.failed else 'hold'}")
+        return ", ".join(words)
 
 
 def levels_of(points: Iterable[Measured]) -> list[list[Measured]]:
@@ -2604,11 +2607,11 @@ def sweep_knee(levels: Sequence[Level]) -> Optional[float]:
     return knee({level.level: level.figure(name) for level in levels})
 
 
-def sweep_table(levels: Sequence[Level], unit: str) -> list[str]:
-    """A line for each level; with repetitions its median, and the least and the greatest below."""
+def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None) -> list[str]:
+    """A line for each level; with repetitions its median, and the least and the greatest below. `bend`: the knee."""
     columns = [column for column in SWEEP_COLUMNS if any(level.values(column.figure) for level in levels)]
     rows = [[unit, *(c.head for c in columns), "errors"], ["", *(c.below for c in columns), ""]]
-    bend, ends = sweep_knee(levels), ["verdict", ""]
+    ends = ["verdict", ""]
     for level in levels:
         errors = sum(point.summary.errors for point in level.points)
         rows.append([f"{level.level:g}", *(level.cell(column.figure) for column in columns), str(errors)])
@@ -2622,9 +2625,9 @@ def sweep_table(levels: Sequence[Level], unit: str) -> list[str]:
     return [*(f"{row}  {end}".rstrip() for row, end in zip(padded(rows), ends)), *note]
 
 
-def sweep_sentences(levels: Sequence[Level], unit: str) -> list[str]:
+def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -> list[str]:
     """The knee, and where this client was the limit."""
-    bend, lines = sweep_knee(levels), []
+    lines = []
     if bend is not None and bend == levels[-1].level:
         lines.append(f"No knee: at {bend:g} {unit} throughput still grew by more than {KNEE_GROWTH:.0%} per doubling")
     elif bend is not None:
@@ -2653,6 +2656,8 @@ def capacity_sentence(levels: Sequence[Level], limits: Sequence[Limit], unit: st
 
 def _why_unsure(level: Level) -> str:
     made = sum(point.config.total_requests for point in level.points[-1:])
+    if any(point.client_bound for point in level.points):
+        return f"{level.level:g} is unresolved, this client was the limit there"
     needs = f"needs about {made * level.needed:,.0f} requests" if 1 < level.needed < math.inf else "was not finished"
     return f"{level.level:g} is unresolved, it {needs}"
 
@@ -5817,9 +5822,11 @@ def answer_of(point: Measured) -> Answer:
     """What a search is told of a point."""
     judged = [judge(limit, *point.values) for limit in limits_of(point.config)]
     unsure = [one.needed or math.inf for one in judged if not one.sure]
-    # One limit that fails for sure settles it, whatever the others.
-    settled = not unsure or any(one.sure and not one.holds for one in judged)
-    return Answer(all(one.holds for one in judged), 1.0 if settled else max(unsure))
+    if any(one.sure and not one.holds for one in judged):
+        return Answer(False)  # whatever the others
+    holds = all(one.holds for one in judged)
+    unsure += [BOUND_REPEATS] if holds and point.client_bound else []  # less load than asked proves nothing
+    return Answer(holds, max(unsure, default=1.0))
 
 
 class Team(Protocol):
@@ -6504,10 +6511,9 @@ class Invocation:
             _say("Interrupted before the first measured request had ended: nothing to report.")
             return 130
         levels = self._levels(measured)
+        bend = None if self.config.find_max else sweep_knee(levels)
         if self._several:
-            report("\n".join([*sweep_table(levels, UNIT), ""]))
-        if self._several and not self.config.find_max:
-            report("\n".join([*sweep_sentences(levels, UNIT), ""]))
+            report("\n".join([*sweep_table(levels, UNIT, bend), "", *sweep_sentences(levels, UNIT, bend), ""]))
         report(config_block(measured[-1].config, self._loads))
         limits = limits_of(self.config)
         if self._several and limits:

@@ -161,9 +161,17 @@ def test_the_knee_is_the_last_level_with_growth(throughputs: Mapping[float, Any]
     assert bench.knee(throughputs) == knee
 
 
+def table_of(found: list[bench.Level]) -> list[str]:
+    return bench.sweep_table(found, "in flight", bench.sweep_knee(found))
+
+
+def sentences_of(found: list[bench.Level]) -> list[str]:
+    return bench.sweep_sentences(found, "in flight", bench.sweep_knee(found))
+
+
 def test_the_table_of_a_sweep() -> None:
     points = [measured(1), measured(2), measured(4), measured(8, 2.0)]
-    lines = bench.sweep_table(levels(*points), "in flight")
+    lines = table_of(levels(*points))
     assert lines[0].split()[:5] == ["in", "flight", "req/s", "out", "tok/s"]
     assert [line.split()[0] for line in lines[2:6]] == ["1", "2", "4", "8"]
     assert [line.split("0  ")[-1] for line in lines[2:6]] == ["holds", "holds", "knee, holds", "fails p99_latency_ms"]
@@ -174,16 +182,16 @@ def test_the_table_of_a_sweep() -> None:
 def test_the_words_of_a_sweep() -> None:
     bound = {"health": [health(kernel_clock=False, lag_p99_ms=900.0)]}
     told = levels(measured(1), measured(2), measured(4), measured(8, 2.0, **bound))
-    assert bench.sweep_sentences(told, "in flight") == [
+    assert sentences_of(told) == [
         "Knee: 4 in flight; beyond it throughput grows by less than 5% per doubling",
         "At 8 in flight this client, not the server, was the limit",
     ]
-    assert "No knee: at 4 in flight" in bench.sweep_sentences(told[:3], "in flight")[0]
+    assert "No knee: at 4 in flight" in sentences_of(told[:3])[0]
 
 
 def test_repetitions_give_the_median_with_the_least_and_the_greatest() -> None:
     points = [measured(2, seconds, repeat=n) for n, seconds in enumerate((1.0, 1.2, 1.1), 1)]
-    lines = bench.sweep_table(levels(*points), "in flight")
+    lines = table_of(levels(*points))
     assert [line.split()[0] for line in lines[2:5]] == ["2", "min", "max"]
     column = lines[1].split().index("p95") + 1
     assert [line.split()[column + 1] for line in lines[3:5]] == ["1000", "1200"]
