@@ -287,11 +287,38 @@ def masked(url: str) -> str:
 # === 3. Corpus (pure) ===
 
 
-def parse_line(line: str, system_prompt: str = "") -> tuple[list[dict[str, Any]], Optional[int]]:
-    """(the chat messages, the output limit) of one corpus line; ValueError says what is wrong with it.
+# What a line may say of its request beside its prompt and limit: the SDK's create(), then vLLM and SGLang.
+BODY_KEYS = frozenset(
+    "audio best_of echo frequency_penalty function_call functions logit_bias logprobs metadata modalities model "
+    "moderation parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options "
+    "prompt_cache_retention reasoning_effort response_format safety_identifier seed service_tier stop store suffix "
+    "temperature tool_choice tools top_logprobs top_p user verbosity web_search_options "
+    "add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template "
+    "chat_template_kwargs continue_final_message custom_logit_processor custom_params data_parallel_rank documents "
+    "ebnf guided_choice guided_decoding_backend guided_grammar guided_json guided_regex guided_whitespace_pattern "
+    "ignore_eos include_reasoning include_stop_str_in_output json_schema kv_transfer_params length_penalty lora_path "
+    "min_p min_tokens mm_processor_kwargs no_stop_trim priority prompt_logprobs regex repetition_penalty "
+    "return_hidden_states return_token_ids return_tokens_as_token_ids separate_reasoning session_params "
+    "skip_special_tokens spaces_between_special_tokens stop_regex stop_token_ids stream_reasoning structured_outputs "
+    "thinking_token_budget top_k truncate_prompt_tokens use_beam_search vllm_xargs".split()
+)
+PROMPT_KEYS = ("messages", "turns", "text", "prompt")
+LIMITS = ("max_tokens", "max_completion_tokens")
 
-    >>> parse_line('{"text": "Hi", "output_tokens": 5}')
-    ([{'role': 'user', 'content': 'Hi'}], 5)
+
+class Asked(NamedTuple):
+    """What a line asks for: fields of the body, its output limit, and whether nothing of ours but a model is added."""
+
+    fields: dict[str, Any]
+    limit: Optional[int] = None
+    whole: bool = False
+
+
+def parse_line(line: str, system_prompt: str = "") -> Asked:
+    """One corpus line; ValueError says what is wrong with it.
+
+    >>> parse_line('{"text": "Hi", "output_tokens": 5, "top_k": 1, "id": 7}')
+    Asked(fields={'top_k': 1, 'messages': [{'role': 'user', 'content': 'Hi'}]}, limit=5, whole=False)
     """
     try:
         row = json.loads(line, parse_constant=not_a_number, parse_float=finite)
@@ -305,7 +332,33 @@ def parse_line(line: str, system_prompt: str = "") -> tuple[list[dict[str, Any]]
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but {type(row).__name__}")
-    return messages_of(row, system_prompt), limit_of(row)
+    return asked_by({key: value for key, value in row.items() if value is not None}, system_prompt)
+
+
+def asked_by(row: Mapping[str, Any], system_prompt: str) -> Asked:
+    """`row`: without nulls. A `body` without a prompt beside it, as in OpenAI's batch lines, is the whole request."""
+    body = row.get("body", {})
+    if not isinstance(body, dict):
+        raise ValueError("'body' is not a JSON object")
+    refuse_fields({**row, **body})
+    if "body" in row and not any(key in row for key in PROMPT_KEYS):
+        url = str(row.get("url", "/chat/completions"))
+        if not url.endswith("/chat/completions"):
+            raise ValueError(f"'url' is {url:.80}, and this run asks /chat/completions")
+        messages_of({"messages": body.get("messages", ())}, "")
+        return Asked(body, whole=True)
+    fields = {key: value for key, value in row.items() if key in BODY_KEYS}
+    limit = limit_of(row)
+    own_limit = any(name in body for name in LIMITS)
+    return Asked({**fields, "messages": messages_of(row, system_prompt), **body}, None if own_limit else limit)
+
+
+def refuse_fields(fields: Mapping[str, Any]) -> None:
+    for name in ("stream", "stream_options"):
+        if fields.get(name) is not None:
+            raise ValueError(f"'{name}' in a line: the replies of a run are all streamed, or all whole")
+    if fields.get("n") not in (None, 1):
+        raise ValueError("'n' in a line: the times of several answers in one reply would mix")
 
 
 def not_a_number(constant: str) -> Any:
@@ -319,8 +372,8 @@ def finite(text: str) -> float:
 
 
 def messages_of(row: Mapping[str, Any], system_prompt: str) -> list[dict[str, Any]]:
-    """A key whose value is null is absent; `messages` comes before `turns`, `text` and `prompt`."""
-    key = next((key for key in ("messages", "turns", "text", "prompt") if row.get(key) is not None), None)
+    """`messages` comes before `turns`, `text` and `prompt`."""
+    key = next((key for key in PROMPT_KEYS if key in row), None)
     if key is None:
         raise ValueError("no prompt: neither 'messages', 'text' nor 'prompt'")
     if key == "turns":
@@ -338,8 +391,7 @@ def messages_of(row: Mapping[str, Any], system_prompt: str) -> list[dict[str, An
 
 
 def limit_of(row: Mapping[str, Any]) -> Optional[int]:
-    names = ("max_tokens", "max_completion_tokens", "output_tokens")
-    limit = next((row[name] for name in names if row.get(name) is not None), None)
+    limit = next((row[name] for name in (*LIMITS, "output_tokens") if name in row), None)
     if limit is None:
         return None
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
@@ -381,10 +433,16 @@ def request_head(settings: Settings) -> bytes:
 
 
 def request_body(settings: Settings, line: str) -> bytes:
-    """What the line asks for goes before EXTRA_BODY, and that before our own defaults."""
-    messages, limit = parse_line(line, settings.system_prompt)
-    own = {} if limit is None else {"max_tokens": limit}
-    body = {**settings.defaults, **settings.extra_body, **own, "messages": messages}
+    """What the line asks for goes before EXTRA_BODY, and that before our own defaults; one limit is sent, not two."""
+    asked = parse_line(line, settings.system_prompt)
+    ours = {**settings.defaults, **settings.extra_body}
+    limited = next((name for name in LIMITS if name in settings.extra_body), LIMITS[0])
+    own = {} if asked.limit is None else {limited: asked.limit}
+    if asked.whole:
+        ours = {"model": ours["model"]}
+    if own or any(name in asked.fields for name in LIMITS):
+        ours = {name: value for name, value in ours.items() if name not in LIMITS}
+    body = {**ours, **own, **asked.fields}
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 

@@ -59,6 +59,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -104,7 +105,8 @@ LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 DEFAULTS: Mapping[str, Any] = {
     "concurrency": "128", "repeat": 1, "cooldown": 0.0,
     "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
-    "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0, "max_error_rate": 0.5,
+    "endpoint_type": "chat", "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0,
+    "max_error_rate": 0.5,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -116,6 +118,8 @@ REQUESTS_PER_SLOT = 8  # of each level of a sweep,
 LEAST_PER_LEVEL = 64  # but so many at least
 DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
+READY_POLL_S = 0.5
+REFUSALS = ("http_400", "http_401", "http_403", "http_422")  # of a server that is ready
 IDENTICAL_FAILURES_TO_STOP = 100
 TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
 
@@ -131,13 +135,14 @@ LEAST_SAMPLES: Mapping[float, int] = {90.0: 64, 95.0: 130, 99.0: 662, 99.9: 6_63
 INTERVALS_SHOWN = (50.0, 95.0, 99.0)
 INTERVAL_TAIL = 0.025  # outside a confidence interval, on either side
 EXACT_SAMPLES = 2_000_000  # values of one metric kept as they are; those beyond are counted in buckets
-BUCKET_ERROR = 0.001  # how far a bucket's value may be from those in it, as a share of them
-LEAST_BUCKET = 1e-6  # of ms: the clock's ns; what is less, 0 above all, counts as this
+BUCKET_BITS = 14  # of a float's 32 that tell no buckets apart: 9 of its fraction do
+BUCKET_ERROR = 0.001  # how far a bucket's value may be from those in it, as a share of them: 2**-10
 REPORT_COLUMNS = 100
 ERROR_GROUPS_SHOWN = 5
 ERROR_TEXT_CHARS = 300
 
 READ_BUFFER_BYTES = 256 * 1024
+LABEL_CHARS = 80
 MAX_REPLY_BYTES = 256 * 1024 * 1024
 ERROR_BODY_BYTES = 64 * 1024
 HELD_READS = 32  # reads of one stream kept before HTTP is parsed
@@ -190,12 +195,20 @@ KNEE_GROWTH = 0.05  # of throughput, per doubling of the load
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: chat messages and the output limit (None: the run's own)."""
+    """What is asked: fields of the body, the prompt among them, and the output limit (None: the run's own)."""
 
-    messages: Sequence[Mapping[str, Any]]
+    fields: Mapping[str, Any]
     output_tokens: Optional[int] = None
     input_tokens: Optional[int] = None  # of the prompt, as the corpus itself counted them
     prefix_tokens: Optional[int] = None  # of them shared with other prompts
+    whole: bool = False  # the fields are the body: only a missing model and what streams are added
+    label: Optional[str] = None
+    unknown: Sequence[str] = ()  # keys of its corpus line that are not sent
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]:
+        """Of a chat."""
+        return self.fields["messages"]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -249,6 +262,8 @@ class Reply:
     reasoning_tokens: Optional[int] = None
     has_usage: bool = False
     failure: Optional[Failure] = None
+    label: Optional[str] = None  # of the corpus line that asked
+    server: Optional[str] = None  # which one was asked, where there are several
 
 
 @dataclass(frozen=True)
@@ -440,6 +455,17 @@ class Steady:
 
 
 @dataclass(frozen=True)
+class GroupSummary:
+    """The requests of one label, or of one server."""
+
+    ok: int
+    errors: int
+    first_error: str
+    cached_share: Optional[float]  # of the prompt tokens; None: no reply tells
+    distributions: Mapping[str, Distribution]
+
+
+@dataclass(frozen=True)
 class Summary:
     """Everything a report says, as values."""
 
@@ -453,6 +479,7 @@ class Summary:
     chunk_counted: int
     distributions: Mapping[str, Distribution]
     error_groups: Sequence[ErrorGroup]
+    groups: Mapping[str, Mapping[str, GroupSummary]]  # grouping -> group
     finish_reasons: Mapping[str, int]
     cached_tokens: int
     reads: int
@@ -505,13 +532,17 @@ class Config:
     """Every option in force; field names are option names."""
 
     api_base: str
+    servers: Sequence[str]  # all base URLs, asked in turn
     api_key: str
+    headers: Mapping[str, str]
     model: str
+    endpoint_type: str
     concurrency: int
     total_requests: int
     prompt_tokens: int
     output_tokens: int
     requests_file: Optional[str]
+    corpus: Mapping[str, Any]  # what its lines ask for: `Corpus.asked`
     system_prompt: Optional[str]
     prompt_calibration: Optional[Sequence[float]]  # the fields of Calibration: given, or found by the warm-up
     results_csv: Optional[str]
@@ -533,6 +564,7 @@ class Config:
     connect_timeout: float
     first_byte_timeout: Optional[float]
     idle_timeout: Optional[float]
+    wait_ready: Optional[float]
     max_error_rate: float
     stop_after_errors: Optional[int]
     no_progress: bool
@@ -712,16 +744,43 @@ def chat(prompt: str, system_prompt: Optional[str]) -> list[dict[str, Any]]:
     return under_system(system_prompt, [{"role": "user", "content": prompt}])
 
 
+class EndpointType(NamedTuple):
+    """A resource of the API: its path, the field that holds the prompt, a plain prompt's form, and the SDK's call."""
+
+    path: str
+    prompt_field: str
+    form: Callable[[str, Optional[str]], Any]
+    create: Callable[[Any], Callable[..., Awaitable[Any]]]
+
+
+ENDPOINT_TYPES: Mapping[str, EndpointType] = {
+    "chat": EndpointType("/chat/completions", "messages", chat, lambda client: client.chat.completions.create),
+    "completions": EndpointType(
+        "/completions", "prompt", lambda text, _: text, lambda client: client.completions.create
+    ),
+}
+
+
+def plain_request(config: Config, prompt: str, output_tokens: Optional[int] = None) -> Request:
+    endpoint = ENDPOINT_TYPES[config.endpoint_type]
+    return Request({endpoint.prompt_field: endpoint.form(prompt, config.system_prompt)}, output_tokens)
+
+
 def synthetic_request(config: Config, index: int) -> Request:
     """The measured request of a job without a corpus."""
     words = calibration_of(config).words(config.prompt_tokens)
-    return Request(chat(synthetic_prompt(f"{config.seed}/run/{index}", words), config.system_prompt))
+    return plain_request(config, synthetic_prompt(f"{config.seed}/run/{index}", words))
 
 
 def warmup_request(config: Config, index: int) -> Request:
-    """A request that no measured one shares a prefix with, short in its answer."""
+    """A request that no measured one shares a prefix with, short in its answer, by turns for each model."""
     prompt = synthetic_prompt(f"{config.seed}/warmup/{index}", warmup_words(config, index), evenly=True)
-    return Request(chat(prompt, config.system_prompt), warmup_limit(config))
+    request = plain_request(config, prompt, warmup_limit(config))
+    models = config.corpus.get("models") or [config.model]
+    turn = index // config.processes // len(config.servers)  # each process asks one server after the other
+    model = {"model": models[turn % len(models)]}
+    whole = bool(config.corpus.get("whole"))
+    return dataclasses.replace(request, fields={**request.fields, **model}, whole=whole)
 
 
 def warmup_words(config: Config, index: int) -> int:
@@ -752,11 +811,34 @@ def warmup_limit(config: Config) -> int:
     return min(max(WARMUP_OUTPUT_TOKENS, *asked(OUTPUT_MINIMA), 0), *(asked(OUTPUT_LIMITS) or [config.output_tokens]))
 
 
-def parse_request(line: str, system_prompt: Optional[str]) -> Request:
+# What a line may say of its request beside its prompt and limit: the SDK's create(), then vLLM and SGLang.
+BODY_KEYS = frozenset(
+    "audio best_of echo frequency_penalty function_call functions logit_bias logprobs metadata modalities model "
+    "moderation parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options "
+    "prompt_cache_retention reasoning_effort response_format safety_identifier seed service_tier stop store suffix "
+    "temperature tool_choice tools top_logprobs top_p user verbosity web_search_options "
+    "add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template "
+    "chat_template_kwargs continue_final_message custom_logit_processor custom_params data_parallel_rank documents "
+    "ebnf guided_choice guided_decoding_backend guided_grammar guided_json guided_regex guided_whitespace_pattern "
+    "ignore_eos include_reasoning include_stop_str_in_output json_schema kv_transfer_params length_penalty lora_path "
+    "min_p min_tokens mm_processor_kwargs no_stop_trim priority prompt_logprobs regex repetition_penalty "
+    "return_hidden_states return_token_ids return_tokens_as_token_ids separate_reasoning session_params "
+    "skip_special_tokens spaces_between_special_tokens stop_regex stop_token_ids stream_reasoning structured_outputs "
+    "thinking_token_budget top_k truncate_prompt_tokens use_beam_search vllm_xargs".split()
+)
+PROMPT_KEYS = ("messages", "turns", "text", "prompt")
+# Keys that mean something here, or to the scripts that write corpora, and are never sent.
+OWN_KEYS = frozenset(
+    "text prompt messages turns max_tokens max_completion_tokens output_tokens input_tokens prefix_tokens prefix_group "
+    "turn_tokens label custom_id method url body n timestamp input_length output_length hash_ids".split()
+)
+
+
+def parse_request(line: str, system_prompt: Optional[str], endpoint_type: str = "chat") -> Request:
     """One corpus line -> Request. Raises ValueError with the reason, in words.
 
-    >>> parse_request('{"text": "hi", "max_tokens": 5}', None)
-    Request(messages=[{'role': 'user', 'content': 'hi'}], output_tokens=5, input_tokens=None, prefix_tokens=None)
+    >>> parse_request('{"text": "hi", "max_tokens": 5, "top_k": 1, "id": 7}', None).fields
+    {'top_k': 1, 'messages': [{'role': 'user', 'content': 'hi'}]}
     """
     try:
         row = json.loads(line, parse_constant=_refuse, parse_float=_finite)
@@ -770,8 +852,47 @@ def parse_request(line: str, system_prompt: Optional[str]) -> Request:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but {type(row).__name__}")
-    counts = {name: _whole_number(row.get(name)) for name in ("input_tokens", "prefix_tokens")}
-    return Request(_messages_of(row, system_prompt), _limit_of(row), **counts)
+    row = {key: value for key, value in row.items() if value is not None}  # a key whose value is null is absent
+    return _asked_by(row, system_prompt, ENDPOINT_TYPES[endpoint_type])
+
+
+def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: EndpointType) -> Request:
+    """A `body` without a prompt beside it, as in OpenAI's batch lines, is the whole request."""
+    body = row.get("body", {})
+    if not isinstance(body, dict):
+        raise ValueError("'body' is not a JSON object")
+    _refuse_fields({**row, **body})
+    said: dict[str, Any] = {name: _whole_number(row.get(name)) for name in ("input_tokens", "prefix_tokens")}
+    if not isinstance(body.get("model", row.get("model", "")), str):
+        raise ValueError("'model' is not a text")
+    label = row.get("label", row.get("custom_id"))
+    said["label"] = None if label is None else str(label)[:LABEL_CHARS]
+    if "body" in row and not any(key in row for key in PROMPT_KEYS):
+        _check_whole(row, body, endpoint)
+        return Request(body, whole=True, **said)
+    fields = {key: value for key, value in row.items() if key in BODY_KEYS}
+    fields = {**fields, endpoint.prompt_field: _prompt_of(row, system_prompt, endpoint), **body}
+    limit = _limit_of(row)
+    said["unknown"] = [key for key in row if key not in BODY_KEYS and key not in OWN_KEYS]
+    return Request(fields, None if any(name in body for name in OUTPUT_LIMITS) else limit, **said)
+
+
+def _check_whole(row: Mapping[str, Any], body: Mapping[str, Any], endpoint: EndpointType) -> None:
+    url = str(row.get("url", endpoint.path))
+    if not re.search(rf"(^|/v\d+){endpoint.path}$", url):
+        raise ValueError(f"'url' is {url:.80}, and this run asks {endpoint.path}")
+    if endpoint.prompt_field == "messages":
+        _prompt_of({"messages": body.get("messages", ())}, None, endpoint)
+    elif not body.get("prompt"):
+        raise ValueError("'body' has no 'prompt'")
+
+
+def _refuse_fields(fields: Mapping[str, Any]) -> None:
+    for name in ("stream", "stream_options"):
+        if fields.get(name) is not None:
+            raise ValueError(f"'{name}' in a line: the replies of a run are all streamed, or all whole")
+    if fields.get("n") not in (None, 1):
+        raise ValueError("'n' in a line: the times of several answers in one reply would mix")
 
 
 def _whole_number(value: Any) -> Optional[int]:
@@ -788,17 +909,19 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def _messages_of(row: Mapping[str, Any], system_prompt: Optional[str]) -> list[dict[str, Any]]:
-    """A key whose value is null is absent; `messages` comes before `turns`, `text` and `prompt`."""
-    key = next((key for key in ("messages", "turns", "text", "prompt") if row.get(key) is not None), None)
+def _prompt_of(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: EndpointType) -> Any:
+    """`messages` comes before `turns`, `text` and `prompt`."""
+    key = next((key for key in PROMPT_KEYS if key in row), None)
     if key is None:
         raise ValueError("no prompt: neither 'messages', 'text' nor 'prompt'")
+    if key in ("messages", "turns") and endpoint.prompt_field != "messages":
+        raise ValueError(f"'{key}' is a chat, and {endpoint.path} takes plain prompts: 'text' or 'prompt'")
     if key == "turns":
         raise ValueError("'turns' cannot be sent yet: give each prompt a line of its own")
     if key != "messages":
         if not isinstance(row[key], str) or not row[key]:
             raise ValueError("the prompt is not a text, or an empty one")
-        return chat(row[key], system_prompt)
+        return endpoint.form(row[key], system_prompt)
     messages = row[key]
     if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
         raise ValueError("'messages' is not a list of messages")
@@ -806,8 +929,7 @@ def _messages_of(row: Mapping[str, Any], system_prompt: Optional[str]) -> list[d
 
 
 def _limit_of(row: Mapping[str, Any]) -> Optional[int]:
-    names = (*OUTPUT_LIMITS, "output_tokens")
-    limit = next((row[name] for name in names if row.get(name) is not None), None)
+    limit = next((row[name] for name in (*OUTPUT_LIMITS, "output_tokens") if name in row), None)
     if limit is None:
         return None
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
@@ -822,14 +944,18 @@ class Corpus(Sequence[Request]):
     """The prompts of a JSONL file, all checked before any load, then read and parsed one by one as they are needed.
 
     Kept are offsets only, so that several processes hold no copy of the file each. What can be read only once, as a
-    pipe, goes to a temporary file, which `close` removes; `path` is where another process finds the lines.
+    pipe, goes to a temporary file, without a name or removed by `close`; `path` is where another process finds it.
     """
 
-    def __init__(self, name: str, system_prompt: Optional[str]) -> None:
+    def __init__(self, name: str, system_prompt: Optional[str], endpoint_type: str = "chat") -> None:
         """`name`: the file, as the user calls it."""
         self.path = os.path.realpath(name)
         self._name = name
-        self._system_prompt = system_prompt
+        self._parse = partial(parse_request, system_prompt=system_prompt, endpoint_type=endpoint_type)
+        self._keys: Counter[str] = Counter()  # of bodies, by the lines that have them
+        self._unknown: Counter[str] = Counter()
+        self._models: Counter[Optional[str]] = Counter()
+        self._whole = 0
         self._starts = array("Q")  # of each prompt's line, and where the file ends
         self.own_tokens = array("Q")  # of each prompt its length and its shared prefix, as the line says; 0: unsaid
         self._file = -1
@@ -840,7 +966,7 @@ class Corpus(Sequence[Request]):
         at = number = 0
         try:
             self._file = os.open(self._name, _READ_ONLY)
-            if not self._can_be_read_again():
+            if check and not self._can_be_read_again():
                 self._copy_to_disk()
             with open(self._file, "rb", closefd=False) as file:
                 for raw in file:
@@ -849,7 +975,8 @@ class Corpus(Sequence[Request]):
                     if line.strip():
                         self._starts.append(at)
                         if check:
-                            asked = parse_request(line, self._system_prompt)
+                            asked = self._parse(line)
+                            self._note(asked)
                             self.own_tokens.extend((asked.input_tokens or 0, asked.prefix_tokens or 0))
                     at += len(raw)
         except UnicodeDecodeError:
@@ -861,6 +988,31 @@ class Corpus(Sequence[Request]):
         self._starts.append(at)
         return self
 
+    def _note(self, request: Request) -> None:
+        self._keys.update(request.fields.keys())
+        self._unknown.update(request.unknown)
+        self._models[request.fields.get("model")] += 1
+        self._whole += request.whole
+
+    def asked(self, model: str) -> dict[str, Any]:
+        """What the lines put into the bodies: how many which key, those not sent, all models, whether nothing is added.
+
+        `model`: of the lines that name none.
+        """
+        models = [name or model for name in self._models]
+        whole = self._whole == len(self)
+        return {
+            "keys": dict(self._keys),
+            "not_sent": [*self._unknown],
+            "models": [*dict.fromkeys(models)],
+            "whole": whole,
+        }
+
+    @property
+    def own_model(self) -> Optional[str]:
+        """A model's name where every line has one."""
+        return None if None in self._models else next(iter(self._models), None)
+
     def _can_be_read_again(self) -> bool:
         opened = os.fstat(self._file)
         with contextlib.suppress(OSError):
@@ -868,11 +1020,17 @@ class Corpus(Sequence[Request]):
         return False
 
     def _copy_to_disk(self) -> None:
-        place, self._copy = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
-        with open(self._file, "rb") as source, open(place, "wb") as target:
+        place, self.path = tempfile.mkstemp(prefix="online-bench-", suffix=".jsonl")
+        by_number = f"/proc/{os.getpid()}/fd/{place}"
+        if os.path.exists(by_number):  # then it needs no name, and none is left behind however this process ends
+            os.unlink(self.path)
+            self.path = by_number
+        else:
+            self._copy = self.path
+        with open(self._file, "rb") as source, open(place, "wb", closefd=False) as target:
+            self._file = place
             shutil.copyfileobj(source, target)
-        self.path = self._copy
-        self._file = os.open(self.path, _READ_ONLY)
+        os.lseek(place, 0, os.SEEK_SET)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -883,7 +1041,7 @@ class Corpus(Sequence[Request]):
         try:
             os.lseek(self._file, start, os.SEEK_SET)
             line = os.read(self._file, end - start).decode("utf-8" if start else "utf-8-sig")
-            return parse_request(line.strip(), self._system_prompt)
+            return self._parse(line.strip())
         except (OSError, ValueError) as error:
             raise RunError(f"{self._name} has changed during the run: {error}") from None
 
@@ -896,9 +1054,9 @@ class Corpus(Sequence[Request]):
                 os.unlink(copy)
 
 
-def load_requests(path: str, system_prompt: Optional[str]) -> Corpus:
+def load_requests(path: str, system_prompt: Optional[str], endpoint_type: str = "chat") -> Corpus:
     """Every prompt of a JSONL corpus, checked before any load. Raises UserError naming the line at fault."""
-    corpus = Corpus(path, system_prompt)
+    corpus = Corpus(path, system_prompt, endpoint_type)
     try:
         if not corpus.open():
             keys = "one JSON object per line with 'text', 'prompt' or 'messages'"
@@ -1005,6 +1163,12 @@ def _failed(kind: str, message: str) -> Failure:
     return Failure("decode_error", kind, plain(message))
 
 
+def _said(choice: Mapping[str, Any], field_name: str) -> Any:
+    """A choice's message or delta; of a plain completion its `text`, as if a delta had said it."""
+    said, text = choice.get(field_name), choice.get("text")
+    return {"content": text} if said is None and isinstance(text, str) else said
+
+
 def _text_of(delta: Mapping[str, Any]) -> tuple[bool, bool]:
     """(whether a message or delta says anything, whether a reader would see it before the reasoning ends)."""
     visible = any(delta.get(key) for key in ("content", "refusal", "tool_calls", "function_call"))
@@ -1051,7 +1215,7 @@ def read_completion(body: Any, reply: Reply) -> Optional[Failure]:
     if len(choices) > 1:
         return _failed("several_choices", SEVERAL_CHOICES)
     set_fields(reply, usage_of(body.get("usage")))
-    finish, said = choices[0].get("finish_reason"), choices[0].get("message")
+    finish, said = choices[0].get("finish_reason"), _said(choices[0], "message")
     reply.finish_reason = finish if finish and isinstance(finish, str) else None
     if not isinstance(said, dict):
         return _failed("no_choices", "a choice without a message")
@@ -1074,8 +1238,8 @@ def _verdict(finish: Optional[str], has_text: bool, tokens: Optional[int]) -> Op
     return None
 
 
-_DELTA = b'"delta":'
-_FAST_DELTA = _DELTA + b'{"content":"'
+_DELTA, _COMPLETION = b'"delta":', b'"text":'  # of a chat's chunk, and of a plain completion's
+_OPENINGS = {_DELTA: _DELTA + b'{"content":"', _COMPLETION: _COMPLETION + b'"'}
 _FAST_END = b'"finish_reason":null'
 _FIRST_CHOICE = b'"index":0'
 _QUOTE = ord('"')
@@ -1089,22 +1253,25 @@ _NO_TAIL = bytearray()  # never filled: only a tail that is there grows
 MOST_TOKENS_PER_CHUNK = 10_000  # a count beyond is a server's mistake, and no reason to run out of memory
 
 
-def is_plain_content(event: bytes) -> bool:
-    """Whether an event is surely a content chunk and nothing else, told without JSON; False when in doubt."""
-    at = event.find(_DELTA)
-    return (
+def text_at(event: bytes) -> int:
+    """Where the text begins of an event that is surely a content chunk and nothing else, told without JSON; else 0."""
+    key = _DELTA if _DELTA in event else _COMPLETION
+    at = event.find(key)
+    start = at + len(_OPENINGS[key])
+    plain_content = (
         at > 0
-        and event.startswith(_FAST_DELTA, at)
+        and event.startswith(_OPENINGS[key], at)
         and event.startswith(b"data: {")
         and event.endswith(b"}")
-        and event[at + len(_FAST_DELTA)] != _QUOTE
+        and event[start] != _QUOTE
         and _FAST_END in event
-        and event.rfind(_DELTA) == at  # the only choice
+        and event.rfind(key) == at  # the only choice
         and (_FIRST_CHOICE in event or b'"index":' not in event)
         and b'"usage":{' not in event
         and b'"error"' not in event
         and b"\n" not in event
     )
+    return start if plain_content else 0
 
 
 def event_fields(event: bytes) -> tuple[bytes, bytes]:
@@ -1214,10 +1381,9 @@ class StreamReader:
         elif index != self._choice_index:
             self._fail("several_choices", SEVERAL_CHOICES)
 
-    def _learn(self, event: bytes) -> None:
+    def _learn(self, event: bytes, at: int) -> None:
         """The next event will most likely differ from this plain one in its text alone."""
         self._of_one_choice(0)
-        at = event.find(_FAST_DELTA) + len(_FAST_DELTA)
         text = _TEXT.match(event, at)
         if text:
             self._text_at, self._before, self._behind = at, event[:at], event[text.end() :] + b"\n\n"
@@ -1260,8 +1426,9 @@ class StreamReader:
     def _event(self, stamp_ns: int, event: bytes) -> None:
         if event.startswith(b"\n"):
             event = event.lstrip(b"\n")
-        if is_plain_content(event):
-            self._learn(event)
+        at = text_at(event)
+        if at:
+            self._learn(event, at)
             self._content(stamp_ns, True)
             return
         data, name = event_fields(event)
@@ -1296,7 +1463,7 @@ class StreamReader:
     def _choice(self, stamp_ns: int, choice: Mapping[str, Any], counted: Optional[int]) -> None:
         """`counted`: completion tokens up to here, where every chunk tells them."""
         self._of_one_choice(choice.get("index") or 0)
-        delta = choice.get("delta")
+        delta = _said(choice, "delta")
         if isinstance(delta, dict):
             says, visible = _text_of(delta)
             if says:
@@ -1467,24 +1634,23 @@ def interval_places(n: int, share: float) -> tuple[int, int]:
 
 
 class Sample:
-    """The values of one metric: the first EXACT_SAMPLES as they are, those beyond counted in logarithmic buckets.
+    """The values of one metric: the first EXACT_SAMPLES as they are, those beyond counted in buckets.
 
-    The buckets are DDSketch's (Masson, Rim, Lee: DDSketch, VLDB 2019, section 2): bucket i counts the values in
-    [g**i, g**(i+1)), g = (1+e)/(1-e), and stands for 2 g**(i+1) / (1+g), which is within e of each of them. So memory
-    does not grow with the run; mean, deviation, maximum and n stay exact, percentiles are within e = BUCKET_ERROR.
+    The buckets are HdrHistogram's (hdrhistogram.org): each power of two is cut into 512 equal parts, and a bucket
+    stands for its middle, within BUCKET_ERROR of all that it holds. Its number is what a value has in the upper bits
+    as a float of 32. So memory does not grow with the run; mean, deviation, maximum and n stay exact.
     """
-
-    _RATIO = (1 + BUCKET_ERROR) / (1 - BUCKET_ERROR)
 
     def __init__(self, code: str, most: int = EXACT_SAMPLES) -> None:
         """`code`: the array type of the values kept."""
         self.exact: array[float] = array(code)
         self._most = most
         self._buckets: Counter[int] = Counter()
-        self._n = 0  # of values in the buckets, with their sum, that of their squares, and the largest
-        self._sum = self._squares = 0.0
+        self._n = 0  # of values in the buckets, with their sum, and the largest
+        self._sum = 0.0
         self._max = -math.inf
-        self._shift = 0.0  # a value among them, taken off each before it is squared: for precision
+        self._near = 0.0  # one of them, and the sum of their squared distances to it: for precision
+        self._squares = 0.0
 
     def extend(self, values: Sequence[float]) -> None:
         if len(self.exact) < self._most:
@@ -1506,14 +1672,13 @@ class Sample:
         return (value for value in values if value == value)
 
     def _count(self, values: Sequence[float]) -> None:
-        logs = map(math.log, map(max, values, itertools.repeat(LEAST_BUCKET)))
-        self._buckets.update(map(math.floor, map((1 / math.log(self._RATIO)).__mul__, logs)))
-        self._shift = self._shift if self._n else values[0]
-        off = [value - self._shift for value in values]
-        self._n += len(off)
-        self._sum += math.fsum(off)
-        self._squares += math.fsum(map(float.__mul__, off, off))
-        self._max = max(self._max, *values)
+        self._near = self._near if self._n else values[0]
+        bits = memoryview(array("f", values)).cast("B").cast("I")
+        self._buckets.update(map(operator.rshift, bits, itertools.repeat(BUCKET_BITS)))
+        self._n += len(values)
+        self._sum += math.fsum(values)
+        self._squares += math.dist(values, [self._near] * len(values)) ** 2
+        self._max = max(self._max, max(values))
 
     def describe(self) -> Distribution:
         """Call it once, when nothing more comes: it counts what was kept, where there is more than that."""
@@ -1525,26 +1690,25 @@ class Sample:
                 self._count(kept)
         self.exact = self.exact[:0]
         mean = self._sum / self._n
-        deviation = math.sqrt(max(0.0, self._squares / self._n - mean**2))
-        ordered = BucketValues(self._buckets, self._RATIO, self._max)
-        return Distribution(self._n, mean + self._shift, deviation, self._max, *ranked(ordered))
+        deviation = math.sqrt(max(0.0, self._squares / self._n - (mean - self._near) ** 2))
+        ordered = BucketValues(self._buckets, self._max)
+        return Distribution(self._n, mean, deviation, self._max, *ranked(ordered))
 
 
 class BucketValues(Sequence[float]):
-    """The order statistics of counted buckets, each as its bucket's value and none above the maximum."""
+    """The order statistics of counted buckets, each as the middle of its bucket and none above the maximum."""
 
-    def __init__(self, buckets: Mapping[int, int], ratio: float, most: float) -> None:
-        self._numbers = sorted(buckets)
-        self._ends = list(itertools.accumulate(buckets[number] for number in self._numbers))
-        self._ratio = ratio
-        self._most = most
+    def __init__(self, buckets: Mapping[int, int], most: float) -> None:
+        bits = array("I", [number << BUCKET_BITS | 1 << BUCKET_BITS - 1 for number in buckets])
+        counted = sorted(zip(memoryview(bits).cast("B").cast("f"), buckets.values()))
+        self._values = [min(most, value) for value, _ in counted]
+        self._ends = list(itertools.accumulate(count for _, count in counted))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, at: Any) -> Any:
-        number = self._numbers[bisect.bisect_right(self._ends, at)]
-        return min(self._most, 2 * self._ratio ** (number + 1) / (1 + self._ratio))
+        return self._values[bisect.bisect_right(self._ends, at)]
 
 
 def _one(value: Optional[float]) -> Sequence[float]:
@@ -1602,12 +1766,44 @@ def within(record: Record, key: str, limit_ms: float) -> bool:
 
 # Sums over all records, whatever their fate: field of the record -> the tally's counter.
 COUNTED = ("reads", "kernel_reads", "content_reads", "merged_reads", "reconnects", "syn_resent", "late_gaps")
+# What requests are told apart by, and how many such groups are reported at most; with more there are none.
+GROUPINGS: Mapping[str, tuple[Callable[[Record], Optional[str]], int]] = {
+    "label": (lambda r: r.reply.label, 12),
+    "server": (lambda r: r.reply.server, 256),
+}
+GROUP_METRICS = ("latency", "ttft", "tpot")
 # What is counted besides, by the summary's field names.
 COUNTED_BESIDES = (
     "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
     "streams", "first_merged", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
     "prefix_tokens",
 )  # fmt: skip
+
+
+class GroupTally:
+    """Requests that have something in common: how they ended, some samples, and the share of cached tokens."""
+
+    def __init__(self) -> None:
+        self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
+        self.first_error = ""
+        self._samples = {metric: Sample(metric.code) for metric in METRICS if metric.key in GROUP_METRICS}
+
+    def add(self, record: Record) -> None:
+        for metric, sample in self._samples.items():
+            sample.extend(metric.read(record))
+        reply = record.reply
+        self.ok += record.ok
+        self.errors += not record.ok and not record.aborted
+        self.first_error = self.first_error or record.error
+        if record.ok and reply.cached_tokens is not None:
+            self.cache_told += 1
+            self.cached_tokens += reply.cached_tokens
+            self.prompt_tokens += reply.prompt_tokens or 0
+
+    def summary(self) -> GroupSummary:
+        share = _rate(self.cached_tokens, self.prompt_tokens) if self.cache_told else None
+        distributions = {metric.key: sample.describe() for metric, sample in self._samples.items()}
+        return GroupSummary(self.ok, self.errors, self.first_error, share, distributions)
 
 
 class Tally:
@@ -1635,6 +1831,7 @@ class Tally:
         self.finish_reasons: Counter[str] = Counter()
         self.first_error_s: Optional[float] = None
         self.samples = {metric.key: Sample(metric.code) for metric in METRICS}
+        self.groups: dict[str, dict[str, GroupTally]] = {name: {} for name in GROUPINGS}
         self._failures: dict[tuple[str, str], list[Any]] = {}
 
     def add(self, record: Record) -> None:
@@ -1651,6 +1848,7 @@ class Tally:
         self.counts["new_connections"] += bool(record.reply.new_connection)
         self.counts["late_read"] += record.reply.late_gaps > 0
         self.busy_s += (record.busy_ms or 0) / 1e3
+        self._add_to_groups(record)
         if record.aborted:
             self.aborted += 1
             return
@@ -1661,6 +1859,14 @@ class Tally:
             self._add_success(record)
         else:
             self._add_failure(record)
+
+    def _add_to_groups(self, record: Record) -> None:
+        for name, (read, most) in GROUPINGS.items():
+            group, groups = read(record), self.groups[name]
+            if group is not None and len(groups) <= most:
+                if group not in groups:
+                    groups[group] = GroupTally()
+                groups[group].add(record)
 
     def _add_success(self, record: Record) -> None:
         reply = record.reply
@@ -1751,6 +1957,11 @@ class Tally:
             completion_tokens=self.completion_tokens,
             distributions=distributions,
             error_groups=self.error_groups(),
+            groups={
+                name: {group: tally.summary() for group, tally in self.groups[name].items()}
+                for name, (_, most) in GROUPINGS.items()
+                if 0 < len(self.groups[name]) <= most
+            },
             finish_reasons=dict(self.finish_reasons),
             busy_s=self.busy_s,
             first_error_s=self.first_error_s,
@@ -1884,8 +2095,8 @@ class Stat(NamedTuple):
             return 50.0
         return float(self.name[1:]) if self.name[0] == "p" else None
 
-    def read(self, summary: Summary) -> Optional[float]:
-        sample, rank = self.sample(summary), self.rank
+    def of(self, sample: Distribution) -> Optional[float]:
+        rank = self.rank
         value: Optional[float] = getattr(sample, self.name) if rank is None else sample.percentiles.get(rank)
         return value
 
@@ -1913,7 +2124,7 @@ STATS: Mapping[str, Stat] = dict(_stats())
 
 def figure_of(name: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
     """A figure by its key; None where it was not measured. Raises KeyError."""
-    return STATS[name].read(summary) if name in STATS else FIGURES[name](summary, config, health)
+    return STATS[name].of(STATS[name].sample(summary)) if name in STATS else FIGURES[name](summary, config, health)
 
 
 OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -2163,6 +2374,16 @@ def _warn_backlog(summary: Summary, config: Config, health: Sequence[Health]) ->
     return ReportWarning(text, cure)
 
 
+def _warn_servers(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    dead = {name: group for name, group in summary.groups.get("server", {}).items() if group.errors and not group.ok}
+    if not dead:
+        return None
+    said = "; ".join(
+        f"{name}: {group.errors} requests, none answered: {group.first_error}" for name, group in dead.items()
+    )
+    return ReportWarning(said, "mend it, or leave its --api-base out: every figure is of the others alone")
+
+
 def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if not summary.reconnects:
         return None
@@ -2193,6 +2414,7 @@ def _warn_drift(summary: Summary, config: Config, health: Sequence[Health]) -> O
 WARNINGS = (
     _warn_client,
     _warn_drift,
+    _warn_servers,
     _warn_usage,
     _warn_prompt_length,
     _warn_short_replies,
@@ -2228,11 +2450,11 @@ class Redactor:
     @classmethod
     def of(cls, config: Config | argparse.Namespace, environ: Mapping[str, str]) -> Redactor:
         """Every secret that a run can send: key, logins and query values of URLs, body fields, headers."""
-        headers = [line.partition(":") for line in environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()]
-        named: list[str] = []
-        cls.fields([config.extra_body, {name: value.strip() for name, _, value in headers}], found=named)
+        from_environ = [line.partition(":") for line in environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()]
+        named = [value for name, value in config.headers.items() if not is_harmless(name, value)]
+        cls.fields([config.extra_body, {name: value.strip() for name, _, value in from_environ}], found=named)
         proxies = [f"//{value.rpartition('//')[2]}" for name, value in environ.items() if name.lower()[-6:] == "_proxy"]
-        urls = [config.api_base, *proxies]
+        urls = [config.api_base, *config.servers, *proxies]
         logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
         basic = [base64.b64encode(login.encode()).decode() for login in logins]
         queries = [text for url in urls for _, name, text in _QUERY.findall(url) if _SECRET_NAME.search(name)]
@@ -2295,6 +2517,8 @@ class Redactor:
             option, text = (name, value) if equals else (before, word)
             if option == "--api-key":
                 text = text if text in PLAIN_KEYS else "***"
+            elif option == "--header":
+                text = shown_header(text)
             elif option == "--extra-body":
                 with contextlib.suppress(ValueError):
                     text = json.dumps(self.fields(json.loads(text)))
@@ -2307,9 +2531,35 @@ class Redactor:
         return {
             **{item.name: getattr(config, item.name) for item in dataclasses.fields(config)},
             "api_base": Redactor.url(config.api_base),
+            "servers": [Redactor.url(url) for url in config.servers] if len(config.servers) > 1 else None,
             "api_key": config.api_key if config.api_key in PLAIN_KEYS else "***",
+            "headers": {name: v if is_harmless(name, v) else "***" for name, v in config.headers.items()} or None,
             "extra_body": Redactor.fields(config.extra_body),
         }
+
+
+HARMLESS_HEADERS = ("accept", "accept-language", "openai-beta", "user-agent")
+
+
+def is_harmless(name: str, value: str) -> bool:
+    """Whether a header may be shown: by its name, or because its value is too short to keep anybody out."""
+    return (
+        name.lower() in HARMLESS_HEADERS or len(value) < LEAST_SECRET_CHARS or value in ("true", "false", *PLAIN_KEYS)
+    )
+
+
+def split_header(text: str) -> tuple[str, str]:
+    """
+    >>> split_header("api-key: abc"), split_header("X-Tier=a:b")
+    (('Api-Key', 'abc'), ('X-Tier', 'a:b'))
+    """
+    name, _, value = re.split("([:=])", text, maxsplit=1) if re.search("[:=]", text) else ("", "", "")
+    return "-".join(part.capitalize() for part in name.strip().split("-")), value.strip()
+
+
+def shown_header(text: str) -> str:
+    name, value = split_header(text)
+    return f"{name}: {value if is_harmless(name, value) else '***'}"
 
 
 def split_login(url: str) -> tuple[str, dict[str, str]]:
@@ -2400,7 +2650,9 @@ def detail_blocks(
     verdict = [*wrapped(truth, 0), *wrapped(verdict_line(summary, health), 0)]
     judging = [part for line in judging_lines(summary, config, health) for part in wrapped(line, 4)]
     tables = [*distribution_table(summary), *(["", *interval_table(summary)] if config.verbose else [])]
-    return [warnings, verdict, judging, tables, circumstances(summary, health)]
+    groups = [group_table(name, groups) for name, groups in summary.groups.items() if len(groups) > 1]
+    how = [*circumstances(summary, health), *corpus_line(config.corpus)]
+    return [warnings, verdict, judging, tables, *groups, how]
 
 
 JUDGED_BLOCKS = 3  # of those before the table: of a sweep's levels only they are printed
@@ -2767,6 +3019,35 @@ def steady_lines(summary: Summary) -> list[str]:
     return lines
 
 
+def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
+    """A row for each group; only what one of them has gets a column."""
+    figures = [
+        (key, rank)
+        for key in GROUP_METRICS
+        for rank in (50.0, 99.0)
+        if any(g.distributions[key].n for g in groups.values())
+    ]
+    labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
+    cached = any(group.cached_share is not None for group in groups.values())
+    rows = [
+        [name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), *(["cached"] if cached else [])]
+    ]
+    for group, got in groups.items():
+        cells = [_figure(got.distributions[key].percentiles.get(rank)) for key, rank in figures]
+        share = "-" if got.cached_share is None else f"{got.cached_share:.1%}"
+        rows.append([shortened(plain(group)), str(got.ok), str(got.errors), *cells, *([share] if cached else [])])
+    return table(rows)
+
+
+def corpus_line(asked: Mapping[str, Any]) -> list[str]:
+    """Which keys of the bodies came from the corpus."""
+    if not asked:
+        return []
+    sent = ", ".join(f"{name} {count}" for name, count in asked["keys"].items())
+    ignored = f"; not sent: {', '.join(asked['not_sent'])}" if asked["not_sent"] else ""
+    return wrapped(plain(f"Corpus: lines that send {sent}{ignored}", 1000), len("Corpus: "))
+
+
 def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
     """A few lines on how the run went: concurrency reached, how replies ended, the clock, the client, errors."""
     lines = []
@@ -2838,7 +3119,7 @@ def config_block(config: Config, loads: Optional[Mapping[str, Any]] = None) -> s
 
     `loads`: what stands in place of some options, where several points had several.
     """
-    values = {**Redactor.config(config), **(loads or {})}
+    values = {**Redactor.config(config), "corpus": None, **(loads or {})}
     lines = [f"{label}: {_config_cell(values.pop(label.strip()))}" for label in CONFIG_LABELS]
     for name, value in values.items():
         usual = default_warmup(config.concurrency, config.total_requests)
@@ -2891,24 +3172,40 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "repeated_connection_packets": summary.syn_resent,
         "new_connections": summary.new_connections,
         "reconnects": summary.reconnects,
+        "groups": {name: _group_json(groups) for name, groups in summary.groups.items()},
         "client_bound": client_bound(summary, health),
         "client": [dataclasses.asdict(h) for h in health],
         "warnings": [". Cure: ".join(warning) for warning in warnings_of(summary, config, health)],
         "config": Redactor.config(config),
     }
-    return {**run, **requests, **_metric_keys(summary), **ours}
+    steady = _metric_keys(summary.steady.distributions, steady=True) if summary.steady else {}
+    return {**run, **requests, **_metric_keys(summary.distributions), **steady, **ours}
 
 
-def _metric_keys(summary: Summary) -> dict[str, Any]:
+def _group_json(groups: Mapping[str, GroupSummary]) -> dict[str, Any]:
+    return {
+        name: {
+            "completed": got.ok,
+            "failed": got.errors,
+            "cached_share": got.cached_share,
+            **_metric_keys(got.distributions),
+        }
+        for name, got in groups.items()
+    }
+
+
+def _metric_keys(distributions: Mapping[str, Distribution], steady: bool = False) -> dict[str, Any]:
     """Every number of the distributions, and the 95 % confidence intervals of some; those need names without `_ms`."""
     keys: dict[str, Any] = {}
     for name, one in STATS.items():
-        keys[name] = one.read(summary)
-        ends = one.interval(summary) or (math.inf,)
-        shown = one.metric in WITH_STEADY and one.rank in INTERVALS_SHOWN and not one.steady
-        if shown and one.name != "median" and not any(map(math.isinf, ends)):
+        if one.steady is not steady or one.metric not in distributions:
+            continue
+        keys[name] = one.of(distributions[one.metric])
+        ends = distributions[one.metric].intervals.get(one.rank or 0.0, (math.inf,))
+        shown = one.metric in WITH_STEADY and one.rank in INTERVALS_SHOWN and one.name != "median"
+        if shown and not steady and not any(map(math.isinf, ends)):
             keys[f"{name}_ci95"] = list(ends)
-    return {name: value for name, value in keys.items() if value is not None or not name.startswith("steady_")}
+    return keys
 
 
 # === 8. Sinks (the only writers) ===
@@ -2979,6 +3276,8 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "reasoning_tokens": Column("completion tokens spent on reasoning", lambda r: _good(r, r.reply.reasoning_tokens)),
     "new_connection": Column("1 when a connection was opened for it", lambda r: _count(r.reply.new_connection)),
     "http_status": Column("the HTTP status; blank when none came", lambda r: _count(r.reply.http_status)),
+    "label": Column("`label` or `custom_id` of its corpus line", lambda r: _cell(r.reply.label)),
+    "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
     "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
     "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
     "start_unix_s": Column("when its point began, in seconds since 1970: the start of all others", _said_by_the_point),
@@ -4557,21 +4856,22 @@ class Dialect:
 
 
 def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str, Any]:
-    """The JSON that is sent: what was asked for, and no field beyond."""
-    body: dict[str, Any] = {
-        "model": config.model,
-        "messages": request.messages,
-        dialect.limit_field: request.output_tokens or config.output_tokens,
-        "temperature": config.temperature,
-    }
+    """The JSON that is sent: what was asked for, and no field beyond; of two output limits only the nearer one."""
+    ours: dict[str, Any] = {"model": config.model}
     if config.stream:
-        body["stream"] = True
+        ours["stream"] = True
         if dialect.include_usage:
-            body["stream_options"] = {"include_usage": True}
+            ours["stream_options"] = {"include_usage": True}
             if dialect.continuous_usage:
-                body["stream_options"]["continuous_usage_stats"] = True
-    own = {} if request.output_tokens is None else {dialect.limit_field: request.output_tokens}
-    return {**body, **config.extra_body, **own}
+                ours["stream_options"]["continuous_usage_stats"] = True
+    if not request.whole:
+        limit = {dialect.limit_field: config.output_tokens}
+        ours.update({**limit, "temperature": config.temperature, **config.extra_body})
+    if request.output_tokens is not None:
+        ours[dialect.limit_field] = request.output_tokens
+    if any(name in request.fields for name in OUTPUT_LIMITS):
+        ours = {name: value for name, value in ours.items() if name not in OUTPUT_LIMITS}
+    return {**ours, **request.fields}
 
 
 def _with_other_limit(dialect: Dialect) -> Dialect:
@@ -4665,20 +4965,22 @@ class Sdk:
         openai, _ = import_sdk()
         api_base, login = split_login(config.api_base)
         api_base, query = split_query(api_base)
+        # `Omit` leaves a field out; before openai 1.98 it has no public name.
+        omit = getattr(openai, "Omit", None) or importlib.import_module("openai._types").Omit
+        no_key = {} if config.api_key else {"Authorization": omit()}
         self.client = client_class(openai)(
             api_key=config.api_key or "none",
             base_url=api_base,
             max_retries=0,  # retries would be hidden inside a latency
             timeout=config.timeout,
             http_client=http_client,
-            default_headers={"Accept-Encoding": "identity", **login},
+            default_headers={"Accept-Encoding": "identity", **no_key, **login, **config.headers},
             default_query=dict(parse_qsl(query, keep_blank_values=True)),
         )
-        # `Omit` leaves a field out; before openai 1.98 it has no public name.
-        omit = getattr(openai, "Omit", None) or importlib.import_module("openai._types").Omit
-        self._absent = {"model": omit(), "messages": omit()}  # the prepared body has them
+        endpoint = ENDPOINT_TYPES[config.endpoint_type]
+        self._absent = {"model": omit(), endpoint.prompt_field: omit()}  # the prepared body has them
         self._left_out = {} if config.stream else {"stream": omit()}
-        self._create = self.client.chat.completions.create
+        self._create = endpoint.create(self.client)
 
     async def create(self, body: Mapping[str, Any]) -> Any:
         """The SDK's stream object; `stream=True` is the SDK's way to leave the reply unparsed."""
@@ -4947,8 +5249,36 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def open_transport(config: Config, concurrency: int) -> Transport:
+class RoundRobin:
+    """Several servers, asked in turn, each through a transport of its own."""
+
+    def __init__(self, transports: Mapping[str, Transport], first: int) -> None:
+        """`first`: whose turn is the first one, so that several processes do not all begin at the same server."""
+        self._transports = transports
+        self._turn = itertools.islice(itertools.cycle(transports), first, None)
+        self.kernel_clock = all(transport.kernel_clock for transport in transports.values())
+        self.name = "/".join(sorted({transport.name for transport in transports.values()}))
+
+    @property
+    def connections(self) -> int:
+        return sum(transport.connections for transport in self._transports.values())
+
+    async def exchange(self, body: Mapping[str, Any], permits: Permits) -> Reply:
+        server = next(self._turn)
+        reply = await self._transports[server].exchange(body, permits)
+        reply.server = Redactor.url(server)
+        return reply
+
+    async def aclose(self) -> None:
+        for transport in self._transports.values():
+            await transport.aclose()
+
+
+def open_transport(config: Config, concurrency: int, first: int = 0) -> Transport:
     """The transport in force. Raises UserError when the one asked for cannot run here."""
+    if len(config.servers) > 1:
+        each = {url: dataclasses.replace(config, api_base=url, servers=[url]) for url in config.servers}
+        return RoundRobin({url: open_transport(one, concurrency) for url, one in each.items()}, first)
     proxy = proxy_for(config.api_base)
     missing = f"a direct way: {Redactor.url(proxy)} is the proxy" if proxy else Stopwatch.missing()
     if config.transport == "stopwatch" and missing:
@@ -4979,23 +5309,29 @@ def advice(failure: Failure, config: Config, environ: Mapping[str, str]) -> str:
 class Sender:
     """Asks the server one request at a time in the dialect it takes, and blanks secrets in what it says."""
 
-    def __init__(self, config: Config, concurrency: int) -> None:
-        self.transport = open_transport(config, concurrency)
+    def __init__(self, config: Config, concurrency: int, first: int = 0) -> None:
+        """`first`: at which of several servers it begins."""
+        self.transport = open_transport(config, concurrency, first)
         self.dialect = Dialect.before(config)
         self._config = config
         self._redactor = Redactor.of(config, os.environ)
 
     async def __call__(self, request: Request, permits: Permits) -> Reply:
-        reply = await self.transport.exchange(request_body(self._config, self.dialect, request), permits)
+        body = request_body(self._config, self.dialect, request)
+        reply = await self.transport.exchange(body, permits)
+        reply.label = request.label
         if reply.failure:
-            reply.failure = reply.failure._replace(message=self._explained(reply.failure))
+            reply.failure = reply.failure._replace(message=self._explained(reply.failure, body))
         if reply.finish_reason:
             reply.finish_reason = self._redactor.text(plain(reply.finish_reason, 40))
         return reply
 
-    def _explained(self, failure: Failure) -> str:
+    def _explained(self, failure: Failure, body: Mapping[str, Any]) -> str:
         """Without secrets, as some servers say which key they did not like; the cure behind, where there is one."""
-        message, cure = self._redactor.text(failure.message), advice(failure, self._config, os.environ)
+        secrets_in_body: list[str] = []
+        Redactor.fields(body, found=secrets_in_body)
+        message = Redactor(secrets_in_body).text(self._redactor.text(failure.message))
+        cure = advice(failure, self._config, os.environ)
         return f"{message[: ERROR_TEXT_CHARS - len(cure) - 2]}; {cure}" if cure else message
 
 
@@ -5044,7 +5380,6 @@ class Breaker:
         self._newest_ns = 0
         self._kind: Optional[str] = None  # of the row
         self._row = 0
-        self._kinds: set[str] = set()
         self._since_ns = 0  # when the row began, or went on
         self._heard = 0  # requests under way then that have ended
 
@@ -5064,7 +5399,6 @@ class Breaker:
             return
         if kind != self._kind:
             self._kind, self._row = kind, 0
-            self._kinds.add(kind)
         if self._row % (IDENTICAL_FAILURES_TO_STOP + 4 * self._concurrency) == 0:
             # Anew from time to time: a process that had not begun yet had nothing under way.
             self._heard, self._since_ns = 1, self._newest_ns
@@ -5075,8 +5409,8 @@ class Breaker:
     def _judge(self, kind: str) -> None:
         if kind == "connect_refused":
             self._stop.end(f"stopped: {self._row} connections in a row were refused")
-        elif not self._tally.ok and len(self._kinds) == 1:
-            self._stop.end(f"stopped: the first {self._row} requests all failed alike")
+        elif not self._tally.ok:
+            self._stop.end(f"stopped: nothing succeeded, and {self._row} requests in a row all failed alike")
 
 
 @dataclass(frozen=True)
@@ -5259,9 +5593,10 @@ class Part:
 
     @property
     def warmup(self) -> int:
-        """Its share of the warm-up: at least one request, as each process has something to open and to learn."""
-        whole = self.config.warmup
-        return max(1, share(whole, self.schedule.shard, self.schedule.shards)) if whole else 0
+        """Its share of the warm-up: at least one request to each server for each model, to open and to learn."""
+        whole, asked = self.config.warmup, self.config
+        each = len(asked.servers) * len(asked.corpus.get("models") or [asked.model])
+        return max(each, share(whole, self.schedule.shard, self.schedule.shards)) if whole else 0
 
     def after(self, lesson: Lesson) -> Part:
         """The same with synthetic prompts of the length that the server counts."""
@@ -5279,7 +5614,7 @@ class Kept(list[Record]):
 async def warm_up(part: Part, sender: Sender) -> Lesson:
     """Open every connection, learn what the server takes. Raises RunError when every call fails."""
     tally, kept = await _warm_up_once(part, sender)
-    while tally.errors and not tally.ok:
+    while refusing(tally):
         dialect = concede(sender.dialect, part.config, tally.error_groups())
         if dialect is None or part.stop.draining.is_set():
             break
@@ -5289,9 +5624,16 @@ async def warm_up(part: Part, sender: Sender) -> Lesson:
     if tally.errors and not part.stop.interrupted:
         if not tally.ok:
             raise RunError(f"the warm-up failed, nothing was measured: {tally.first_error()}")
-        note(f"{tally.errors} of {part.warmup} warm-up requests failed: {tally.first_error()}")
+        servers = [name for name, group in tally.groups["server"].items() if not group.ok]
+        by = f", all of those to {', '.join(servers)}" if servers else ""
+        note(f"{tally.errors} of {part.warmup} warm-up requests failed{by}: {tally.first_error()}")
     counts = ((warmup_words(part.config, record.job.index), record.reply.prompt_tokens) for record in kept if record.ok)
     return Lesson(sender.dialect, [(words, tokens) for words, tokens in counts if tokens])
+
+
+def refusing(tally: Tally) -> bool:
+    """Whether nobody, or one of several servers, has answered any request."""
+    return bool(tally.errors) and (not tally.ok or any(not group.ok for group in tally.groups["server"].values()))
 
 
 async def _warm_up_once(part: Part, sender: Sender) -> tuple[Tally, Kept]:
@@ -5319,9 +5661,9 @@ class Peers:
 class Runner:
     """One process's way to the server, kept from point to point: its connections, and what it has learnt."""
 
-    def __init__(self, config: Config, concurrency: int, peers: Peers) -> None:
-        """`concurrency`: the most that any point will have."""
-        self._sender = Sender(config, concurrency)
+    def __init__(self, config: Config, concurrency: int, peers: Peers, number: int = 0) -> None:
+        """`concurrency`: the most that any point will have; `number`: of this process."""
+        self._sender = Sender(config, concurrency, number)
         self._peers = peers
 
     async def measure(self, part: Part) -> list[Health]:
@@ -5442,19 +5784,21 @@ def send_to_parent(message: Mapping[str, Any]) -> None:
         os._exit(1)
 
 
-async def shard_main() -> None:
+async def shard_main(number: int) -> None:
     """One process of several: its configuration and its orders come on stdin, its records go to stdout."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the parent decides
+    for sign in STOP_SIGNALS:
+        signal.signal(sign, signal.SIG_IGN)  # the parent decides
     orders, pipe = await _stdin_lines()
     stop, siblings = Stop(), Siblings()
     said = json.loads(await orders.readline())
     config = Config(**said["config"])
-    corpus = Corpus(config.requests_file, config.system_prompt).open(check=False) if config.requests_file else None
+    corpus = None
+    if config.requests_file:
+        corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type).open(check=False)
     listener = asyncio.ensure_future(follow_orders(orders, stop, siblings))
     runner: Optional[Runner] = None
     try:
-        runner = Runner(config, said["concurrency"], siblings)
+        runner = Runner(config, said["concurrency"], siblings, number)
         while True:  # until the end of the orders
             await shard_point(runner, corpus, await siblings.points.get(), stop)
     except (UserError, RunError) as error:
@@ -6011,6 +6355,20 @@ def _api_key(text: str) -> str:
     return text.strip()
 
 
+def _header(text: str) -> tuple[str, str]:
+    name, value = split_header(text)
+    if (
+        not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII)
+        or not value
+        or not value.isprintable()
+        or not value.isascii()
+    ):
+        raise argparse.ArgumentTypeError("takes 'Name: value' or Name=value, in printable ASCII")
+    if name.lower() in ("host", "content-length", "content-type", "connection", "transfer-encoding"):
+        raise argparse.ArgumentTypeError(f"takes no {name}: HTTP itself sets it")
+    return name, value
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(_text(text))
@@ -6024,7 +6382,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _extra_body(text: str) -> dict[str, Any]:
     value = _json_object(text)
-    for name, option in (("model", "--model"), ("messages", "--requests-file"), ("stream", "--stream")):
+    by = {"model": "--model", "messages": "--requests-file", "prompt": "--requests-file", "stream": "--stream"}
+    for name, option in by.items():
         if name in value:
             raise argparse.ArgumentTypeError(f"takes no {name}: {option} sets it")
     if value.get("n", 1) not in (1, None):
@@ -6084,6 +6443,7 @@ def _goal(text: str) -> tuple[str, float]:
     return GOODPUT_NAMES[name], value
 
 
+BACKENDS = {"chat": "openai-chat", "completions": "openai"}  # as vLLM's result files name them
 TOKEN_FIELDS = ("auto", "max_tokens", "max_completion_tokens")
 TRANSPORTS = ("auto", "stopwatch", "sdk")
 
@@ -6124,7 +6484,7 @@ def _add_judging(add: Callable[..., Any]) -> None:
     add("--gpu-hour", type=_price_of, metavar="PRICE", help="of one GPU: price of a million tokens")
 
 
-def build_parser() -> Parser:
+def build_parser() -> Parser:  # noqa: PLR0915
     """Every option, in the order of the README's table."""
     parser = Parser(
         prog=Path(__file__).name,
@@ -6135,14 +6495,34 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("Server").add_argument
-    add("--api-base", type=_url, metavar="URL", help=f"base URL (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})")
+    add(
+        "--api-base",
+        type=_url,
+        metavar="URL",
+        action="append",
+        help=f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})",
+    )
     add(
         "--api-key",
         type=_api_key,
         metavar="KEY",
         help="bearer token, never shown (default: $OPENAI_API_KEY, else vllm)",
     )
-    add("--model", type=_text, help="model name; required unless --demo is given")
+    add(
+        "--header",
+        dest="headers",
+        type=_header,
+        metavar="NAME:VALUE",
+        action="append",
+        help="a further header of every request, shown masked; repeatable",
+    )
+    add("--model", type=_text, help="model name; required unless --demo is given or every corpus line has one")
+    add(
+        "--endpoint-type",
+        choices=tuple(ENDPOINT_TYPES),
+        help="chat, or completions of plain prompts (default: %(default)s)",
+    )
+    add("--wait-ready", type=_seconds, metavar="S", help="wait up to so long until every server answers")
     add("--ca-file", type=_path, metavar="FILE", help="trust the certificate authority in this PEM file")
     add("--insecure", action="store_true", help="do not check the server's TLS certificate")
     add = parser.add_argument_group("Load").add_argument
@@ -6184,7 +6564,12 @@ def build_parser() -> Parser:
         help="length of generated prompts, by the server's count (default: %(default)s)",
     )
     add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
-    add("--requests-file", type=_path, metavar="FILE", help="JSONL, per line: text, prompt or messages; max_tokens")
+    add(
+        "--requests-file",
+        type=_path,
+        metavar="FILE",
+        help="JSONL: text, prompt or messages, and any body field per line",
+    )
     add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
     add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
     add(
@@ -6220,7 +6605,7 @@ def build_parser() -> Parser:
     add("--help-columns", action="version", version=columns_help(), help="explain CSV columns and exit codes, and exit")
     add("--debug", action="store_true", help="show the traceback of an internal error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    add("--shard", help=argparse.SUPPRESS)
+    add("--shard", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(**DEFAULTS)
     return parser
 
@@ -6254,6 +6639,7 @@ def build_config(options: argparse.Namespace, prompts: int, step: Optional[Step]
     warmup = default_warmup(concurrency, total) if options.warmup is None else options.warmup
     derived: dict[str, Any] = {
         "concurrency": concurrency,
+        "corpus": given.get("corpus") or {},
         "total_requests": total,
         "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
         "warmup": max(0, warmup - warmed),
@@ -6315,26 +6701,33 @@ def read_cost_us() -> float:
 
 
 def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
-    """Fill in base URL and key from the environment. Raises UserError for unusable values there."""
+    """Fill in base URLs, headers and key, from the environment where need be. Raises UserError for unusable values."""
     try:
-        options.api_base = options.api_base or _url(environ.get("OPENAI_BASE_URL") or DEFAULT_API_BASE)
+        options.servers = options.api_base or [_url(environ.get("OPENAI_BASE_URL") or DEFAULT_API_BASE)]
     except argparse.ArgumentTypeError as error:
         raise UserError(f"$OPENAI_BASE_URL {error}") from None
+    options.api_base = options.servers[0]
+    options.headers = dict(options.headers or ())
+    has_key = any(name in options.headers for name in ("Api-Key", "X-Api-Key", "Authorization"))
     try:
         if options.api_key is None:
-            options.api_key = _api_key(environ.get("OPENAI_API_KEY") or DEFAULT_API_KEY)
+            options.api_key = _api_key(environ.get("OPENAI_API_KEY") or ("" if has_key else DEFAULT_API_KEY))
     except argparse.ArgumentTypeError as error:
         raise UserError(f"$OPENAI_API_KEY {error}") from None
+
+
+def models_url(api_base: str) -> str:
+    parts = urlsplit(api_base)
+    return urlunsplit(parts._replace(path=f"{parts.path}/models"))
 
 
 def require_model(options: argparse.Namespace) -> None:
     if options.model:
         return
     base = Redactor.url(options.api_base)
-    parts = urlsplit(options.api_base)
     redactor = Redactor.of(options, os.environ)
     try:
-        listed = fetch_json(urlunsplit(parts._replace(path=f"{parts.path}/models")), options.api_key)
+        listed = fetch_json(models_url(options.api_base), options.api_key, headers=options.headers)
         names = ", ".join(str(model["id"]) for model in listed["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
         reason = redactor.text(plain(_reason(error), 100))
@@ -6374,9 +6767,12 @@ def need_descriptors(concurrency: int) -> None:
 
 def notes_before(config: Config) -> Iterator[str]:
     """What a user should know before the figures come."""
-    proxy = proxy_for(config.api_base)
+    proxy = next(filter(None, map(proxy_for, config.servers)), None)
     if proxy:
         yield f"via proxy {Redactor.url(proxy)}"
+    unknown = config.corpus.get("not_sent")
+    if unknown:
+        yield f"keys of the corpus that are not sent: {', '.join(unknown)} (`body` in a line sends anything)"
     if config.insecure:
         yield "--insecure: the server's certificate is not checked"
     if config.transport == "auto" and not proxy and Stopwatch.missing():
@@ -6392,7 +6788,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fetch_json(url: str, api_key: Optional[str], timeout_s: float = 5.0) -> Any:
+def fetch_json(
+    url: str, api_key: Optional[str], timeout_s: float = 5.0, headers: Optional[Mapping[str, str]] = None
+) -> Any:
     """GET with the standard library alone; no redirect is followed, the key is for this server only.
 
     Raises OSError, ValueError or http.client.HTTPException.
@@ -6402,9 +6800,51 @@ def fetch_json(url: str, api_key: Optional[str], timeout_s: float = 5.0) -> Any:
     proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
     straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
     opener = request.build_opener(request.ProxyHandler(proxies), straight)
-    headers = {**({"Authorization": f"Bearer {api_key}"} if api_key else {}), **login}
-    with opener.open(request.Request(url, headers=headers), timeout=timeout_s) as response:
+    own = {**({"Authorization": f"Bearer {api_key}"} if api_key else {}), **login, **(headers or {})}
+    with opener.open(request.Request(url, headers=own), timeout=timeout_s) as response:
         return json.loads(response.read(ERROR_BODY_BYTES * 1024))
+
+
+async def one_token(config: Config) -> Optional[Failure]:
+    """Ask for it; why there is no answer."""
+    sender, permits = Sender(config, 1), Permits(1)
+    permits.open(time.perf_counter_ns())
+    try:
+        return (await sender(dataclasses.replace(warmup_request(config, 0), output_tokens=1), permits)).failure
+    finally:
+        await sender.transport.aclose()
+
+
+def not_ready(config: Config) -> str:
+    """What keeps a server from answering; empty when it does, be it that it refuses what the warm-up will explain."""
+    try:
+        fetch_json(models_url(config.api_base), config.api_key, headers=config.headers)
+    except Exception as error:
+        if getattr(error, "code", 500) >= 500 and not isinstance(error, ValueError):  # else it has no such list
+            return _reason(error)
+    failure = run_loop(one_token(config))
+    answered = not failure or failure.status == "decode_error" or failure.kind in REFUSALS
+    return "" if answered or not failure else failure.message
+
+
+def wait_until_ready(config: Config, limit_s: float) -> None:
+    """Until every server lists its models and gives a token. Raises RunError with the last cause."""
+    end_s = time.monotonic() + limit_s
+    redactor = Redactor.of(config, os.environ)
+    for url in config.servers:
+        name, said = Redactor.url(url), ""
+        while True:
+            timeout = min(config.timeout, max(1.0, end_s - time.monotonic()))
+            cause = not_ready(dataclasses.replace(config, api_base=url, servers=[url], timeout=timeout))
+            if not cause:
+                break
+            cause, left_s = redactor.text(plain(cause)), end_s - time.monotonic()
+            if left_s <= 0:
+                raise RunError(f"{name} was not ready within {limit_s:g} s: {cause}")
+            if cause != said:
+                note(f"waiting for {name}: {cause}")
+            said = cause
+            time.sleep(min(READY_POLL_S, left_s))
 
 
 class DemoServer:
@@ -6562,8 +7002,8 @@ class Invocation:
         config = measured.config
         run = {
             "date": self._started,
-            "endpoint_type": "openai-chat",
-            "backend": "openai-chat",
+            "endpoint_type": BACKENDS[config.endpoint_type],
+            "backend": BACKENDS[config.endpoint_type],
             "label": None,
             "tag": None,
             "tokenizer_id": None,
@@ -6593,14 +7033,19 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.extra_body.get("n") not in (None, 1):
         raise UserError(f"--extra-body: n = {options.extra_body['n']!r:.40} makes {SEVERAL_CHOICES}")
     check_load(options)
+    if options.endpoint_type == "completions" and options.system_prompt:
+        raise UserError("--system-prompt is of a chat; /completions takes plain prompts: --endpoint-type chat")
     resolve_server(options, os.environ)
     if options.demo:
         options.model = options.model or "demo"
-    require_model(options)
+    if not options.requests_file:
+        require_model(options)
     if options.ca_file or options.insecure:
         tls_context(Origin.of("https://localhost", options.ca_file, options.insecure))
     keep_files_apart(options)
-    corpus = load_requests(options.requests_file, options.system_prompt) if options.requests_file else None
+    corpus = None
+    if options.requests_file:
+        corpus = load_requests(options.requests_file, options.system_prompt, options.endpoint_type)
     try:
         return benchmark_with(corpus, options, argv)
     finally:
@@ -6624,21 +7069,28 @@ def check_load(options: argparse.Namespace) -> None:
 def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
     """The same from where the prompts are known."""
     prompts = len(corpus) if corpus else 0
+    if corpus:
+        options.model = options.model or corpus.own_model
+        require_model(options)
+        options.corpus = corpus.asked(options.model)
     options.seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
     most = Step(max(options.find_max or options.concurrency))
     options.processes = options.processes or enough_processes(options, int(most.level))
     config = build_config(options, prompts, most)
-    # The simulated server inherits the limit and has every connection.
-    need_descriptors(config.concurrency if config.demo else -(-config.concurrency // config.processes))
+    # The simulated server inherits the limit and has every connection; of several servers each may have all.
+    sockets = config.concurrency * len(config.servers)
+    need_descriptors(sockets if config.demo else -(-sockets // config.processes))
     invocation = Invocation(config, loads_of(options), argv)
     demo = None
     try:
         if config.demo:
             demo = DemoServer(options.demo_engine)
-            options.api_base = demo.api_base
-            invocation.config = dataclasses.replace(config, api_base=demo.api_base)
+            options.api_base, options.servers = demo.api_base, [demo.api_base]
+            invocation.config = config = build_config(options, prompts, most)
         if importlib.util.find_spec("openai") is None:  # before any socket is opened
             raise UserError("cannot import openai: pip install openai")
+        if config.wait_ready:
+            wait_until_ready(config, config.wait_ready)
         for line in notes_before(config):
             note(line)
         return invocation.run(Sweep(plan_of(options), partial(build_config, options, prompts), corpus), demo)
@@ -6662,7 +7114,7 @@ def run(argv: Sequence[str]) -> int:
     fill_standard_places()
     options = build_parser().parse_args(argv)
     if options.shard is not None:
-        run_loop(shard_main())
+        run_loop(shard_main(options.shard))
         return 0
     return benchmark(options, argv)
 

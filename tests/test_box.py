@@ -250,7 +250,7 @@ def test_out_of_processes(target: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "Resource temporarily unavailable" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step_s", [-3600, 3600, -0.5, 0.5])
+@pytest.mark.parametrize("step_s", [-3600, 0.5])
 def test_a_clock_that_is_set_during_the_run(step_s: float, slow: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernel stamps are wall-clock; the durations must not notice."""
     started, true_time_ns = time.monotonic(), time.time_ns
@@ -271,8 +271,10 @@ def test_a_clock_that_is_set_during_the_run(step_s: float, slow: Demo, monkeypat
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
-@pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.parametrize(("times", "processes"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("name", "times", "processes"),
+    [("SIGINT", 1, 1), ("SIGTERM", 1, 1), ("SIGHUP", 1, 1), ("SIGINT", 2, 1), ("SIGINT", 1, 2), ("SIGTERM", 2, 2)],
+)
 def test_a_signal_under_load(name: str, times: int, processes: int, slow: Demo, tmp_path: Path) -> None:
     """Once: what is in flight is waited for. Twice: it is recorded as aborted. Reported either way."""
     served = len(slow.truth()["requests"])
@@ -299,8 +301,9 @@ def test_a_signal_under_load(name: str, times: int, processes: int, slow: Demo, 
     assert told == [ok, 0, aborted, True]
 
 
-@pytest.mark.parametrize(("name", "times"), [("SIGINT", 1), ("SIGINT", 2), ("SIGTERM", 2), ("SIGHUP", 1)])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "times", "processes"), [("SIGINT", 1, 1), ("SIGTERM", 2, 1), ("SIGHUP", 1, 2), ("SIGINT", 2, 2)]
+)
 def test_a_signal_during_the_warm_up(name: str, times: int, processes: int, tmp_path: Path) -> None:
     server = Demo(ttft_ms=1500, gap_ms=0)
     try:
@@ -450,7 +453,7 @@ def test_a_server_that_fails_everything_is_not_hammered(streamed: bool, transpor
     assert got.code == 1
     assert bench.IDENTICAL_FAILURES_TO_STOP <= asked <= bench.IDENTICAL_FAILURES_TO_STOP + 2 * CONCURRENCY
     assert len(got.rows) <= asked + CONCURRENCY
-    assert "WARNING: stopped: the first 100 requests all failed alike" in got.out
+    assert "WARNING: stopped: nothing succeeded, and 100 requests in a row all failed alike" in got.out
 
 
 def test_nor_by_several_processes(tmp_path: Path) -> None:

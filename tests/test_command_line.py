@@ -240,7 +240,9 @@ def test_overwrite_keeps_the_old_rows_until_the_warm_up_has_succeeded(
     results = ["--results-csv", str(path), "--overwrite"]
     dead = ["--api-base", "http://127.0.0.1:9/v1", "--model", "m"]
     assert cli(*dead, *SMALL, *results).code == 1
-    assert cli(*dead, *SMALL, *results, "--summary-jsonl", "/nowhere/s.jsonl").code == 2
+    for wrong in (["--summary-jsonl", "/nowhere/s"], ["--requests-file", "/nowhere/c"], ["--extra-body", '{"n": 2}'],
+                  ["--concurrency", "0"], ["--ca-file", "/nowhere/ca"], ["--transport", "none"]):  # fmt: skip
+        assert cli(*dead, *SMALL, *results, *wrong).code == 2
     assert path.read_text() == "index,old\n1,2\n"
     assert cli(*demo(ttft_ms=1, gap_ms=0).target, *SMALL, *results).code == 0
     assert len(rows_of(path)) == 12

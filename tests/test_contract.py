@@ -6,7 +6,9 @@ compared as the server saw them, rows as the CSV files have them.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 
+import online_bench_openai_async as bench
 from tests.support.faults import GROUPS, body
 from tests.support.locust_runs import Bench, needs_locust
 from tests.support.processes import free_port
@@ -44,6 +47,17 @@ class Line(NamedTuple):
     raw: str
     messages: list[dict[str, Any]]
     limit: Optional[int] = None
+    fields: Mapping[str, Any] = {}  # of the body besides; one of them may be a limit
+    whole: bool = False  # the fields are the body, the model aside
+
+
+def says(*, sends: Mapping[str, Any], **fields: Any) -> Line:
+    """A line whose prompt is "a", and what it adds to the body."""
+    return Line(json.dumps({"text": "a", **fields}), [user("a")], None, sends)
+
+
+def batch(body: Mapping[str, Any], **fields: Any) -> Line:
+    return Line(json.dumps({**fields, "body": body}), body["messages"], None, body, whole=True)
 
 
 def line(sent: Any, limit: Optional[int] = None, /, **fields: Any) -> Line:
@@ -54,6 +68,10 @@ OWN_SYSTEM = [{"role": "system", "content": "mine"}, user("a")]
 OWN_DEVELOPER = [{"role": "developer", "content": "mine"}, user("a")]
 LATE_SYSTEM = [user("a"), {"role": "system", "content": "late"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "é"}, {"type": "x", "n": 0.1, "big": 10**30}]}]
+
+URL = "/v1/chat/completions"
+CHAT = {"messages": [user("batched")]}
+VALUES: Mapping[str, Any] = {"model": "some-lora", "temperature": 0.75, "response_format": {"type": "json_object"}}
 
 ACCEPTED = {
     "text": line("a", text="a"),
@@ -73,6 +91,20 @@ ACCEPTED = {
     "max_tokens null": line("a", 6, text="a", max_tokens=None, output_tokens=6),
     "limits null": line("a", text="a", max_tokens=None, max_completion_tokens=None, output_tokens=None),
     "fields of the generator": line("a", 9, text="a", max_tokens=9, input_tokens=1, prefix_tokens=0, prefix_group=0),
+    **{
+        f"sends {name}": says(**{name: VALUES.get(name, [0.5])}, sends={name: VALUES.get(name, [0.5])})
+        for name in sorted(bench.BODY_KEYS)
+    },
+    "keys of our own": says(sends={}, label="x", custom_id="y", timestamp=3, hash_ids=[1], n=1, url="/x", method="GET"),
+    "keys nobody knows": says(sends={}, id=3, category="b", request_id="c", system="d"),
+    "null keys": says(sends={}, top_k=None, stream=None, n=None, body=None),
+    "any body": says(sends={"x_own": {"y": 1}, "top_k": 2}, top_k=1, body={"x_own": {"y": 1}, "top_k": 2}),
+    "a limit in the body": says(sends={"max_completion_tokens": 3}, max_tokens=4, body={"max_completion_tokens": 3}),
+    "batch": batch(
+        {"model": "other", **CHAT, "max_completion_tokens": 4, "id": 5}, custom_id="r-1", method="POST", url=URL
+    ),
+    "batch without a model": batch(CHAT, custom_id="r-2", url=URL, label="x"),
+    "a body alone": batch({**CHAT, "top_k": None, "n": 1}),
     "own system message": line(OWN_SYSTEM, messages=OWN_SYSTEM),
     "own developer message": line(OWN_DEVELOPER, messages=OWN_DEVELOPER),
     "system message later": line(LATE_SYSTEM, messages=LATE_SYSTEM),
@@ -83,6 +115,7 @@ ACCEPTED = {
     "white space around": Line('  {"text": "a"}\t\r', [user("a")]),
 }
 
+STREAMED = "'{}' in a line: the replies of a run are all streamed, or all whole"
 REFUSED = {
     "cut": (b'{"text": ', "not JSON"),
     "NaN": (b'{"text": "a", "temperature": NaN}', "not JSON (NaN is no JSON)"),
@@ -102,6 +135,16 @@ REFUSED = {
     "no messages": (b'{"messages": []}', "'messages' is not a list of messages"),
     "messages that are none": (b'{"messages": ["a"], "text": "a"}', "'messages' is not a list of messages"),
     "turns": (b'{"turns": ["a", "b"]}', "'turns' cannot be sent yet: give each prompt a line of its own"),
+    "stream": (b'{"text": "a", "stream": false}', STREAMED.format("stream")),
+    "stream options": (b'{"text": "a", "stream_options": {}}', STREAMED.format("stream_options")),
+    "stream in a body": (b'{"body": {"messages": [{}], "stream": true}}', STREAMED.format("stream")),
+    "several answers": (b'{"text": "a", "n": 2}', "'n' in a line: the times of several answers in one reply would mix"),
+    "a body that is none": (b'{"text": "a", "body": [1]}', "'body' is not a JSON object"),
+    "a body without messages": (b'{"body": {"prompt": "a"}}', "'messages' is not a list of messages"),
+    "another resource": (
+        b'{"url": "/v1/embeddings", "body": {"messages": [{}]}}',
+        "'url' is /v1/embeddings, and this run asks /chat/completions",
+    ),
     "limit of 0": (b'{"text": "a", "max_tokens": 0}', "the output limit is not a whole number of 1 or more: 0"),
     "limit of true": (
         b'{"text": "a", "output_tokens": true}',
@@ -281,10 +324,29 @@ def test_what_is_sent_for_each_line(lines, script):
         messages = (
             item.messages if own_system or not system else [{"role": "system", "content": system}, *item.messages]
         )
+        defaults = {"model": MODEL, "max_tokens": RUN_LIMIT, "temperature": 0.0, "messages": messages, **extra}
+        if "max_completion_tokens" in item.fields:
+            del defaults["max_tokens"]
         own = {} if item.limit is None else {"max_tokens": item.limit}
-        defaults = {"model": MODEL, "max_tokens": RUN_LIMIT, "temperature": 0.0}
-        wanted[name] = {**defaults, **extra, **own, "messages": messages}
+        wanted[name] = {**({"model": MODEL} if item.whole else defaults), **own, **item.fields}
     assert dict(zip(ACCEPTED, [json.loads(call.body) for call in scripts[script].calls])) == wanted
+
+
+def test_both_know_the_same_keys_and_the_document_lists_them():
+    command = [sys.executable, "-c", "import locust_batch; print(*sorted(locust_batch.BODY_KEYS))"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert set(done.stdout.split()) == bench.BODY_KEYS
+    listed = (ROOT / "docs" / "method.md").read_text("utf-8").split("<!-- keys of a line -->")[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == bench.BODY_KEYS
+
+
+def test_every_parameter_of_the_sdk_is_known():
+    openai = pytest.importorskip("openai")
+    parameters: set[str] = set()
+    for resource in (openai.resources.chat.completions, openai.resources.completions):
+        parameters |= set(inspect.signature(resource.AsyncCompletions.create).parameters)
+    ours = {"self", "messages", "prompt", "stream", "stream_options", "n", "timeout", *bench.OUTPUT_LIMITS}
+    assert parameters - ours - {"extra_body", "extra_headers", "extra_query"} <= bench.BODY_KEYS
 
 
 def test_both_ask_the_same_resource_with_the_same_key(lines):

@@ -205,21 +205,22 @@ def test_a_large_event_in_small_packets_is_looked_through_once() -> None:
 
 
 DELTA = st.one_of(st.just({}), st.fixed_dictionaries({"content": st.text(max_size=5)}))
-CHOICE = st.fixed_dictionaries(
-    {"index": st.integers(0, 1), "delta": DELTA},
-    optional={"finish_reason": st.sampled_from([None, "stop", "length"]), "logprobs": st.none()},
-)
+ENDING = {"finish_reason": st.sampled_from([None, "stop", "length"]), "logprobs": st.none()}
+CHAT_CHOICE = st.fixed_dictionaries({"index": st.integers(0, 1), "delta": DELTA}, optional=ENDING)
+TEXT_CHOICE = st.fixed_dictionaries({"index": st.integers(0, 1), "text": st.text(max_size=5)}, optional=ENDING)
 
 
 @settings
 @hypothesis.given(
-    choices=st.lists(CHOICE, max_size=3),
+    choices=st.one_of(st.lists(CHAT_CHOICE, max_size=3), st.lists(TEXT_CHOICE, max_size=3)),
     more=st.fixed_dictionaries(
         {},
         optional={
             "usage": st.sampled_from([None, {}, {"prompt_tokens": 1, "completion_tokens": 2}]),
             "error": st.sampled_from([None, "x"]),
-            "note": st.sampled_from(['"finish_reason":null', '"usage":{', '"error"', '"delta":{"content":"']),
+            "note": st.sampled_from(
+                ['"finish_reason":null', '"usage":{', '"error"', '"delta":{"content":"', '"text":"']
+            ),
         },
     ),
     first=st.booleans(),
@@ -227,17 +228,17 @@ CHOICE = st.fixed_dictionaries(
 def test_the_fast_scan_tells_only_what_json_would(choices: list[Any], more: dict[str, Any], first: bool) -> None:
     body = {**more, "choices": choices} if first else {"choices": choices, **more}
     event = b"data: " + json.dumps(body, separators=(",", ":")).encode()
-    if not bench.is_plain_content(event):
+    if not bench.text_at(event):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "is_plain_content", lambda event: False)
+        patch.setattr(bench, "text_at", lambda event: 0)
         said = bench.read_reply(True, [(1, event + b"\n\n")])
     assert (said.chunks, said.finish_reason, said.has_usage) == (1, None, False)
     assert said.visible_ns == 1
 
 
 def test_the_fast_scan_is_used_at_all() -> None:
-    assert bench.is_plain_content(ONE.rstrip(b"\n"))
+    assert bench.text_at(ONE.rstrip(b"\n"))
 
 
 @settings

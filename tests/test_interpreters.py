@@ -62,6 +62,8 @@ def test_the_script_alone_runs_help_and_demo(version: str, client: str, tmp_path
     alone = run("--demo", *sizes)
     assert "Requests (ok/err): 8/0" in alone
     assert "transport stopwatch" in alone  # over h11, which comes with every client
+    if version not in (VERSIONS[0], VERSIONS[-1]):
+        return
     helped = uv("pip", "install", "-q", "--python", str(python), "httptools")
     assert helped.returncode == 0, helped.stderr
     truer = run("--demo", *sizes, "--stream")

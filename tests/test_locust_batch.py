@@ -384,14 +384,8 @@ def test_one_process(bench, serve):
 def test_forked_workers(bench, serve):
     server = serve()
     bench.corpus(TEXTS)
-    code, out, err = bench.run(server, 500, *forked(3), "--json")
+    code, _, err = bench.run(server, 500, *forked(3))
     check_complete(bench, server, TEXTS, err)
-    statistics = re.search(r"\[\s*\{.*\}\s*\]", out, re.DOTALL)  # the workers print empty lists
-    assert statistics
-    counts = {entry["name"]: entry["num_requests"] for entry in json.loads(statistics[0])}
-    assert set(counts) == {"/v1/chat/completions", "prompt_tokens", "completion_tokens"}
-    # Locust's master may print before a worker's last report; that all 500 are there is held by the CSV.
-    assert len(set(counts.values())) == 1
     assert (code, "Traceback" in err) == (0, False)
 
 

@@ -246,8 +246,9 @@ def test_every_warning_says_what_to_do() -> None:
     """All rules at once: a bad run, and each line of it with a cure."""
     bad = make_record(has_usage=False, cached_tokens=5, merged_reads=3, reconnects=1, free_s=0.5, syn_resent=1)
     at_once = make_record(1, last_s=1.1)
+    dead = make_record(2, status="http_error", error_kind="connect_refused", error="refused", server="http://b")
     tally = bench.Tally([5, 0])
-    for record in (bad, at_once):
+    for record in (bad, at_once, dead):
         tally.add(record)
     config = make_config(output_tokens=50, prompt_tokens=20)
     drifting = summary_of(*closed_loop([1.0 + n / 50 for n in range(100)], 4), wave=4).steady

@@ -254,13 +254,13 @@ def test_an_empty_finish_reason_is_none() -> None:
 )
 def test_the_fast_scan_agrees_with_json(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = stream(data, FINISH)
-    monkeypatch.setattr(bench, "is_plain_content", lambda event: False)
+    monkeypatch.setattr(bench, "text_at", lambda event: 0)
     assert stream(data, FINISH) == fast
 
 
 def test_the_fast_scan_is_used_for_the_usual_chunk() -> None:
-    assert bench.is_plain_content(TOKENS[0].rstrip())
-    assert not bench.is_plain_content(ROLE.rstrip())
+    assert bench.text_at(TOKENS[0].rstrip())
+    assert not bench.text_at(ROLE.rstrip())
 
 
 def whole(body: Any) -> bench.Reply:

@@ -20,14 +20,14 @@ from tests.support.tables import json_lines
 
 
 def test_only_what_was_asked_for_is_sent() -> None:
-    request = bench.Request([{"role": "user", "content": "x"}])
+    request = bench.Request({"messages": [{"role": "user", "content": "x"}]})
     body = bench.request_body(make_config(output_tokens=5), bench.Dialect(), request)
     assert body == {"model": "m", "messages": request.messages, "max_tokens": 5, "temperature": 0.0}
 
 
 def test_streams_ask_for_usage_and_extra_fields_win() -> None:
     config = make_config(stream=True, extra_body={"ignore_eos": True, "temperature": 1})
-    body = bench.request_body(config, bench.Dialect(), bench.Request([], output_tokens=7))
+    body = bench.request_body(config, bench.Dialect(), bench.Request({"messages": []}, output_tokens=7))
     assert body["stream_options"] == {"include_usage": True}
     assert (body["max_tokens"], body["ignore_eos"], body["temperature"]) == (7, True, 1)
 
@@ -52,11 +52,11 @@ def test_counts_in_every_chunk_are_given_up_before_all_counts_are() -> None:
     for word in ("stream_options.continuous_usage_stats", "continuous_usage_stats", "stream_options"):
         fewer = bench.concede(every, config, refusal(f"{word}: not permitted"))
         assert fewer == bench.Dialect(include_usage=True)
-        body = bench.request_body(config, fewer, bench.Request([]))
+        body = bench.request_body(config, fewer, bench.Request({"messages": []}))
         assert body["stream_options"] == {"include_usage": True}
     none = bench.concede(bench.Dialect(include_usage=True), config, refusal("stream_options: not permitted"))
     assert none is not None
-    assert "stream_options" not in bench.request_body(config, none, bench.Request([]))
+    assert "stream_options" not in bench.request_body(config, none, bench.Request({"messages": []}))
 
 
 def test_a_refusal_that_teaches_nothing_is_final() -> None:

@@ -30,8 +30,7 @@ def test_a_record_crosses_the_pipe_unchanged(failed: dict[str, str]) -> None:
     assert again == record
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("mode", [[], ["--stream"]])
+@pytest.mark.parametrize(("mode", "processes"), [([], 1), (["--stream"], 2), ([], 3)])
 def test_any_number_of_processes_makes_the_same_run(
     demo: Callable[..., Demo], tmp_path: Path, processes: int, mode: list[str]
 ) -> None:

@@ -172,7 +172,8 @@ def test_other_columns_are_not_appended_to(tmp_path: Path) -> None:
 def test_an_older_files_missing_columns_are_named(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text(",".join(list(bench.CSV_COLUMNS)[:-2]) + "\n")
-    with pytest.raises(bench.UserError, match="lacks the columns repeat, start_unix_s; name another file"):
+    missing = ", ".join(list(bench.CSV_COLUMNS)[-2:])
+    with pytest.raises(bench.UserError, match=f"lacks the columns {missing}; name another file"):
         bench.CsvSink(str(path), append=True, overwrite=False)
 
 

@@ -129,8 +129,8 @@ def test_a_blocked_event_loop_does_not_move_the_stamps(script: Callable[..., Scr
 def test_a_quiet_server_is_no_late_client(
     script: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "LATE_READ_NS", 200_000_000)
-    server = script(says(CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n", gap_s=0.3))
+    monkeypatch.setattr(bench, "LATE_READ_NS", 600_000_000)
+    server = script(says(CHUNKED, b"2\r\nhi\r\n", b"0\r\n\r\n", gap_s=0.8))
     (exchange,), _ = exchange_with(server.port)
     assert exchange.late == set()
 

@@ -16,6 +16,7 @@ import pytest
 
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
+from tests.support.processes import needs_proc, wait_until
 from tests.support.program import SCRIPT
 from tests.support.records import make_config
 from tests.support.tables import rows_of
@@ -210,8 +211,7 @@ def test_a_corpus_that_is_replaced_during_the_run_stays_what_it_was(tmp_path: Pa
 
 
 @pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="needs /dev/stdin")
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("way", ["pipe", "substitution", "file"])
+@pytest.mark.parametrize(("way", "processes"), [("pipe", 1), ("substitution", 2), ("file", 2)])
 def test_prompts_that_can_be_read_only_once_reach_every_process(
     demo: Callable[..., Demo], tmp_path: Path, processes: int, way: str
 ) -> None:
@@ -236,3 +236,14 @@ def test_prompts_that_can_be_read_only_once_reach_every_process(
     assert sorted(int(row["index"]) for row in rows_of(tmp_path / "r.csv")) == [0, 1, 2, 3]
     assert "online-bench-" not in done.stdout + done.stderr
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@needs_proc
+def test_killed_while_it_copies_a_pipe_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    words = [sys.executable, str(SCRIPT), "--model", "m", "--requests-file", "/dev/stdin"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env) as process:
+        places = Path(f"/proc/{process.pid}/fd")
+        wait_until(lambda: any("online-bench-" in os.readlink(place) for place in places.iterdir()))
+        process.kill()
+    assert not list(tmp_path.iterdir())

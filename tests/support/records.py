@@ -70,7 +70,7 @@ def summary_of(*records: bench.Record, wave: int = 0, goodput: Optional[Mapping[
 def make_config(**changes: Any) -> bench.Config:
     """A configuration as the command line would make it, with changes."""
     options = bench.build_parser().parse_args(["--model", "m", "--api-base", "http://127.0.0.1:9/v1", "--seed", "1"])
-    options.api_key = "vllm"
+    bench.resolve_server(options, {})
     config = bench.build_config(options, 0)
     return dataclasses.replace(config, **changes)
 
