@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+import os
 import random
-from collections.abc import Mapping
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 
 import online_bench_openai_async as bench
+from tests.support.demo import Demo
+from tests.support.program import Running, cli
 from tests.support.records import closed_loop, health, make_config, summary_of
+from tests.support.replies import as_json, completion, reply
+from tests.support.server import Call, HttpServer
 
 
 def walked(plan: bench.Plan, answer: Callable[[bench.Step], bench.Answer]) -> list[bench.Step]:
@@ -230,3 +241,264 @@ def test_what_is_not_sure_is_called_unresolved_and_told_its_need() -> None:
 @pytest.mark.parametrize(("codes", "wins"), [([3, 1, 2, 130], 130), ([1, 3, 2], 2), ([3, 1], 1), ([0, 3], 3), ([], 0)])
 def test_where_several_exit_codes_apply_one_wins(codes: list[int], wins: int) -> None:
     assert bench.exit_code(codes) == wins
+
+
+# --- whole sweeps ---
+
+SIZES = ["--prompt-tokens", "16", "--output-tokens", "9", "--no-progress"]
+
+
+class Watching(HttpServer):
+    """Answers after a while; knows each prompt, and how many requests were in flight when it came."""
+
+    def __init__(self, seconds: Callable[[int], float], dies_at: float = math.inf) -> None:
+        """`seconds`: of the request with that number, warm-ups aside; `dies_at`: it closes its port with that one."""
+        self.prompts: list[str] = []
+        self.peaks: list[int] = []
+        self._in_flight = 0
+        self._seconds = seconds
+        self._dies_at = dies_at
+        self._mutex = threading.Lock()
+        super().__init__(self._answer_one)
+
+    def _answer_one(self, call: Call) -> None:
+        asked = json.loads(call.body)
+        with self._mutex:
+            measured = asked["max_tokens"] == 9  # of a warm-up 8
+            number = len(self.prompts)
+            self._in_flight += 1
+            if measured:
+                self.prompts.append(asked["messages"][0]["content"])
+                self.peaks.append(self._in_flight)
+        if measured and number >= self._dies_at:
+            self.stop()
+        time.sleep(self._seconds(number) if measured else 0.001)
+        with self._mutex:
+            self._in_flight -= 1
+        call.send(reply("200 OK", as_json(completion())))
+
+
+@pytest.fixture
+def watching() -> Iterator[Callable[..., Watching]]:
+    """Starts servers that are stopped at the end of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *given, **named: stack.enter_context(Watching(*given, **named))
+
+
+def target(server: HttpServer) -> list[str]:
+    return ["--api-base", server.api_base, "--model", "m", "--warmup", "3", *SIZES]
+
+
+@pytest.mark.parametrize("more", [[], ["--transport", "sdk"], ["--processes", "2"]], ids=["", "sdk", "processes"])
+def test_level_by_level_the_server_sees_the_concurrency_and_no_prompt_twice(
+    watching: Callable[..., Watching], tmp_path: Path, more: list[str]
+) -> None:
+    server = watching(lambda number: 0.02)
+    files = ["--results-csv", tmp_path / "r.csv", "--summary-jsonl", tmp_path / "s.jsonl"]
+    begun = time.monotonic()
+    done = cli(*target(server), "--concurrency", "1,3,8", "--requests-per-slot", "8", "--seed", "5", *files, *more)
+    took = time.monotonic() - begun
+    assert done.code == 0, done.err
+    assert len(set(server.prompts)) == len(server.prompts) == 3 * 64
+    assert [max(server.peaks[at : at + 64]) for at in (0, 64, 128)] == [1, 3, 8]
+    assert [int(row["index"]) for row in done.rows] == list(range(192))
+    assert [row["level"] for row in done.rows] == ["1"] * 64 + ["3"] * 64 + ["8"] * 64
+    assert {row["repeat"] for row in done.rows} == {"1"}
+    assert len({row["start_unix_s"] for row in done.rows}) == 3
+    assert all(float(row["sent_s"]) < 3 for row in done.rows)  # it begins anew at each point
+    told = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [(one["level"], one["max_concurrency"], one["completed"]) for one in told] == [
+        (1, 1, 64),
+        (3, 3, 64),
+        (8, 8, 64),
+    ]
+    assert done.out.count("Requests (ok/err): 64/0") == done.out.count("Avg latency: ") == 3
+    assert done.out.count("=== Benchmark Configuration ===") == 1
+    assert "   concurrency: 1,3,8\n" in done.out
+    assert took - sum(one["duration"] for one in told) < (3.0 if more else 1.5)
+
+
+@pytest.mark.usefixtures("unbound")
+def test_a_sweep_finds_the_batch_limit_and_a_search_the_load_that_a_limit_allows(demo: Callable[..., Demo]) -> None:
+    """8 places, 4 steps of 5 ms: beyond 8 in flight a request waits for the batch before it."""
+    server = demo(step_ms=5, step_ms_per_sequence=0, max_batch=8)
+    asked = [*server.target, *SIZES, "--output-tokens", "4", "--stream"]
+    swept = cli(*asked, "--concurrency", "2,8,32")
+    assert swept.code == 0, swept.err
+    knee = int(swept.out.split("\nKnee: ")[1].split()[0])
+    assert knee == 8
+    assert swept.out.split("\n\n=== ")[0].splitlines()[-1].startswith(("Knee: ", "At "))
+    found = cli(*asked, "--find-max", "8:32", "--slo", "p90_ttft_ms<38")
+    assert found.code == 0, found.err
+    assert "\nup to " in found.out
+    best = int(found.out.split("\nup to ")[1].split()[0])
+    assert 8 <= best <= 20  # with one batch before it TTFT is 25 to 30 ms, with two 45 to 50
+
+
+@pytest.fixture
+def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine of the test is, the client is not to blame."""
+    monkeypatch.setattr(bench, "client_doubts", lambda *_: [])
+
+
+@pytest.mark.parametrize(
+    ("judging", "code", "told"),
+    [
+        (["--assert", "p95_latency_ms<9e3", "--assert", "error_rate<=0"], 0, "Assert: error_rate <= 0: holds (0)"),
+        (["--assert", "p50_latency_ms<1", "--assert", "failed<1"], 3, "Assert: p50_latency_ms < 1: FAILS ("),
+        (["--assert", "p99_ttft_ms<500"], 3, "FAILS: it was not measured (it takes --stream)"),
+        (["--assert", "request_goodput>1"], 3, "FAILS: it was not measured (it takes --goodput)"),
+        (["--slo", "p50_latency_ms<1"], 3, "SLO: p50_latency_ms < 1: FAILS ("),
+        (["--slo", "p50_latency_ms<9e3"], 0, "SLO: error_rate <= 0.01: holds (0)"),
+        (["--slo", "mean_latency_ms<200", "--concurrency", "1,8"], 0, "up to 1 in flight"),
+        (["--slo", "mean_latency_ms<1", "--concurrency", "1,8"], 3, "no level holds mean latency < 1 ms"),
+        (["--find-max", "2:8", "--slo", "mean_latency_ms<1"], 3, "no level holds mean latency < 1 ms"),
+    ],
+)
+@pytest.mark.usefixtures("unbound")
+def test_figures_are_judged_and_the_exit_code_says_so(
+    watching: Callable[..., Watching], judging: list[str], code: int, told: str
+) -> None:
+    server = watching(lambda number: 0.005 if number < 16 else 0.3)
+    size = ["--total-requests", "16"] + ([] if "--concurrency" in judging else ["--concurrency", "8"])
+    done = cli(*target(server), *size, *judging)
+    assert done.code == code, done.err
+    assert told in done.out + done.err
+
+
+def test_goodput_and_the_steady_window_are_those_of_the_csv(watching: Callable[..., Watching], tmp_path: Path) -> None:
+    """The first wave is slow by construction: the whole run's p99 shows it, the steady window's does not."""
+    server = watching(lambda number: 0.5 if number < 4 else 0.02 + 0.01 * (number % 2))
+    files = ["--results-csv", tmp_path / "r.csv", "--summary-jsonl", tmp_path / "s.jsonl"]
+    size = ["--concurrency", "4", "--total-requests", "80", "--goodput", "e2el:35"]
+    done = cli(*target(server), *size, *files)
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "s.jsonl").read_text())
+    latency = [float(row["latency_ms"]) for row in done.rows]
+    sent = [float(row["sent_s"]) for row in done.rows]
+    ends = sorted(s + ms / 1e3 for s, ms in zip(sent, latency))
+    assert told["request_goodput"] == pytest.approx(sum(ms <= 35 for ms in latency) / told["duration"])
+    assert told["goodput_share_e2el"] == told["goodput_share"] == sum(ms <= 35 for ms in latency) / 80
+    steady = sorted(ms for s, ms in zip(sent, latency) if ends[3] <= s <= max(sent))
+    assert told["p99_latency_ms"] == pytest.approx(bench.percentile(sorted(latency), 99), abs=0.001)
+    assert told["steady_p99_latency_ms"] == pytest.approx(bench.percentile(steady, 99), abs=0.001)
+    assert told["steady_p99_latency_ms"] < 400 < told["p99_latency_ms"]
+    assert told["steady_request_throughput"] == pytest.approx(
+        sum(ends[3] < end <= max(sent) for end in ends) / (max(sent) - ends[3]), rel=0.001
+    )
+    assert "Opening: of the " in done.out
+
+
+def test_repetitions_are_points_of_their_own(watching: Callable[..., Watching], tmp_path: Path) -> None:
+    server, path = watching(lambda number: 0.002), tmp_path / "s.jsonl"
+    files = ["--results-csv", tmp_path / "r.csv", "--summary-jsonl", path]
+    done = cli(*target(server), "--concurrency", "4", "--total-requests", "10", "--repeat", "3", *files)
+    assert done.code == 0, done.err
+    assert len(set(server.prompts)) == 30
+    assert [row["repeat"] for row in done.rows] == ["1"] * 10 + ["2"] * 10 + ["3"] * 10
+    assert [json.loads(line)["repeat"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert [line.split()[0] for line in done.out.split("\nin flight")[1].splitlines()[2:5]] == ["4", "min", "max"]
+
+
+def test_a_corpus_goes_on_from_level_to_level_and_says_when_it_cycles(
+    watching: Callable[..., Watching], tmp_path: Path
+) -> None:
+    server, corpus = watching(lambda number: 0.002), tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"prompt {n}", "max_tokens": 9}) + "\n" for n in range(40)))
+    sizes = ["--concurrency", "1,2,3", "--total-requests", "16", "--requests-file", corpus]
+    done = cli(*target(server), *sizes)
+    assert done.code == 0, done.err
+    assert server.prompts[:40] == [f"prompt {n}" for n in range(40)] or len(set(server.prompts[:40])) == 40
+    assert done.err.count("48 requests cycle through 40 prompts") == 1
+
+
+# --- what ends a sweep early ---
+
+
+@pytest.mark.parametrize(
+    ("search", "more"), [(False, []), (True, []), (False, ["--processes", "2"])], ids=["sweep", "search", "processes"]
+)
+def test_ctrl_c_ends_it_after_the_level_and_reports_everything(
+    watching: Callable[..., Watching], tmp_path: Path, search: bool, more: list[str]
+) -> None:
+    server = watching(lambda number: 0.01)
+    plan = ["--find-max", "2:64", "--slo", "p50_latency_ms<2000"] if search else ["--concurrency", "2,4,8,16"]
+    program = Running(tmp_path, *target(server), *plan, "--requests-per-slot", "16", *more)
+    program.wait_for_rows(70)  # the second level has begun
+    program.send("SIGINT")
+    done = program.outcome()
+    assert done.code == 130, done.err
+    told = [json.loads(line) for line in program.jsonl.read_text().splitlines()]
+    assert [one["level"] for one in told] == [2, 4]
+    assert [one["interrupted"] for one in told] == [False, True]
+    assert len(done.rows) == len({row["index"] for row in done.rows}) == sum(one["completed"] for one in told) < 128
+    assert done.out.count("Req/s: ") == 2
+    assert "interrupted" in done.out.split("\nin flight")[1]
+
+
+def test_ctrl_c_while_it_cools_down_reports_what_was_measured(
+    watching: Callable[..., Watching], tmp_path: Path
+) -> None:
+    server = watching(lambda number: 0.001)
+    sizes = ["--concurrency", "1,2", "--total-requests", "5", "--cooldown", "60"]
+    program = Running(tmp_path, *target(server), *sizes)
+    program.wait_until(lambda: program.jsonl.is_file() and program.jsonl.read_text().count("\n") == 1)
+    program.send("SIGINT")
+    done = program.outcome()
+    assert (done.code, len(done.rows)) == (130, 5), done.err
+
+
+@pytest.mark.parametrize("more", [[], ["--processes", "2"]], ids=["", "processes"])
+def test_a_server_that_dies_at_the_third_level_loses_nothing_measured(
+    watching: Callable[..., Watching], tmp_path: Path, more: list[str]
+) -> None:
+    server = watching(lambda number: 0.002, dies_at=64 + 128 + 30)
+    files = ["--results-csv", tmp_path / "r.csv", "--summary-jsonl", tmp_path / "s.jsonl"]
+    done = cli(*target(server), "--concurrency", "1,2,4,8", "--requests-per-slot", "64", *files, *more)
+    assert done.code == 1, done.err
+    told = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [one["level"] for one in told] == [1, 2, 4]
+    assert told[2]["stop_reason"]
+    assert len(done.rows) == sum(one["completed"] + one["failed"] + one["aborted"] for one in told)
+    assert "\nin flight" in done.out
+    assert "Traceback" not in done.err
+
+
+def test_a_process_that_dies_is_replaced_for_the_next_level(watching: Callable[..., Watching], tmp_path: Path) -> None:
+    server = watching(lambda number: 0.01)
+    sizes = ["--concurrency", "4,8", "--total-requests", "200", "--processes", "2", "--max-error-rate", "1"]
+    program = Running(tmp_path, *target(server), *sizes)
+    program.wait_for_rows(20)
+    os.kill(program.children[0], signal.SIGKILL)
+    done = program.outcome()
+    assert done.code == 0, done.err
+    lost = [row for row in done.rows if row["error_kind"] == "process_lost"]
+    assert {row["level"] for row in lost} == {"4"}
+    assert sum(row["level"] == "8" and row["status"] == "success" for row in done.rows) == 200
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--concurrency", "1,2,1"], "takes each level once"),
+        (["--concurrency", "1,,2"], "takes a whole number"),
+        (["--find-max", "1:8"], "--find-max needs a limit"),
+        (["--find-max", "8:1", "--slo", "p99_ttft_ms<5"], "takes the least and the greatest level as in 1:512"),
+        (["--find-max", "1:8", "--slo", "p99_ttft_ms<5", "--concurrency", "1,2"], "no list in --concurrency"),
+        (["--find-max", "1:8", "--slo", "p99_ttft_ms<5", "--repeat", "2"], "no --repeat"),
+        (["--total-requests", "5", "--requests-per-slot", "5"], "exclude each other"),
+        (["--slo", "p99_tfft_ms<5"], "nearest: p99_ttft_ms"),
+        (["--assert", "p99_ttft_ms"], "as in p99_ttft_ms<500"),
+        (["--goodput", "ttft:500"], "--goodput ttft needs --stream"),
+        (["--goodput", "ttfb:500"], "as in ttft:500 tpot:50 e2el:5000"),
+        (["--goodput", "ttft:-1", "--stream"], "--goodput"),
+        (["--gpus", "0"], "--gpus"),
+        (["--gpu-hour", "nan"], "takes a price above 0"),
+        (["--cooldown", "-1"], "--cooldown"),
+        (["--repeat", "0"], "--repeat"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(argv: list[str], complaint: str) -> None:
+    done = cli("--model", "m", "--api-base", "http://127.0.0.1:9/v1", *argv)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done.err
+    assert complaint in done.err
