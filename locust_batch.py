@@ -8,7 +8,7 @@
 """Submit a JSONL corpus of prompts to an OpenAI-compatible server, from as many machines as it takes.
 
 This one file is a Locust test: copy it to a machine with Python 3.9+ and `pip install locust`.
-Every prompt is submitted once, as one non-streaming chat completion, whatever the number of users,
+Every prompt is submitted once, as one chat completion, whole or streamed, whatever the number of users,
 processes and machines, and every prompt that was sent becomes exactly one row of one CSV file.
 
     REQUESTS_FILE=requests.jsonl OPENAI_MODEL=my-model \\
@@ -27,17 +27,9 @@ Sections, each using only sections above it:
     4. Request (pure)            8. Options                      12. Prompt source
                                                                  13. Locust
 
-CSV columns (blank: not measured):
-    index                 number of the prompt in the corpus, from 0; blank lines do not count
-    prompt_tokens, completion_tokens   the server's own usage;  total_tokens: their sum
-    latency_ms            the request's last byte handed to the socket -> last byte of the reply; successes only
-    status                success | http_error (the call failed: refused, timed out, cut off, a
-                          status outside 2xx) | decode_error (2xx, but no complete answer)
-    error, error_kind     message; its class: http_429, timeout, connect_refused, cut, bad_json, ...
-    sent_s                seconds from the start of the run to sending
-    finish_reason, cached_tokens, reasoning_tokens   as the server says
-    new_connection        1: a connection was opened for it, 0: one was kept from an earlier request
-    http_status           as received
+The CSV's columns are in docs/locust.md; a blank cell was not measured. Times count from the moment at which the
+request's last byte is handed to the socket; status is success, http_error (the call failed) or decode_error (a 2xx
+whose body or stream is no complete answer).
 
 Exit codes: 0 every prompt was answered, 1 some prompt failed, was lost or was never sent
 (--exit-code-on-error changes it), 2 wrong usage (nothing was sent, nothing was written).
@@ -91,6 +83,9 @@ STALE_S = 1.0  # a kept connection that is reset later than this after the sendi
 DRAIN_GRACE_S = 5.0  # beyond --stop-timeout: for killing what is left and for the last rows to travel
 IDLE_S = 10.0  # prompts are left, nobody holds one and nobody has asked for so long: the run is over
 TICK_S = 0.2
+END_GRACE_S = 0.5  # for the end of a stream that has said everything
+BEAT_S = 0.002  # how often an event loop looks at its sockets, also while nothing arrives
+LATE_READ_S = 0.004  # what is read after more than that since the last look but one may have queued up
 FLUSH_S = 0.2  # how often a worker sends its rows: what a killed worker can take with it
 
 IDENTICAL_FAILURES_TO_STOP = 100
@@ -100,6 +95,7 @@ ERROR_TEXT_CHARS = 300
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 MAX_REPLY_BYTES = 256 * 2**20
+STREAM_HEAD_BYTES = 4096  # of a body, kept to say what came when no event did
 MOST_TOKENS = 2**40  # a count beyond it is no count
 PLAIN_KEYS = ("vllm", "EMPTY")  # placeholders that hide nothing
 LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
@@ -118,7 +114,8 @@ MESSAGE = "locust_batch."  # prefix of our own messages between master and worke
 
 COLUMNS = (
     *("index", "prompt_tokens", "completion_tokens", "total_tokens", "latency_ms", "status", "error"),
-    *("error_kind", "sent_s", "finish_reason", "cached_tokens", "reasoning_tokens", "new_connection", "http_status"),
+    *("error_kind", "sent_s", "ttft_ms", "tpot_ms", "late_read", "finish_reason", "cached_tokens", "reasoning_tokens"),
+    *("new_connection", "http_status"),
 )
 
 IMPORTED_BY = os.getpid()  # with --processes, Locust forks its workers after importing this file
@@ -155,6 +152,7 @@ class Settings:
     port: int
     path: str = field(repr=False)  # with the query
     timeout_s: float
+    stream: bool
 
     @property
     def authorization(self) -> str:
@@ -171,17 +169,6 @@ class Settings:
         words = {self.api_key, self.login, self.login.partition(":")[2], self.authorization.partition(" ")[2], *named}
         hidden = (word for word in words if len(word) >= LEAST_SECRET_CHARS and word not in PLAIN_KEYS)
         return sorted(hidden, key=len, reverse=True)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back over the connection, not yet understood."""
-
-    http_status: int
-    body: bytes
-    encoding: str = ""
-    retry_after: str = ""
-    location: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,15 +199,32 @@ class Record:
     index: int
     outcome: Outcome
     sent_s: Optional[float] = None
-    done_s: Optional[float] = None
+    first_s: Optional[float] = None  # first token of a stream
+    done_s: Optional[float] = None  # last token of a stream, last byte of anything else
+    late_read: Optional[bool] = None  # chunks of the stream queued up while this process was held up
+    late_ms: float = 0.0  # the longest that any of its bytes waited to be read
+    by_kernel: bool = False  # all arrivals bear the kernel's stamp
     new_connection: Optional[bool] = None
     sent_again: bool = False
 
+    def span_ms(self, start_s: Optional[float], end_s: Optional[float]) -> Optional[float]:
+        good = self.outcome.status == SUCCESS and start_s is not None and end_s is not None
+        return (end_s - start_s) * 1000 if good else None  # type: ignore[operator]
+
     @property
     def latency_ms(self) -> Optional[float]:
-        if self.outcome.status != SUCCESS or self.sent_s is None or self.done_s is None:
-            return None
-        return (self.done_s - self.sent_s) * 1000
+        return self.span_ms(self.sent_s, self.done_s)
+
+    @property
+    def ttft_ms(self) -> Optional[float]:
+        return self.span_ms(self.sent_s, self.first_s)
+
+    @property
+    def tpot_ms(self) -> Optional[float]:
+        """None, too, where all tokens came at once."""
+        tokens = self.outcome.completion_tokens or 0
+        span = self.span_ms(self.first_s, self.done_s) if tokens > 1 else None
+        return span / (tokens - 1) if span else None
 
     def values(self) -> list[Any]:
         """As a message carries it; `Record.of` reads it back."""
@@ -439,7 +443,7 @@ def request_body(settings: Settings, line: str) -> bytes:
     limited = next((name for name in LIMITS if name in settings.extra_body), LIMITS[0])
     own = {} if asked.limit is None else {limited: asked.limit}
     if asked.whole:
-        ours = {"model": ours["model"]}
+        ours = {name: ours[name] for name in ("model", "stream", "stream_options") if name in ours}
     if own or any(name in asked.fields for name in LIMITS):
         ours = {name: value for name, value in ours.items() if name not in LIMITS}
     body = {**ours, **own, **asked.fields}
@@ -454,6 +458,10 @@ CONTROL = re.compile(
 TAGS = re.compile(r"<(script|style).*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 
+SEVERAL_CHOICES = "several answers in one reply, whose times would mix: ask for one (n = 1)"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
 def plain(text: str, limit: int = ERROR_TEXT_CHARS, secrets: Iterable[str] = ()) -> str:
     """Text of a server as one line that is safe to print: no terminal escapes, no control characters, no secrets.
 
@@ -466,49 +474,55 @@ def plain(text: str, limit: int = ERROR_TEXT_CHARS, secrets: Iterable[str] = ())
     return line[:limit].rstrip()
 
 
+class Said(NamedTuple):
+    """What a body comes to: why it is no complete answer (error_kind, message), and what it tells all the same."""
+
+    problem: Optional[tuple[str, str]]
+    finish: str = ""
+    counts: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back over the connection, not yet understood: a body, or the reader that a stream has gone to."""
+
+    http_status: int
+    body: bytes
+    retry_after: str = ""
+    location: str = ""
+    stream: Optional["StreamReader"] = None
+    size: int = 0
+
+
 def read_reply(reply: Reply, secrets: Iterable[str] = ()) -> Outcome:
     """What a reply amounts to. Never raises, whatever a server sends."""
     status = reply.http_status
-    try:
-        body = decompressed(reply.body, reply.encoding)
-    except zlib.error as error:
-        return Outcome(HTTP_ERROR, "bad_http", f"broken compression: {error}", http_status=status)
-    except OverflowError as error:
-        return Outcome(HTTP_ERROR, "too_large", str(error), http_status=status)
     if not 200 <= status <= 299:
-        said = plain(http_error_text(reply, body), secrets=secrets)
-        return Outcome(HTTP_ERROR, f"http_{status}", said, http_status=status)
-    answer, problem = decoded(body)
-    problem = problem or answer_problem(answer)
-    finish = plain(finish_of(answer), 40, secrets)
-    if problem:
-        kind, message = problem
+        return Outcome(HTTP_ERROR, f"http_{status}", plain(http_error_text(reply), secrets=secrets), http_status=status)
+    said = reply.stream.said() if reply.stream else read_whole(reply.body)
+    finish = plain(said.finish, 40, secrets)
+    if said.problem:
+        kind, message = said.problem
         return Outcome(DECODE_ERROR, kind, plain(message, secrets=secrets), finish_reason=finish, http_status=status)
-    return Outcome(SUCCESS, finish_reason=finish, http_status=status, **usage_of(answer.get("usage")))
+    return Outcome(SUCCESS, finish_reason=finish, http_status=status, **said.counts)
 
 
-def decompressed(body: bytes, encoding: str) -> bytes:
-    """The body of a server that compressed it though nobody asked; OverflowError when it is too large."""
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        return body
-    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    unpacked = unpacking.decompress(body, MAX_REPLY_BYTES)
-    if unpacking.unconsumed_tail:
-        raise OverflowError(f"the reply is larger than {MAX_REPLY_BYTES >> 20} MB")
-    return unpacked
+def http_error_text(reply: Reply) -> str:
+    message = error_body_text(reply.body) or "no message"
+    if reply.location and 300 <= reply.http_status <= 399:
+        message = f"redirects are not followed; Location: {plain(masked(reply.location))}"
+    later = f" (Retry-After: {plain(reply.retry_after, 40)})" if reply.retry_after else ""
+    return f"HTTP {reply.http_status}{later}: {message}"
 
 
-def http_error_text(reply: Reply, body: bytes) -> str:
+def error_body_text(body: bytes) -> str:
+    """One line out of an error body: JSON's message, else its text, tags dropped."""
     text = body[:ERROR_BODY_BYTES].decode("utf-8", "replace")
     try:
         message = error_text(json.loads(text))
     except (ValueError, RecursionError):
         message = None
-    message = plain(message or TAGS.sub(" ", text)) or "no message"
-    if reply.location and 300 <= reply.http_status <= 399:
-        message = f"redirects are not followed; Location: {plain(masked(reply.location))}"
-    later = f" (Retry-After: {plain(reply.retry_after, 40)})" if reply.retry_after else ""
-    return f"HTTP {reply.http_status}{later}: {message}"
+    return plain(message or TAGS.sub(" ", text))
 
 
 def error_text(body: Any, levels: int = ERROR_LEVELS) -> Optional[str]:
@@ -533,45 +547,52 @@ def glimpse(value: Any) -> str:
     return "".join(itertools.islice(json.JSONEncoder().iterencode(value), ERROR_TEXT_CHARS))[:ERROR_TEXT_CHARS]
 
 
-def decoded(body: bytes) -> tuple[Any, Optional[tuple[str, str]]]:
-    """(the JSON value of a body, why there is none: error_kind and message)."""
+def read_whole(body: bytes) -> Said:
+    """A body that is one JSON object."""
     if not body.strip():
-        return None, ("empty_body", "an empty body")
+        return Said(("empty_body", "an empty body"))
     try:
-        return json.loads(body.decode("utf-8")), None
+        return read_completion(json.loads(body.decode("utf-8")))
     except UnicodeDecodeError:
-        return None, ("not_utf8", "the body is not UTF-8")
+        return Said(("not_utf8", "the body is not UTF-8"))
     except (ValueError, RecursionError) as error:
-        return None, ("bad_json", f"the body is not JSON ({error}): {body[:80].decode('utf-8', 'replace')}")
+        return Said(("bad_json", f"the body is not JSON ({error}): {body[:80].decode('utf-8', 'replace')}"))
 
 
-def answer_problem(answer: Any) -> Optional[tuple[str, str]]:
-    """Why a JSON value is not a complete answer, as error_kind and message; None when it is one."""
+def read_completion(answer: Any) -> Said:
     message = error_text(answer)
     if message:
-        return "error_body", message
-    choice = choice_of(answer)
-    if choice is None:
-        return "no_choices", f"no choices in {glimpse(answer)[:120]}"
-    said = choice.get("message")
+        return Said(("error_body", message))
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return Said(("no_choices", f"no choices in {glimpse(answer)[:120]}"))
+    if len(choices) > 1:
+        return Said(("several_choices", SEVERAL_CHOICES))
+    said, finish = choices[0].get("message"), finish_of(choices[0])
     if not isinstance(said, dict):
-        return "no_choices", "a choice without a message"
-    if finish_of(answer) in ABORTED_REASONS:
-        return "aborted_by_server", f"finish_reason {finish_of(answer)}"
+        return Said(("no_choices", "a choice without a message"), finish)
+    counts = usage_of(answer.get("usage"))
+    return Said(verdict(finish, says_something(said), counts), finish, counts)
+
+
+def says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a message, or a chunk's delta, holds anything of an answer."""
     texts = ("content", "refusal", "tool_calls", "function_call", "reasoning_content", "reasoning")
-    if not any(said.get(key) for key in texts) and not usage_of(answer.get("usage")).get("completion_tokens"):
+    return any(message.get(key) for key in texts)
+
+
+def finish_of(choice: Mapping[str, Any]) -> str:
+    finish = choice.get("finish_reason")
+    return finish if isinstance(finish, str) else ""
+
+
+def verdict(finish: str, has_text: bool, counts: Mapping[str, Any]) -> Optional[tuple[str, str]]:
+    """Why an answer that has come to its end is none after all; None when it is one."""
+    if finish in ABORTED_REASONS:
+        return "aborted_by_server", f"finish_reason {finish}"
+    if not has_text and not counts.get("completion_tokens"):
         return "empty", "a reply without a token"
     return None
-
-
-def choice_of(answer: Any) -> Optional[dict[str, Any]]:
-    choices = answer.get("choices") if isinstance(answer, dict) and not error_text(answer) else None
-    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
-
-
-def finish_of(answer: Any) -> str:
-    finish = (choice_of(answer) or {}).get("finish_reason")
-    return finish if isinstance(finish, str) else ""
 
 
 def usage_of(usage: Any) -> dict[str, Any]:
@@ -591,6 +612,146 @@ def usage_of(usage: Any) -> dict[str, Any]:
 def whole_number(counts: Any, name: str) -> Optional[int]:
     value = counts.get(name) if isinstance(counts, dict) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None
+
+
+# --- streams ---
+
+
+def event_fields(event: bytes) -> tuple[bytes, bytes]:
+    """(data, event name) of one server-sent event whose lines end in LF; comments and other fields are dropped.
+
+    >>> event_fields(b": ping\\nevent: error\\ndata: a\\ndata:b")
+    (b'a\\nb', b'error')
+    """
+    data, name = [], b""
+    for line in event.split(b"\n"):
+        field_name, _, value = line.partition(b":")
+        value = value[1:] if value.startswith(b" ") else value
+        if field_name in (b"data", b"error"):
+            data.append(value)
+        if field_name in (b"event", b"error"):
+            name = value if field_name == b"event" else field_name
+    return b"\n".join(data), name
+
+
+class StreamReader:
+    """Reads server-sent events, however they are cut into packets; an event bears the stamp of its last byte."""
+
+    def __init__(self) -> None:
+        self.complete = False  # nothing that could still come would matter
+        self.first_s: Optional[float] = None  # None, too, where it was read late, together with the next
+        self.last_s: Optional[float] = None
+        self.late_read = False
+        self.chunks = 0
+        self.stamp_s = 0.0
+        self.head = b""
+        self.tail = bytearray()
+        self.opened = self.after_cr = False
+        self.choice: Any = None
+        self.finish = ""
+        self.counts: Mapping[str, Any] = {}
+        self.problem: Optional[tuple[str, str]] = None
+
+    def feed(self, data: bytes, stamp_s: float, late: bool) -> None:
+        """`late`: what this read holds may have queued up, and its stamp is that of its last byte."""
+        self.stamp_s, chunks = stamp_s, self.chunks
+        if len(self.head) < STREAM_HEAD_BYTES:
+            self.head = (self.head + data)[:STREAM_HEAD_BYTES]
+        seam = max(0, len(self.tail) - 1)
+        self.tail += self.with_plain_ends(data)
+        if not self.opened and (len(self.tail) >= len(BYTE_ORDER_MARK) or not BYTE_ORDER_MARK.startswith(self.tail)):
+            self.opened, self.tail = True, self.tail[len(BYTE_ORDER_MARK) * self.tail.startswith(BYTE_ORDER_MARK) :]
+        if self.tail.find(b"\n\n", seam) >= 0:  # so that an event of megabytes is not looked through once a packet
+            *events, tail = bytes(self.tail).split(b"\n\n")
+            self.tail = bytearray(tail)
+            for event in events:
+                self.event(event.lstrip(b"\n"))
+        if late and self.chunks > chunks + 1:
+            self.late_read = True
+            self.first_s = self.first_s if chunks else None
+
+    def with_plain_ends(self, data: bytes) -> bytes:
+        """Lines may end in CR LF or in CR; the two of a CR LF may come apart."""
+        if self.after_cr and data.startswith(b"\n"):
+            data = data[1:]
+        self.after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
+
+    def event(self, event: bytes) -> None:
+        data, name = event_fields(event)
+        if data == b"[DONE]":
+            self.complete = bool(self.finish)
+        elif data:
+            self.payload(data, name == b"error")
+
+    def payload(self, data: bytes, is_error: bool) -> None:
+        try:
+            body = json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError):
+            text = data[:120].decode("utf-8", "replace")
+            self.fail("stream_error", text) if is_error else self.fail(
+                "bad_event", f"an event that is not JSON: {text}"
+            )
+            return
+        message = error_text(body)
+        if message or is_error:
+            self.fail("stream_error", message or glimpse(body))
+        elif not isinstance(body, dict):
+            self.fail("bad_event", f"an event that is no JSON object: {data[:120]!r}")
+        else:
+            usage, choices = usage_of(body.get("usage")), body.get("choices")
+            self.counts = usage or self.counts
+            for choice in choices if isinstance(choices, list) else ():
+                if isinstance(choice, dict):
+                    self.take_choice(choice)
+            self.complete = self.complete or bool(usage and self.finish)  # some servers never send [DONE]
+
+    def take_choice(self, choice: Mapping[str, Any]) -> None:
+        index, delta = choice.get("index") or 0, choice.get("delta")
+        self.choice = index if self.choice is None else self.choice
+        if index != self.choice:
+            self.fail("several_choices", SEVERAL_CHOICES)
+        if isinstance(delta, dict) and says_something(delta):
+            self.first_s = self.first_s if self.chunks else self.stamp_s
+            self.last_s = self.stamp_s
+            self.chunks += 1
+        self.finish = finish_of(choice) or self.finish
+
+    def fail(self, kind: str, message: str) -> None:
+        self.problem = self.problem or (kind, message)
+
+    def last_words(self, tail: bytes) -> None:
+        """What stood before the end without a blank line: kept when it is whole, else the stream was cut."""
+        data = event_fields(tail)[0]
+        try:
+            whole = data in (b"", b"[DONE]") or isinstance(json.loads(data), dict)
+        except (ValueError, RecursionError):
+            whole = False
+        self.event(tail) if whole else self.fail("truncated", "the stream ended within an event")
+
+    def said(self) -> Said:
+        """The body has ended."""
+        tail, self.tail = bytes(self.tail).strip(b"\n"), bytearray()
+        if tail:
+            self.last_words(tail)
+        counts = dict(self.counts)
+        if self.chunks:  # a count of 0 beside a text is none
+            counts["completion_tokens"] = counts.get("completion_tokens") or self.chunks
+        return Said(self.problem or self.ending(), self.finish, counts)
+
+    def ending(self) -> Optional[tuple[str, str]]:
+        if self.finish:
+            return verdict(self.finish, self.chunks > 0, self.counts)
+        if self.chunks or self.counts:
+            return "truncated", f"the stream ended without a finish_reason, after {self.chunks} chunks"
+        if not self.head.strip():
+            return "empty_body", "an empty body"
+        if b"data:" in self.head:
+            return "truncated", "a stream without a token and without a finish_reason"
+        return "not_a_stream", f"no server-sent events but: {error_body_text(self.head)}"
+
+
+# --- calls that failed ---
 
 
 class ConnectionFailed(Exception):
@@ -718,6 +879,9 @@ def percentile(values: Sequence[float], q: float) -> Optional[float]:
     return values[low] + (values[high] - values[low]) * (rank - low)
 
 
+SAMPLED = {"latency_ms": "Latency", "ttft_ms": "TTFT", "tpot_ms": "TPOT"}  # of the successes
+
+
 @dataclass
 class Tally:
     """The exact figures of a run, fed one record at a time."""
@@ -729,7 +893,10 @@ class Tally:
     tokens_out: int = 0
     first_sent_s: float = math.inf
     last_done_s: float = -math.inf
-    latencies_ms: "array[float]" = field(default_factory=lambda: array("d"))
+    by_kernel: int = 0
+    late_ms: "array[float]" = field(default_factory=lambda: array("d"))
+    late_read: int = 0
+    samples: dict[str, "array[float]"] = field(default_factory=lambda: {name: array("d") for name in SAMPLED})
     failures: "Counter[tuple[str, str]]" = field(default_factory=Counter)  # by status and error_kind
     first_errors: dict[str, str] = field(default_factory=dict)  # by error_kind
 
@@ -747,8 +914,13 @@ class Tally:
         self.without_usage += outcome.prompt_tokens is None or outcome.completion_tokens is None
         self.tokens_in += outcome.prompt_tokens or 0
         self.tokens_out += outcome.completion_tokens or 0
-        if record.latency_ms is not None:
-            self.latencies_ms.append(record.latency_ms)
+        self.by_kernel += record.by_kernel
+        self.late_ms.append(record.late_ms)
+        self.late_read += bool(record.late_read)
+        for name, sample in self.samples.items():
+            value = getattr(record, name)
+            if value is not None:
+                sample.append(value)
 
     @property
     def rows(self) -> int:
@@ -767,38 +939,52 @@ class Tally:
         elapsed = self.last_done_s - self.first_sent_s
         return elapsed if 0 < elapsed < math.inf else None
 
+    def rate(self, amount: int) -> Optional[float]:
+        return amount / self.elapsed_s if self.elapsed_s else None
+
+
+NOTES = (  # what of a run needs saying where there is any of it: its name in Tally, and in words
+    ("without_usage", "replies without usage", "of a stream the content chunks are counted, of a whole reply nothing"),
+    ("late_read", "streams read late", "chunks queued up here; where the first was among them there is no TTFT"),
+    ("sent_again", "sent again", "the server had closed the kept connection, unannounced"),
+)
+
 
 def summary_text(tally: Tally, unsent: int, results: str) -> str:
     asked = tally.rows + unsent
-    missed = asked - tally.successes
-    lines = [f"=== locust_batch: {tally.successes} of {asked} prompts answered, {missed} not ==="]
-    elapsed = tally.elapsed_s
-
-    def rate(amount: int) -> str:
-        return "-" if elapsed is None else f"{amount / elapsed:.2f}"
-
-    def line(name: str, value: str, note: str = "") -> None:
-        lines.append(f"  {name:<22}{value:>14}  {note}".rstrip())
-
-    line("Total time (s)", "-" if elapsed is None else f"{elapsed:.3f}", "first request sent to last reply")
-    line("Requests/s", rate(tally.successes))
-    totals = {"In": tally.tokens_in, "Out": tally.tokens_out, "Total": tally.tokens_in + tally.tokens_out}
-    for name, tokens in totals.items():
-        line(f"{name} tokens/s", rate(tokens), f"{tokens} tokens")
-    latencies = sorted(tally.latencies_ms)
-    for q in (50, 90, 99):
-        value = percentile(latencies, q)
-        line(f"Latency p{q} (ms)", "-" if value is None else f"{value:.3f}", f"exact, n={len(latencies)}")
-    for (_, kind), times in tally.failures.most_common():
-        line(f"! {kind}", str(times), f"first: {tally.first_errors[kind]}")
+    lines = [("Total time (s)", shown(tally.elapsed_s), "first request sent to last reply")]
+    lines.append(("Requests/s", shown(tally.rate(tally.successes), 2), ""))
+    for name, tokens in (
+        ("In", tally.tokens_in),
+        ("Out", tally.tokens_out),
+        ("Total", tally.tokens_in + tally.tokens_out),
+    ):
+        lines.append((f"{name} tokens/s", shown(tally.rate(tokens), 2), f"{tokens} tokens"))
+    for name, title in SAMPLED.items():
+        sample = sorted(tally.samples[name])
+        for q in (50, 90, 99) if sample or name == "latency_ms" else ():
+            lines.append((f"{title} p{q} (ms)", shown(percentile(sample, q)), f"exact, n={len(sample)}"))
+    lines += [
+        (f"! {kind}", str(times), f"first: {tally.first_errors[kind]}")
+        for (_, kind), times in tally.failures.most_common()
+    ]
     if unsent:
-        line("! never sent", str(unsent), "the run ended before their turn")
-    if tally.without_usage:
-        line("! replies without usage", str(tally.without_usage), "their tokens are in no total")
-    if tally.sent_again:
-        line("! sent again", str(tally.sent_again), "the server had closed the kept connection, unannounced")
-    line("Rows", str(tally.rows), f"in {results}")
-    return "\n".join(lines)
+        lines.append(("! never sent", str(unsent), "the run ended before their turn"))
+    lines += [(f"! {title}", str(getattr(tally, name)), why) for name, title, why in NOTES if getattr(tally, name)]
+    if tally.successes:
+        late_ms = sorted(tally.late_ms)
+        late = (
+            f"p50 {shown(percentile(late_ms, 50), 1)}, p99 {shown(percentile(late_ms, 99), 1)}, max {late_ms[-1]:.1f}"
+        )
+        share = f"{tally.by_kernel / tally.successes:.0%}"
+        lines.append(("Stamped by kernel", share, f"of the replies; their bytes waited here for up to {late} ms"))
+    lines.append(("Rows", str(tally.rows), f"in {results}"))
+    head = f"=== locust_batch: {tally.successes} of {asked} prompts answered, {asked - tally.successes} not ==="
+    return "\n".join([head, *(f"  {name:<22}{value:>14}  {note}".rstrip() for name, value, note in lines)])
+
+
+def shown(value: Optional[float], digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def cell(value: Any, digits: int = 3) -> str:
@@ -825,7 +1011,7 @@ def csv_row(record: Record) -> list[str]:
 
 # === 8. Options ===
 
-OPTIONS = (
+OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("requests_file", "requests.jsonl", "corpus, one JSON object a line: messages, text or prompt; max_tokens"),
     ("openai_endpoint_path", "/v1/chat/completions", "path, joined to --host"),
     ("openai_api_key", "", "bearer token; better in the environment: a process list shows options"),
@@ -836,6 +1022,7 @@ OPTIONS = (
     ("temperature", "", "sampling temperature; empty: not sent"),
     ("extra_body", "", "JSON object merged into every request; what a line asks for wins"),
     ("request_timeout", f"{DEFAULT_TIMEOUT_S:g}", "seconds that one request may take"),
+    ("stream", False, "stream the answers, and measure TTFT and TPOT"),
 )
 
 
@@ -846,15 +1033,15 @@ def add_options(parser: Any, **_: Any) -> None:
             "--" + name.replace("_", "-"),
             env_var=name.upper(),
             default=default,
-            metavar="<text>",
             help=f"{text} (environment: {name.upper()}" + (f"; default: {default})" if default else ")"),
+            **({"action": "store_true"} if default is False else {"metavar": "<text>"}),
         )
         action.include_in_web_ui = name not in ("openai_api_key", "extra_body")  # secrets may stand in both
 
 
 def settings_from(options: Any, host: Optional[str]) -> Settings:
     """Checks everything that can be wrong before anything is read or sent; raises UsageError."""
-    given = {name: utf8(getattr(options, name, None)) or default for name, default, _ in OPTIONS}
+    given = {name: utf8(getattr(options, name, None)) or str(default) for name, default, _ in OPTIONS}
     given["system_prompt"] = utf8(options.system_prompt)  # the one whose emptiness means something
     target = target_of(host)
     api_key = given["openai_api_key"].strip()
@@ -865,7 +1052,7 @@ def settings_from(options: Any, host: Optional[str]) -> Settings:
         requests_file=given["requests_file"],
         results_csv=given["results_csv"],
         system_prompt=given["system_prompt"],
-        defaults=default_fields(given),
+        defaults={**default_fields(given), **(STREAM_FIELDS if options.stream else {})},
         extra_body=parsed_extra_body(given["extra_body"].strip() or "{}"),
         api_key=api_key,
         login=unquote(target.netloc.rpartition("@")[0]),
@@ -874,6 +1061,7 @@ def settings_from(options: Any, host: Optional[str]) -> Settings:
         port=target.port or (443 if tls else 80),
         path=joined_path(target.path, given["openai_endpoint_path"].strip(), target.query),
         timeout_s=number_of(given, "request_timeout", float, 0.001) or DEFAULT_TIMEOUT_S,
+        stream=bool(options.stream),
     )
 
 
@@ -907,6 +1095,9 @@ def joined_path(base: str, endpoint: str, query: str) -> str:
     return quote(f"{base.rstrip('/')}/{path}" + (f"?{queries}" if queries else ""), safe="/?&=%:@,;+$!*'()~")
 
 
+STREAM_FIELDS: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+
+
 def default_fields(given: Mapping[str, str]) -> dict[str, Any]:
     limit, temperature = number_of(given, "max_tokens", int, 1), number_of(given, "temperature", float, 0)
     fields = {"model": given["openai_model"], "max_tokens": limit, "temperature": temperature}
@@ -921,8 +1112,8 @@ def parsed_extra_body(text: str) -> dict[str, Any]:
         raise UsageError(f"--extra-body is not JSON that can be sent: {error}") from None
     if not isinstance(extra, dict):
         raise UsageError("--extra-body is not a JSON object")
-    if "messages" in extra or extra.get("stream"):
-        raise UsageError("--extra-body may not hold `messages` (they come from the corpus) or `stream`")
+    if "messages" in extra or "stream" in extra:
+        raise UsageError("--extra-body may not hold `messages` (they come from the corpus) or `stream` (use --stream)")
     return extra
 
 
@@ -1013,49 +1204,101 @@ class ResultsFile:
 # === 10. Connection ===
 
 
+TOO_LARGE = f"the reply is larger than {MAX_REPLY_BYTES >> 20} MB"
+
+
 class ReplyParser(HTTPResponse):  # type: ignore[misc,unused-ignore]
     """Reads HTTP; keeps the first final message: a 1xx is not one, and what follows it is not ours."""
 
-    reply: Optional[Reply] = None
-    reusable = False
-    received = 0
+    status: Optional[int] = None  # of the final message
+    ended = reusable = False
+    received = size = 0
+
+    def __init__(self, streamed: bool) -> None:
+        super().__init__("POST")
+        self.stream = StreamReader() if streamed else None
+        self.pieces: list[bytes] = []  # of the body, where no stream takes them
+        self.inflate: Any = None
+
+    @property
+    def complete(self) -> bool:
+        """Nothing that could still come would matter."""
+        return self.ended or bool(self.stream and self.stream.complete)
+
+    def reply(self) -> Reply:
+        assert self.status is not None
+        return Reply(self.status, b"".join(self.pieces), self.retry_after, self.location, self.stream, self.size)
 
     def _on_message_begin(self) -> None:
         super()._on_message_begin()
-        if self.reply is not None:  # the rest of it would be taken for the next reply
+        if self.ended:  # the rest of it would be taken for the next reply
             self.reusable = False
+
+    def _on_headers_complete(self) -> Any:
+        skips_body = super()._on_headers_complete()
+        if self.status is None and self.get_code() >= 200:
+            self.status = self.get_code()
+            names = ("content-encoding", "retry-after", "location")
+            encoding, self.retry_after, self.location = (str(self.get(name) or "").strip() for name in names)
+            if encoding.lower() in ("gzip", "x-gzip", "deflate"):  # though nobody asked for it
+                self.inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        return skips_body
+
+    def _on_body(self, data: bytearray) -> None:
+        if not self.ended:
+            super()._on_body(data)
 
     def _on_message_complete(self) -> None:
         super()._on_message_complete()
-        if self.reply is None and self.get_code() >= 200:
-            encoding, retry_after, location = (
-                str(self.get(name) or "").strip() for name in ("content-encoding", "retry-after", "location")
-            )
-            self.reply = Reply(self.get_code(), bytes(self._body_buffer), encoding.lower(), retry_after, location)
-            self.reusable = self.should_keep_alive()
+        if not self.ended and self.get_code() >= 200:
+            self.ended, self.reusable = True, self.should_keep_alive()
 
-    def take(self, data: bytes) -> bool:
-        """Feed what arrived (nothing: the server has closed); True when the reply is complete."""
+    def take(self, data: bytes, stamp_s: float, late: bool) -> None:
+        """Feed what arrived (nothing: the server has closed) and hand the body on."""
         self.received += len(data)
         try:
             self.feed(data)
         except HTTPParseError:
-            if self.reply is None and data:
+            if not self.ended and data:
                 raise
             self.reusable = False
-        if self.reply is None and not data:
+        if self._body_buffer:
+            self.take_body(bytes(self._body_buffer), stamp_s, late)
+            self._body_buffer.clear()
+        if not self.ended and not data:
             if self.received:
-                size = len(self._body_buffer)
-                raise ConnectionFailed("cut", f"the connection was closed within the reply, after {size} bytes")
+                raise ConnectionFailed("cut", f"the connection was closed within the reply, after {self.size} bytes")
             raise ConnectionFailed("closed", "the server closed the connection without a reply")
         if self.received > MAX_REPLY_BYTES:  # counted with headers and interim replies, which may be endless, too
-            raise ConnectionFailed("too_large", f"the reply is larger than {MAX_REPLY_BYTES >> 20} MB")
-        return self.reply is not None
+            raise ConnectionFailed("too_large", TOO_LARGE)
+
+    def take_body(self, data: bytes, stamp_s: float, late: bool) -> None:
+        if self.inflate:
+            try:
+                data = self.inflate.decompress(data, MAX_REPLY_BYTES + 1 - self.size)
+            except zlib.error as error:
+                raise ConnectionFailed("bad_http", f"broken compression: {error}") from None
+        self.size += len(data)
+        if self.size > MAX_REPLY_BYTES:
+            raise ConnectionFailed("too_large", TOO_LARGE)
+        if self.stream and 200 <= (self.status or 0) <= 299:
+            self.stream.feed(data, stamp_s, late)
+        else:
+            self.pieces.append(data)
 
 
 SO_TIMESTAMPNS = 35  # Linux, the common architectures; the socket module does not name it
 TIMESPEC = struct.Struct("@ll")
 ANCILLARY_BYTES = 64
+
+
+def kernel_age_s(ancillary: Iterable[Any], wall_ns: int) -> Optional[float]:
+    """How long ago, by the wall clock, the kernel received what was read with this; None where it does not say."""
+    for level, kind, stamp in ancillary:
+        if (level, kind, len(stamp)) == (socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC.size):
+            seconds, nanoseconds = TIMESPEC.unpack(stamp)
+            return float(wall_ns - seconds * 10**9 - nanoseconds) / 1e9
+    return None
 
 
 def clock_pair() -> tuple[float, int]:
@@ -1067,12 +1310,31 @@ def clock_pair() -> tuple[float, int]:
     return now_s, wall_ns
 
 
+class LoopWatch:
+    """When the event loop last looked at its sockets: every BEAT_S at least, unless it is held up."""
+
+    def __init__(self) -> None:
+        self.before_s = self.looked_s = time.perf_counter()
+        loop = gevent.get_hub().loop
+        self.watchers = loop.check(ref=False, priority=2), loop.timer(BEAT_S, BEAT_S, ref=False)
+        self.watchers[0].start(self.on_look)
+        self.watchers[1].start(lambda: None)
+
+    def on_look(self) -> None:
+        self.before_s, self.looked_s = self.looked_s, time.perf_counter()
+
+    def away_s(self, now_s: float) -> float:
+        """For how long, at most, what is read now has been waiting: since the look before the last one."""
+        return now_s - self.before_s
+
+
 class Connection:
     """One user's connection, opened before the clock starts and kept for the user's next prompt."""
 
-    def __init__(self, settings: Settings, context: Any) -> None:
+    def __init__(self, settings: Settings, context: Any, watch: LoopWatch) -> None:
         self.settings = settings
         self.context = context
+        self.watch = watch
         self.sock: Any = None
         self.stamped = False  # by the kernel
         self.refused = False  # the server's side took no more bytes of the request
@@ -1082,6 +1344,8 @@ class Connection:
         """What is known of one call: stamps of time.perf_counter."""
         self.sent: Optional[float] = None
         self.done: Optional[float] = None
+        self.by_kernel = True  # every arrival's stamp so far
+        self.late_s = 0.0  # the longest that an arrival waited to be read; without the kernel's stamp, at most
         self.is_new: Optional[bool] = None
         self.http_status: Optional[int] = None  # of a reply that did not become complete
         self.sent_again = False
@@ -1101,15 +1365,14 @@ class Connection:
         return self.exchange(payload)
 
     def exchange(self, payload: bytes) -> Reply:
-        parser = ReplyParser("POST")
+        parser = ReplyParser(self.settings.stream)
         try:
             with gevent.Timeout(self.settings.timeout_s) as limit:
                 self.send(payload)
                 self.receive(parser)
         except BaseException as error:
             self.done = time.perf_counter()
-            if parser.headers_complete and parser.get_code() >= 200:
-                self.http_status = parser.get_code()
+            self.http_status = parser.status
             unread = not self.is_new and not parser.received and self.was_reset(error)
             self.close()
             if unread:
@@ -1119,8 +1382,7 @@ class Connection:
             raise
         if not parser.reusable:
             self.close()
-        assert parser.reply is not None
-        return parser.reply
+        return parser.reply()
 
     def send(self, payload: bytes) -> None:
         """Stamps `sent` before each piece is handed over, so that in the end it is the last byte's."""
@@ -1143,29 +1405,38 @@ class Connection:
             self.sock.settimeout(None)
 
     def receive(self, parser: ReplyParser) -> None:
-        """Stamps `done` with every arrival."""
-        finished = False
-        while not finished:
-            data = self.read()
-            finished = parser.take(data)
-            if len(data) == RECV_BYTES and not finished:
+        """Stamps `done` with every arrival. A stream that has said everything is not waited for for long."""
+        while not parser.ended:
+            if parser.complete:
+                self.sock.settimeout(END_GRACE_S)
+            try:
+                data, late = self.read()
+                parser.take(data, self.done or 0.0, late)
+            except (OSError, HTTPParseError, ConnectionFailed):
+                if parser.ended or not parser.complete:
+                    raise
+                return
+            if len(data) == RECV_BYTES and not parser.ended:
                 gevent.sleep(0)  # more is there already: else neither others nor the time-out had a turn
 
-    def read(self) -> bytes:
-        """What has arrived; `done` is when the kernel says it has, on Linux and without TLS, else now."""
-        if not self.stamped:
-            data: bytes = self.sock.recv(RECV_BYTES)
-            self.done = time.perf_counter()
-            return data
-        data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, ANCILLARY_BYTES)
-        self.done, wall_ns = clock_pair()
-        for level, kind, stamp in ancillary:
-            if (level, kind, len(stamp)) == (socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC.size):
-                seconds, nanoseconds = TIMESPEC.unpack(stamp)
-                age_s = (wall_ns - seconds * 10**9 - nanoseconds) / 1e9
-                if 0 <= age_s <= self.done - (self.sent or 0.0):  # else the wall clock was set meanwhile
-                    self.done -= age_s
-        return data
+    def read(self) -> tuple[bytes, bool]:
+        """What has arrived, and whether it may have queued up. `done` is the kernel's stamp where it has one, else now.
+
+        The kernel has one on Linux, without TLS.
+        """
+        ancillary: Iterable[Any] = ()
+        if self.stamped:
+            data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, ANCILLARY_BYTES)
+        else:
+            data = self.sock.recv(RECV_BYTES)
+        now_s, wall_ns = clock_pair()
+        away_s, age_s = self.watch.away_s(now_s), kernel_age_s(ancillary, wall_ns)
+        by_kernel = age_s is not None and 0 <= age_s <= now_s - (self.sent or 0.0)  # else the wall clock was set
+        self.done = now_s - (age_s or 0.0) * by_kernel
+        if data:
+            self.by_kernel = self.by_kernel and by_kernel
+            self.late_s = max(self.late_s, now_s - self.done if by_kernel else away_s)
+        return data, away_s > LATE_READ_S
 
     def was_reset(self, error: BaseException) -> bool:
         """Whether the server's side has refused the request: it was closed before it had read all of it.
@@ -1496,6 +1767,7 @@ class PromptSource:
         self.stock = self.left = self.more = 0
         self.asks = self.asks_sent = self.asks_answered = 0
         self.halted = False
+        self.watch = LoopWatch()
         self.rows: list[Record] = []
         self.rows_at_once = BATCH_ROWS if isinstance(self.runner, WorkerRunner) else 1
         self.all_users_started = Event()  # who has finished a prompt may take another, or leave
@@ -1656,7 +1928,7 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
         """Whatever happens from here on, the prompt gets exactly one record."""
         source, secrets = self.source, self.source.settings.secrets
         body = request_body(source.settings, prompt.line)
-        connection = self.connection = self.connection or Connection(source.settings, source.context)
+        connection = self.connection = self.connection or Connection(source.settings, source.context, source.watch)
         reply, stopped, began = None, None, time.perf_counter()
         try:
             reply = connection.call(source.head + b"%d\r\n\r\n" % len(body) + body)
@@ -1666,37 +1938,41 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
             outcome = failed_call(error, connection.http_status, secrets)
         if reply is not None:
             outcome = read_reply(reply, secrets)
-        self.report_to_locust(outcome, began, len(reply.body) if reply else 0)
-        source.deliver(self.record(prompt.number, outcome))
+        record = self.record(prompt.number, outcome, reply.stream if reply else None)
+        self.report_to_locust(record, began, reply.size if reply else 0)
+        source.deliver(record)
         if stopped is not None:
             raise stopped
 
-    def record(self, index: int, outcome: Outcome) -> Record:
+    def record(self, index: int, outcome: Outcome, stream: Optional[StreamReader]) -> Record:
         connection, zero = self.connection, self.source.zero
         assert connection is not None
-        sent, done = connection.sent, connection.done or time.perf_counter()
-        sent_s, done_s = (None, None) if sent is None else (sent - zero, done - zero)
-        return Record(index, outcome, sent_s, done_s, connection.is_new, connection.sent_again)
+        done = connection.done or time.perf_counter()
+        stamps = connection.sent, *((stream.first_s, stream.last_s or done) if stream else (None, done))
+        sent_s, first_s, done_s = (stamp and stamp - zero if connection.sent else None for stamp in stamps)
+        late, late_ms = stream.late_read if stream else None, connection.late_s * 1000
+        about = late, late_ms, connection.by_kernel, connection.is_new, connection.sent_again
+        return Record(index, outcome, sent_s, first_s, done_s, *about)
 
-    def report_to_locust(self, outcome: Outcome, began: float, length: int) -> None:
-        """Locust's own statistics. Token rows are logged past its total, which is of requests alone."""
-        connection = self.connection
+    def report_to_locust(self, record: Record, began: float, length: int) -> None:
+        """Locust's own statistics. Its METRIC rows are logged past its total, which is of requests alone."""
+        connection, outcome = self.connection, record.outcome
         if connection is None or outcome.error_kind == "aborted":
             return
         took_s = (connection.done or time.perf_counter()) - (connection.sent or began)
         self.environment.events.request.fire(
             request_type="POST",
             name=masked(self.source.settings.path),
-            response_time=took_s * 1000,
+            response_time=took_s * 1000 if record.latency_ms is None else record.latency_ms,
             response_length=length,
             exception=RuntimeError(outcome.error_kind) if outcome.error_kind else None,
             context={},
         )
         entries = self.environment.stats.entries
-        for name in ("prompt_tokens", "completion_tokens"):
-            tokens = getattr(outcome, name)
-            if tokens is not None:
-                entries[(name, "METRIC")].log(tokens, 0)
+        for name in ("prompt_tokens", "completion_tokens", "ttft_ms", "tpot_ms"):
+            value = getattr(outcome if hasattr(outcome, name) else record, name)
+            if value is not None:
+                entries[(name, "METRIC")].log(value, 0)
 
 
 def on_init(environment: Any, runner: Any, **_: Any) -> None:

@@ -53,6 +53,7 @@ import dataclasses
 import difflib
 import errno
 import gc
+import heapq
 import importlib
 import importlib.util
 import io
@@ -103,10 +104,10 @@ LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 
 # Defaults of the options; one that is not here is off, absent, or worked out from others.
 DEFAULTS: Mapping[str, Any] = {
-    "concurrency": "128", "repeat": 1, "cooldown": 0.0,
+    "concurrency": 128, "repeat": 1, "cooldown": 0.0,
     "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
     "endpoint_type": "chat", "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0,
-    "max_error_rate": 0.5,
+    "max_error_rate": 0.5, "request_rate": math.inf, "burstiness": 1.0, "speed": 1.0,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -118,6 +119,13 @@ REQUESTS_PER_SLOT = 8  # of each level of a sweep,
 LEAST_PER_LEVEL = 64  # but so many at least
 DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
+PREPARED_AHEAD = 128  # requests that wait for their due times with their bytes ready
+WARMUP_WITHOUT_CAP = 16  # requests, where a schedule has no --concurrency
+START_LEAD_S = 0.1  # from the order to start to the first due time, so that all processes stand ready
+TIMER_ERROR_S = 0.0016  # an event loop's timers are up to 1.5 ms early or late
+NAP_S = 0.0001  # between two such turns that had nothing to do,
+IDLE_TURN_NS = 50_000  # as they took no longer than this
+HELD_BACK_MS = 1.0  # a permit that came so much later than the due time has held the request back
 READY_POLL_S = 0.5
 REFUSALS = ("http_400", "http_401", "http_403", "http_422")  # of a server that is ready
 IDENTICAL_FAILURES_TO_STOP = 100
@@ -179,6 +187,7 @@ LONG_PAUSE_MS = 250.0
 MERGED_LIMIT = 0.05
 LITTLE_TOLERANCE = 0.02
 CORPUS_TOLERANCE = 0.005
+TRACE_BLOCK_TOKENS = 512  # that one hash of a Mooncake trace stands for
 MOST_TOKENS = 1 << 40  # a count beyond it is no count
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
@@ -201,6 +210,8 @@ class Request:
     output_tokens: Optional[int] = None
     input_tokens: Optional[int] = None  # of the prompt, as the corpus itself counted them
     prefix_tokens: Optional[int] = None  # of them shared with other prompts
+    timestamp: Optional[float] = None  # when a trace has it sent, in the trace's own unit
+    hash_ids: Optional[Sequence[Any]] = None  # of a trace's line without a text: what its blocks are known by
     whole: bool = False  # the fields are the body: only a missing model and what streams are added
     label: Optional[str] = None
     unknown: Sequence[str] = ()  # keys of its corpus line that are not sent
@@ -250,7 +261,7 @@ class Reply:
     kernel_reads: int = 0  # reads with the kernel's stamp
     content_reads: int = 0
     merged_reads: int = 0  # content reads of more than one chunk
-    first_merged: bool = False  # the first token came in one read with later chunks
+    with_first: int = 0  # later chunks that came in one read with the first token
     late_gaps: int = 0  # gaps left out: their chunks queued up while this client was held up
     syn_resent: int = 0  # how often its connection's first packet had to be repeated
     chunks: Optional[int] = None
@@ -353,6 +364,18 @@ class Record:
     def response_ms(self) -> Optional[float]:
         done_s, due_s = self.done_s, self.job.due_s
         return None if not self.ok or done_s is None or due_s is None else (done_s - due_s) * 1e3
+
+    @property
+    def late_ms(self) -> Optional[float]:
+        """From the due time to the sending: connecting, and waiting for a permit where there is a cap, included."""
+        sent_s, due_s = self.sent_s, self.job.due_s
+        return None if sent_s is None or due_s is None else (sent_s - due_s) * 1e3
+
+    @property
+    def held_back_ms(self) -> float:
+        """From the due time to a free permit; 0 without a schedule or a cap."""
+        free_s, due_s = self._at_s(self.reply.free_ns), self.job.due_s
+        return 0.0 if free_s is None or due_s is None else max(0.0, free_s - due_s) * 1e3
 
     @property
     def start_ns(self) -> Optional[int]:
@@ -487,6 +510,7 @@ class Summary:
     content_reads: int
     merged_reads: int
     first_merged: int  # successes whose first token came in one read with later chunks
+    with_first: int  # those chunks
     late_read: int  # requests of which chunks queued up while this client was held up
     late_first: int  # of them, those of which even the first token's arrival is not known
     late_gaps: int
@@ -502,6 +526,9 @@ class Summary:
     new_connections: int
     reconnects: int
     busy_s: float  # sum of all requests' time from sending to their end
+    held_back: int  # requests that were due before a permit was free
+    due_rate: Optional[float]  # requests a second, between the first and the last due time, and as they were sent
+    issued_rate: Optional[float]
     first_error_s: Optional[float]  # when the first failure had ended, from the start
     good: Mapping[str, int]  # successes within each limit of --goodput, and "all": within all of them
     steady: Optional[Steady]  # None: too few requests were sent after the first wave
@@ -537,8 +564,15 @@ class Config:
     headers: Mapping[str, str]
     model: str
     endpoint_type: str
-    concurrency: int
-    total_requests: int
+    concurrency: Optional[int]  # None: a schedule without a cap
+    request_rate: float
+    burstiness: float
+    ramp_up: Optional[float]
+    timestamp_unit: Optional[str]  # None: the corpus is no trace, or its times are left aside
+    speed: float
+    total_requests: Optional[int]  # None: as many as --duration has time for
+    duration: Optional[float]
+    grace: Optional[float]
     prompt_tokens: int
     output_tokens: int
     requests_file: Optional[str]
@@ -582,9 +616,9 @@ class Config:
 
 
 class Send(Protocol):
-    """Make one call when a permit is free and say how it went; never raises for what a server does."""
+    """Make one call when its turn comes and say how it went; never raises for what a server does."""
 
-    def __call__(self, request: Request, permits: Permits) -> Awaitable[Reply]: ...
+    def __call__(self, request: Request, turn: Turn) -> Awaitable[Reply]: ...
 
 
 class Sink(Protocol):
@@ -608,27 +642,92 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
-class ClosedLoop:
-    """Jobs due as soon as a permit is free; of several processes each takes every `shards`-th.
+class Schedule:
+    """Which jobs there are and when each is due, in seconds from the start; of several processes, each has its part.
 
-    >>> [job.index for job in ClosedLoop(7).part(1, 3)]
+    Jobs are made as they are taken, so their number costs nothing. Without `count` there is no end but `duration_s`.
+
+    >>> [job.index for job in Schedule(7).part(1, 3)]
     [1, 4]
+    >>> [job.due_s for job in Schedule(4, "rate", rate=10, burstiness=math.inf)]
+    [0.0, 0.1, 0.2, 0.3]
     """
 
-    count: int
+    count: Optional[int] = None
+    kind: str = "closed"  # of SCHEDULES
+    duration_s: float = math.inf
+    rate: float = math.inf
+    burstiness: float = 1.0
+    ramp_up_s: float = 0.0
+    seed: int = 0
+    stamp_s: Callable[[int], float] = float  # the due time of a trace's request
     shard: int = 0
     shards: int = 1
     first: int = 0  # number of the first job: the points of a sweep go on counting, so that no prompt comes twice
 
-    def __len__(self) -> int:
-        return len(range(self.shard, self.count, self.shards))
+    @classmethod
+    def of(cls, config: Config, stamp: Callable[[int], float] = float) -> Schedule:
+        """`stamp`: the time of a trace's request, by its number, as the trace has it."""
+        kind = "trace" if config.timestamp_unit else "closed" if math.isinf(config.request_rate) else "rate"
+        per_s = config.speed * TIMESTAMP_UNITS[config.timestamp_unit or "s"]
+        return cls(
+            config.total_requests,
+            kind,
+            config.duration or math.inf,
+            config.request_rate,
+            config.burstiness,
+            config.ramp_up or 0.0,
+            config.seed,
+            lambda index: (stamp(index) - stamp(0)) / per_s,
+        )
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether its jobs have due times."""
+        return self.kind != "closed"
+
+    def part(self, shard: int, shards: int) -> Schedule:
+        """One process's share of these jobs: every `shards`-th."""
+        return dataclasses.replace(self, shard=shard, shards=shards)
+
+    def own(self, all_of_them: Iterable[Any]) -> Iterator[Any]:
+        return itertools.islice(all_of_them, self.shard, None, self.shards)
 
     def __iter__(self) -> Iterator[Job]:
-        return map(Job, range(self.first + self.shard, self.first + self.count, self.shards))
+        numbers = itertools.count() if self.count is None else range(self.count)
+        jobs = map(Job, map(self.first.__add__, self.own(numbers)), SCHEDULES[self.kind](self))
+        return itertools.takewhile(lambda job: (job.due_s or 0.0) < self.duration_s, jobs)
 
-    def part(self, shard: int, shards: int) -> ClosedLoop:
-        """One process's share of these jobs."""
-        return dataclasses.replace(self, shard=shard, shards=shards)
+    def permits_s(self, total: int) -> Iterator[float]:
+        """When each of this process's permits may be used first: one after the other where the concurrency grows."""
+        ramp_s = 0.0 if self.is_timed else self.ramp_up_s
+        return (ramp_s * (number * self.shards + self.shard) / (total * self.shards) for number in range(total))
+
+    def ended(self, record: Record) -> Optional[Job]:
+        """Told of each record; the job that follows from it and takes over its place, due later, where there is one."""
+        return None
+
+
+def rate_times(schedule: Schedule) -> Iterator[float]:
+    """Gaps by a gamma distribution whose shape is the burstiness: 1 a Poisson process, infinite evenly spaced.
+
+    While the rate grows, the time that a given sum of gaps stands for is that at which so many requests are due.
+    """
+    rate, ramp_s, shape = schedule.rate, schedule.ramp_up_s, schedule.burstiness
+    draw = random.Random(f"{schedule.seed}/arrivals{f'/{schedule.first}' * (schedule.first > 0)}").gammavariate
+    gaps = itertools.repeat(1.0) if math.isinf(shape) else (draw(shape, 1 / shape) for _ in itertools.count())
+    in_ramp = rate * ramp_s / 2  # requests due until the full rate is reached
+    for requests in schedule.own(itertools.accumulate(gaps, initial=0.0)):
+        yield math.sqrt(2 * requests * ramp_s / rate) if requests < in_ramp else ramp_s / 2 + requests / rate
+
+
+# kind -> the due times of a schedule's own jobs, ascending; None: as soon as a permit is free.
+SCHEDULES: Mapping[str, Callable[[Schedule], Iterator[Optional[float]]]] = {
+    "closed": lambda schedule: itertools.repeat(None),
+    "rate": rate_times,
+    "trace": lambda schedule: map(schedule.stamp_s, schedule.own(itertools.count())),
+}
+TIMESTAMP_UNITS = {"ms": 1000.0, "s": 1.0}  # in a second
 
 
 def share(total: int, shard: int, shards: int) -> int:
@@ -640,9 +739,10 @@ def share(total: int, shard: int, shards: int) -> int:
     return total // shards + (shard < total % shards)
 
 
-def default_warmup(concurrency: int, total_requests: int) -> int:
+def default_warmup(concurrency: Optional[int], total_requests: Optional[int]) -> int:
     """A warm-up request for each connection, but no more than will be measured."""
-    return min(max(concurrency, LEAST_WARMUP), total_requests)
+    warmup = max(concurrency or WARMUP_WITHOUT_CAP, LEAST_WARMUP)
+    return warmup if total_requests is None else min(warmup, total_requests)
 
 
 # === 4. Workload (what) (parse pure, load not) ===
@@ -726,11 +826,17 @@ def synthetic_prompt(key: str, count: int, evenly: bool = False) -> str:
     rng = random.Random(key)
     head = "".join(rng.choices(SYLLABLES, k=8))
     drawn = itertools.islice(itertools.cycle(rng.sample(range(256), 256)), count) if evenly else rng.randbytes(count)
-    words = [WORDS[byte] for byte in drawn]
-    # The first sentence is half as long: then the full stops, too, are proportional to the words, to the nearest one.
-    starts = range(-WORDS_PER_SENTENCE // 2, count, WORDS_PER_SENTENCE)
-    body = ". ".join(" ".join(words[max(0, start) : start + WORDS_PER_SENTENCE]) for start in starts)
+    body = sentences(drawn)
     return f"{head[:8]} {head[8:]}" + (f" {body}" if body else "")
+
+
+def sentences(drawn: Iterable[int]) -> str:
+    """The words of these bytes. The first sentence is half as long as the others: then the full stops, too, are
+    proportional to the words, to the nearest one.
+    """
+    words = [WORDS[byte] for byte in drawn]
+    starts = range(-WORDS_PER_SENTENCE // 2, len(words), WORDS_PER_SENTENCE)
+    return ". ".join(" ".join(words[max(0, start) : start + WORDS_PER_SENTENCE]) for start in starts)
 
 
 def under_system(system_prompt: Optional[str], messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -866,11 +972,16 @@ def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: En
     if not isinstance(body.get("model", row.get("model", "")), str):
         raise ValueError("'model' is not a text")
     label = row.get("label", row.get("custom_id"))
+    said["timestamp"] = _timestamp_of(row)
     said["label"] = None if label is None else str(label)[:LABEL_CHARS]
-    if "body" in row and not any(key in row for key in PROMPT_KEYS):
+    fields = {key: value for key, value in row.items() if key in BODY_KEYS}
+    has_prompt = any(key in row for key in PROMPT_KEYS)
+    if not has_prompt and "input_length" in row and "timestamp" in row:
+        said["input_tokens"], tokens, said["hash_ids"] = _trace_line(row)
+        return Request({**fields, **body}, tokens, **said)
+    if "body" in row and not has_prompt:
         _check_whole(row, body, endpoint)
         return Request(body, whole=True, **said)
-    fields = {key: value for key, value in row.items() if key in BODY_KEYS}
     fields = {**fields, endpoint.prompt_field: _prompt_of(row, system_prompt, endpoint), **body}
     limit = _limit_of(row)
     said["unknown"] = [key for key in row if key not in BODY_KEYS and key not in OWN_KEYS]
@@ -893,6 +1004,24 @@ def _refuse_fields(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"'{name}' in a line: the replies of a run are all streamed, or all whole")
     if fields.get("n") not in (None, 1):
         raise ValueError("'n' in a line: the times of several answers in one reply would mix")
+
+
+def _timestamp_of(row: Mapping[str, Any]) -> Optional[float]:
+    stamp = row.get("timestamp")
+    if stamp is None or (type(stamp) in (int, float) and stamp >= 0):
+        return None if stamp is None else float(stamp)
+    raise ValueError(f"the timestamp is not a number of 0 or more: {stamp!r:.40}")
+
+
+def _trace_line(row: Mapping[str, Any]) -> tuple[int, int, Sequence[Any]]:
+    """Of a Mooncake trace: both lengths, and a hash for each block of the prompt, perhaps not for the last one."""
+    tokens, limit = (_whole_number(row.get(name)) for name in ("input_length", "output_length"))
+    if not tokens or limit is None:
+        raise ValueError("input_length and output_length are not whole numbers, of 1 and of 0 or more")
+    blocks, names = -(-tokens // TRACE_BLOCK_TOKENS), row.get("hash_ids") or []
+    if not isinstance(names, list) or (names and not blocks - 1 <= len(names) <= blocks):
+        raise ValueError(f"hash_ids is no list of the {blocks} blocks of {TRACE_BLOCK_TOKENS} in {tokens} tokens")
+    return tokens, max(1, limit), names
 
 
 def _whole_number(value: Any) -> Optional[int]:
@@ -957,6 +1086,7 @@ class Corpus(Sequence[Request]):
         self._models: Counter[Optional[str]] = Counter()
         self._whole = 0
         self._starts = array("Q")  # of each prompt's line, and where the file ends
+        self._timestamps = array("d")
         self.own_tokens = array("Q")  # of each prompt its length and its shared prefix, as the line says; 0: unsaid
         self._file = -1
         self._copy = ""
@@ -978,6 +1108,7 @@ class Corpus(Sequence[Request]):
                             asked = self._parse(line)
                             self._note(asked)
                             self.own_tokens.extend((asked.input_tokens or 0, asked.prefix_tokens or 0))
+                            self._add_timestamp(asked.timestamp)
                     at += len(raw)
         except UnicodeDecodeError:
             raise UserError(f"{self._name}, line {number}: not UTF-8; save the corpus as UTF-8") from None
@@ -987,6 +1118,25 @@ class Corpus(Sequence[Request]):
             raise UserError(f"cannot read --requests-file {self._name}: {error.strerror or error}") from None
         self._starts.append(at)
         return self
+
+    def _add_timestamp(self, stamp: Optional[float]) -> None:
+        stamps = self._timestamps
+        if (stamp is None) != (not stamps) and len(self._starts) > 1:
+            raise ValueError(
+                f"{'no' if stamp is None else 'a'} timestamp, unlike the lines above: all have one or none"
+            )
+        if stamp is not None and stamps and stamp < stamps[-1]:
+            raise ValueError(f"its timestamp is before that of the line above, {stamps[-1]:g}: sort the trace")
+        stamps.extend(() if stamp is None else (stamp,))
+
+    @property
+    def is_trace(self) -> bool:
+        """Whether its lines say when they are to be sent; known where they were checked."""
+        return bool(self._timestamps)
+
+    def timestamp(self, number: int) -> float:
+        """In the trace's own unit."""
+        return self._timestamps[number] if self._timestamps else self[number].timestamp or 0.0
 
     def _note(self, request: Request) -> None:
         self._keys.update(request.fields.keys())
@@ -1071,7 +1221,33 @@ def workload_of(config: Config, corpus: Optional[Sequence[Request]]) -> Workload
     """Job number -> request: from the corpus, cycled, or made up."""
     if not corpus:
         return partial(synthetic_request, config)
-    return lambda index: corpus[index % len(corpus)]
+    return lambda index: with_text(corpus[index % len(corpus)], config, index)
+
+
+def with_text(asked: Request, config: Config, index: int) -> Request:
+    """A trace's request that has only a length and the names of its blocks, with a prompt of that length.
+
+    Blocks of one name are one text, and no others; those without a name are this request's own. As the first one is
+    shorter by what stands around a prompt, all blocks end where the server's count is a multiple of their length.
+    """
+    if asked.hash_ids is None or asked.input_tokens is None:
+        return asked
+    per_word, begin = calibration_of(config)
+    ends = range(TRACE_BLOCK_TOKENS, asked.input_tokens + TRACE_BLOCK_TOKENS, TRACE_BLOCK_TOKENS)
+    own = (f"own {index} {place}" for place in itertools.count(len(asked.hash_ids)))
+    texts: list[str] = []
+    for end, name in zip(ends, itertools.chain(map(json.dumps, asked.hash_ids), own)):
+        words = max(not texts, round((min(end, asked.input_tokens) - begin) / per_word))
+        # Whole fours: of those, fewer are the beginning of more.
+        drawn = random.Random(f"{config.seed}/block/{name}").randbytes(-(-words // 4) * 4)
+        texts += [sentences(drawn[:words])] if words > 0 else []
+        begin = end
+    return dataclasses.replace(asked, fields={**asked.fields, **plain_request(config, " ".join(texts)).fields})
+
+
+def schedule_of(config: Config, corpus: Optional[Corpus]) -> Schedule:
+    """The whole schedule of a run; a trace's times are those of its lines."""
+    return Schedule.of(config, corpus.timestamp) if corpus else Schedule.of(config)
 
 
 # === 5. Replies (pure) ===
@@ -1322,7 +1498,7 @@ class StreamReader:
         self._gaps_before = 0  # how many gaps there were before the last read
         self._packed: set[int] = set()  # stamps of late reads of several chunks
         self._late_gaps = 0
-        self._first_merged = False
+        self._with_first = 0
         self._choice_index: Any = None
 
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
@@ -1481,9 +1657,11 @@ class StreamReader:
             self._content_reads += 1
             self._alone = True
             self._gaps_before = len(self._gaps_ms)
-        elif self._alone:
-            self._alone = False
-            self._several(stamp_ns)
+        else:
+            self._with_first += stamp_ns == self._first_ns
+            if self._alone:
+                self._alone = False
+                self._several(stamp_ns)
         if visible and self._visible_ns is None:
             self._visible_ns = stamp_ns
         if self._last_ns is None:
@@ -1506,7 +1684,6 @@ class StreamReader:
             del self._gaps_ms[self._gaps_before :]
         else:
             self._merged_reads += 1
-            self._first_merged = self._first_merged or stamp_ns == self._first_ns
 
     def _fail(self, kind: str, message: str) -> None:
         self._failure = self._failure or _failed(kind, message)
@@ -1519,7 +1696,8 @@ class StreamReader:
         reply.first_ns, reply.visible_ns = (
             None if stamp_ns in self._packed else stamp_ns for stamp_ns in (self._first_ns, self._visible_ns)
         )
-        reply.last_ns, reply.late_gaps, reply.first_merged = self._last_ns, self._late_gaps, self._first_merged
+        reply.last_ns, reply.late_gaps = self._last_ns, self._late_gaps
+        reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
         set_fields(reply, self._counts)
@@ -1655,7 +1833,7 @@ class Sample:
     def extend(self, values: Sequence[float]) -> None:
         if len(self.exact) < self._most:
             self.exact.extend(values)
-        else:
+        elif values:
             self._count(values)
 
     def place(self, row: int, value: float) -> None:
@@ -1730,12 +1908,14 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms", "latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
-    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), above=("ttft", 1.0001)),
+    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), "f",
+           ("ttft", 1.0001)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
     Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), "f", pooled=True),
     Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), "f", ("latency", 0.01)),
-    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
-    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), above=("latency", 1.01)),
+    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms), "f"),
+    Metric("late", "Late sends (ms)", ("late_send_ms",), lambda r: _one(r.late_ms), "f"),
+    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), "f", ("latency", 1.01)),
     Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), "f", ("latency", 0.01)),
     Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None), "f",
            ("latency", 0.01)),
@@ -1775,9 +1955,24 @@ GROUP_METRICS = ("latency", "ttft", "tpot")
 # What is counted besides, by the summary's field names.
 COUNTED_BESIDES = (
     "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
-    "streams", "first_merged", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
-    "prefix_tokens",
+    "streams", "first_merged", "with_first", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
+    "prefix_tokens", "held_back",
 )  # fmt: skip
+
+
+class Span:
+    """How many times there were, and the first and the last of them, in seconds."""
+
+    def __init__(self) -> None:
+        self.n, self.first, self.last = 0, math.inf, -math.inf
+
+    def add(self, at_s: Optional[float]) -> None:
+        if at_s is not None:
+            self.n, self.first, self.last = self.n + 1, min(self.first, at_s), max(self.last, at_s)
+
+    @property
+    def per_s(self) -> Optional[float]:
+        return (self.n - 1) / (self.last - self.first) if self.last > self.first else None
 
 
 class GroupTally:
@@ -1786,7 +1981,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample(metric.code) for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample("f") for metric in METRICS if metric.key in GROUP_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -1818,6 +2013,7 @@ class Tally:
         self._goodput = goodput or {}
         self.good: Counter[str] = Counter()
         self.sent_s = array("d")  # of each row; NaN: it was not sent
+        self.last_index = -1
         self.ok = 0
         self.errors = 0
         self.aborted = 0
@@ -1827,6 +2023,7 @@ class Tally:
         self.busy_s = 0.0
         self.first_sent_s = math.inf
         self.last_done_s = -math.inf
+        self.due, self.issued = Span(), Span()  # due and sending times, whatever became of the requests
         self.counts: Counter[str] = Counter()
         self.finish_reasons: Counter[str] = Counter()
         self.first_error_s: Optional[float] = None
@@ -1835,7 +2032,7 @@ class Tally:
         self._failures: dict[tuple[str, str], list[Any]] = {}
 
     def add(self, record: Record) -> None:
-        row = len(self.sent_s)
+        row, self.last_index = len(self.sent_s), max(self.last_index, record.job.index)
         self.sent_s.append(math.nan if record.sent_s is None else record.sent_s)
         for metric in METRICS:
             values = metric.read(record)
@@ -1848,6 +2045,9 @@ class Tally:
         self.counts["new_connections"] += bool(record.reply.new_connection)
         self.counts["late_read"] += record.reply.late_gaps > 0
         self.busy_s += (record.busy_ms or 0) / 1e3
+        self.due.add(record.job.due_s)
+        self.issued.add(record.sent_s)
+        self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS
         self._add_to_groups(record)
         if record.aborted:
             self.aborted += 1
@@ -1888,7 +2088,8 @@ class Tally:
             counts["chunked_tokens"] += reply.completion_tokens or 0
         if reply.chunks:
             counts["streams"] += 1
-            counts["first_merged"] += reply.first_merged
+            counts["first_merged"] += reply.with_first > 0
+            counts["with_first"] += reply.with_first
             counts["late_first"] += reply.first_ns is None
             counts["one_piece"] += reply.first_ns == reply.last_ns and (reply.completion_tokens or 0) > 1
         if self._own_tokens and reply.prompt_tokens:
@@ -1967,6 +2168,8 @@ class Tally:
             first_error_s=self.first_error_s,
             good={key: self.good[key] for key in (*self._goodput, "all")} if self._goodput else {},
             steady=steady,
+            due_rate=self.due.per_s,
+            issued_rate=self.issued.per_s,
             **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
 
@@ -2042,7 +2245,7 @@ def _share_within(key: str, summary: Summary, config: Config, health: Fared) -> 
 
 
 FIGURES: Mapping[str, Callable[[Summary, Config, Fared], Optional[float]]] = {
-    "num_prompts": lambda s, c, h: c.total_requests,
+    "num_prompts": lambda s, c, h: c.total_requests or s.ok + s.errors + s.aborted,
     "max_concurrency": lambda s, c, h: c.concurrency,
     "completed": lambda s, c, h: s.ok,
     "failed": lambda s, c, h: s.errors,
@@ -2212,7 +2415,7 @@ class ReportWarning(NamedTuple):
 def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
     gaps = summary.distributions["gap"].n + summary.late_gaps
     share = max(_rate(summary.late_first, summary.streams), _rate(summary.late_gaps, gaps))
-    if share < LATE_SHARE:
+    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:  # the rest had come together
         return None
     pause = max((h.lag_max_ms for h in health), default=0.0)
     return (
@@ -2280,6 +2483,17 @@ def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> 
     return ReportWarning(f"client-bound: {reason}", _client_cure(health)) if reason else None
 
 
+def _warn_held_back(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    if not summary.held_back:
+        return None
+    late = summary.distributions["late"]
+    text = (
+        f"--concurrency {config.concurrency} held the schedule back: {summary.held_back} requests were due before a"
+        f" permit was free (sent up to {late.max or 0:.0f} ms late), so the server had less to do than was asked"
+    )
+    return ReportWarning(text, "read the response time, which counts from the due time; or no --concurrency, no cap")
+
+
 def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if not summary.without_usage:
         return None
@@ -2314,7 +2528,8 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    hit = percent(summary.cached_tokens, summary.prompt_tokens)
+    template = 0.0 if config.requests_file else summary.ok * calibration_of(config).constant_tokens
+    hit = percent(max(0.0, summary.cached_tokens - template), summary.prompt_tokens)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
     text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
     if hit < 1 and not summary.cache_told and shared >= 1:
@@ -2337,10 +2552,19 @@ def _warn_corpus(summary: Summary, config: Config, health: Sequence[Health]) -> 
 
 
 def merged_figures(summary: Summary) -> list[str]:
-    """The figures that chunks which came together have bent."""
-    first = summary.first_merged > MERGED_LIMIT * summary.streams
-    gaps = summary.merged_reads > MERGED_LIMIT * summary.content_reads
-    return [*(["TTFT", "TPOT"] if first else []), *(["the chunk gaps"] if gaps else [])]
+    """The figures that chunks which came together have bent by more than MERGED_LIMIT.
+
+    A first token that k later ones came with is late by about k TPOT, and TPOT's span is too short by as much.
+    """
+    ttft, tpot, output = (summary.distributions[key].mean or 0.0 for key in ("ttft", "tpot", "output"))
+    ahead = _rate(summary.with_first, summary.streams)
+    unseen = min(1.0, ahead / max(1.0, output - 1))  # share of the steps from token to token
+    bent = {
+        "TTFT": ahead and ahead * tpot >= MERGED_LIMIT * ttft * (1 - unseen),
+        "TPOT": unseen > MERGED_LIMIT,
+        "the chunk gaps": summary.merged_reads > MERGED_LIMIT * summary.content_reads,
+    }
+    return [name for name, is_bent in bent.items() if is_bent]
 
 
 def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2414,6 +2638,7 @@ def _warn_drift(summary: Summary, config: Config, health: Sequence[Health]) -> O
 WARNINGS = (
     _warn_client,
     _warn_drift,
+    _warn_held_back,
     _warn_servers,
     _warn_usage,
     _warn_prompt_length,
@@ -2528,8 +2753,9 @@ class Redactor:
     @staticmethod
     def config(config: Config) -> dict[str, Any]:
         """Every option in force, secrets masked."""
+        options = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
         return {
-            **{item.name: getattr(config, item.name) for item in dataclasses.fields(config)},
+            **{name: "inf" if value == math.inf else value for name, value in options.items()},  # JSON has no infinity
             "api_base": Redactor.url(config.api_base),
             "servers": [Redactor.url(url) for url in config.servers] if len(config.servers) > 1 else None,
             "api_key": config.api_key if config.api_key in PLAIN_KEYS else "***",
@@ -2599,11 +2825,26 @@ def wrapped(text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, _line_length(text), subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
-def progress_line(tally: Tally, total: int, elapsed_s: float, columns: float = math.inf) -> str:
+class Goal(NamedTuple):
+    """When a run is done: after so many requests, or after so many seconds."""
+
+    requests: Optional[int]
+    seconds: Optional[float] = None
+
+    def reached(self, done: int, elapsed_s: float) -> tuple[str, str, str]:
+        """How far it is, in long and in short, and the time that is left; by the time where there is a limit to it."""
+        total, seconds = self.requests or 0, self.seconds
+        if seconds is not None:
+            short = f"{done} in {elapsed_s:.0f}/{seconds:g}s"
+            left = f"ETA: {max(0.0, seconds - elapsed_s):5.1f}s"
+            return f"{short} ({min(100.0, percent(elapsed_s, seconds)):.1f}%)", short, left
+        left = f"ETA: {elapsed_s / done * (total - done):5.1f}s" if done else "ETA: -"
+        return f"{done}/{total} ({percent(done, total):.1f}%)", f"{done}/{total}", left
+
+
+def progress_line(tally: Tally, goal: Goal, elapsed_s: float, columns: float = math.inf) -> str:
     """How far the run is, in the longest form that fits; errors and remaining time stand in each of them."""
-    done = tally.ok + tally.errors + tally.aborted
-    share = f"{done}/{total} ({percent(done, total):.1f}%)"
-    eta = f"ETA: {elapsed_s / done * (total - done):5.1f}s" if done else "ETA: -"
+    share, short, eta = goal.reached(tally.ok + tally.errors + tally.aborted, elapsed_s)
     requests = f"RPS(avg): {_rate(tally.ok, elapsed_s):.2f}"
     out = tally.completion_tokens + tally.arriving_tokens
     generated = f"Gen tok/s: {_rate(out, elapsed_s):.2f}"
@@ -2613,7 +2854,7 @@ def progress_line(tally: Tally, total: int, elapsed_s: float, columns: float = m
         f"Progress: {share} | {requests} | {generated} | {tokens} | {end}",
         f"{share} | {requests} | {generated} | {end}",
         f"{share} | {end}",
-        f"{done}/{total} | {end}",
+        f"{short} | {end}",
     )
     return next((form for form in forms if len(form) <= columns), f"{tally.errors} err, {eta}")
 
@@ -2622,12 +2863,12 @@ def _ms(value: Optional[float]) -> str:
     return "-" if value is None else f"{value:.1f} ms"
 
 
-def summary_block(summary: Summary, concurrency: int) -> str:
+def summary_block(summary: Summary, concurrency: Optional[int]) -> str:
     """The seven lines that scripts read."""
     latency = summary.distributions["latency"]
     return "\n".join(
         (
-            f"Requests (ok/err): {summary.ok}/{summary.errors}  Concurrency: {concurrency}"
+            f"Requests (ok/err): {summary.ok}/{summary.errors}  Concurrency: {concurrency or 'unlimited'}"
             f"  Elapsed: {summary.elapsed_s:.3f}s",
             f"Req/s: {summary.requests_per_s:.2f}",
             f"Generated tokens/s: {summary.generated_per_s:.2f}",
@@ -2651,7 +2892,7 @@ def detail_blocks(
     judging = [part for line in judging_lines(summary, config, health) for part in wrapped(line, 4)]
     tables = [*distribution_table(summary), *(["", *interval_table(summary)] if config.verbose else [])]
     groups = [group_table(name, groups) for name, groups in summary.groups.items() if len(groups) > 1]
-    how = [*circumstances(summary, health), *corpus_line(config.corpus)]
+    how = [*circumstances(summary, config, health), *corpus_line(config.corpus)]
     return [warnings, verdict, judging, tables, *groups, how]
 
 
@@ -2907,7 +3148,7 @@ def capacity_sentence(levels: Sequence[Level], limits: Sequence[Limit], unit: st
 
 
 def _why_unsure(level: Level) -> str:
-    made = sum(point.config.total_requests for point in level.points[-1:])
+    made = level.points[-1].summary.ok + level.points[-1].summary.errors
     if any(point.client_bound for point in level.points):
         return f"{level.level:g} is unresolved, this client was the limit there"
     needs = f"needs about {made * level.needed:,.0f} requests" if 1 < level.needed < math.inf else "was not finished"
@@ -3041,21 +3282,27 @@ def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
 
 def corpus_line(asked: Mapping[str, Any]) -> list[str]:
     """Which keys of the bodies came from the corpus."""
-    if not asked:
+    if not asked or not (asked["keys"] or asked["not_sent"]):
         return []
     sent = ", ".join(f"{name} {count}" for name, count in asked["keys"].items())
     ignored = f"; not sent: {', '.join(asked['not_sent'])}" if asked["not_sent"] else ""
     return wrapped(plain(f"Corpus: lines that send {sent}{ignored}", 1000), len("Corpus: "))
 
 
-def circumstances(summary: Summary, health: Sequence[Health]) -> list[str]:
-    """A few lines on how the run went: concurrency reached, how replies ended, the clock, the client, errors."""
+def circumstances(summary: Summary, config: Config, health: Sequence[Health]) -> list[str]:
+    """A few lines on how the run went: concurrency and rates, how replies ended, the clock, the client, errors."""
     lines = []
     if health:
         lines += wrapped(in_flight_line(summary, health), len("In flight: "))
+    if summary.due_rate and summary.issued_rate:
+        asked, rates = config.request_rate, (summary.due_rate, summary.issued_rate, summary.requests_per_s)
+        told = "" if math.isinf(asked) else f"asked {asked:g}, "
+        lines.append("Requests/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
     lines += [part for line in steady_lines(summary) for part in wrapped(line, len("Steady: "))]
     if summary.aborted:
-        lines.append(f"Aborted: {summary.aborted} requests were cut off by the stop: neither completed nor failed")
+        lines.append(
+            f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"
+        )
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
@@ -3123,7 +3370,7 @@ def config_block(config: Config, loads: Optional[Mapping[str, Any]] = None) -> s
     lines = [f"{label}: {_config_cell(values.pop(label.strip()))}" for label in CONFIG_LABELS]
     for name, value in values.items():
         usual = default_warmup(config.concurrency, config.total_requests)
-        default = usual if name == "warmup" else DEFAULTS.get(name)
+        default = usual if name == "warmup" else "inf" if name == "request_rate" else DEFAULTS.get(name)
         if value != default and value not in (None, [], {}) and value is not False:
             lines.append(f"{name:>14}: {_config_cell(value)}")
     return "\n".join(("=== Benchmark Configuration ===", *map(shortened, lines)))
@@ -3132,6 +3379,8 @@ def config_block(config: Config, loads: Optional[Mapping[str, Any]] = None) -> s
 def _config_cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
+    if value is None:
+        return "unlimited"
     return plain(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value))
 
 
@@ -3162,6 +3411,8 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "steady_drifts": dict(summary.steady.drifts) if summary.steady else None,
         "errors_by_kind": {f"{g.status}/{g.kind}": g.count for g in summary.error_groups},
         "error_messages": {f"{g.status}/{g.kind}": plain(g.first_message) for g in summary.error_groups},
+        **({"due_rate": summary.due_rate, "issued_rate": summary.issued_rate} if summary.due_rate else {}),
+        "held_back_requests": summary.held_back,
         "finish_reasons": dict(summary.finish_reasons),
         "replies_without_usage": summary.without_usage,
         "gaps_are_of_tokens": gaps_are_of_tokens(summary),
@@ -3200,6 +3451,8 @@ def _metric_keys(distributions: Mapping[str, Distribution], steady: bool = False
     for name, one in STATS.items():
         if one.steady is not steady or one.metric not in distributions:
             continue
+        if one.metric in ("response", "late") and not distributions[one.metric].n:
+            continue  # what a closed loop has not
         keys[name] = one.of(distributions[one.metric])
         ends = distributions[one.metric].intervals.get(one.rank or 0.0, (math.inf,))
         shown = one.metric in WITH_STEADY and one.rank in INTERVALS_SHOWN and one.name != "median"
@@ -3495,11 +3748,11 @@ class LiveLine:
     """Progress on stderr: a terminal gets one line rewritten, a pipe a line now and then."""
 
     def __init__(
-        self, tally: Tally, total: int, clock: Callable[[], float], arriving: Callable[[], int] = lambda: 0
+        self, tally: Tally, goal: Goal, clock: Callable[[], float], arriving: Callable[[], int] = lambda: 0
     ) -> None:
         """`arriving`: how many tokens of replies under way have come."""
         self._tally = tally
-        self._total = total
+        self._goal = goal
         self._arriving = arriving
         self._clock = clock
         self._start_s = clock()
@@ -3520,9 +3773,9 @@ class LiveLine:
         self._tally.arriving_tokens = self._arriving()
         if self._tty:
             width = _columns() - 1
-            _say("\r" + progress_line(self._tally, self._total, elapsed_s, width)[:width].ljust(width), end="")
+            _say("\r" + progress_line(self._tally, self._goal, elapsed_s, width)[:width].ljust(width), end="")
         else:
-            _say(progress_line(self._tally, self._total, elapsed_s))
+            _say(progress_line(self._tally, self._goal, elapsed_s))
 
     def finish(self) -> None:
         """The last state, over the report's own time, so that a log shows how it ended; an empty line after it."""
@@ -3619,16 +3872,69 @@ class Origin:
 Grant = Callable[[Optional[int]], None]  # told when the permit became free (ns), or None: it will not come
 
 
-class Permits:
-    """The semaphore that bounds what is in flight: at most `total` requests are sent and unanswered.
+class Clock(NamedTuple):
+    """What time it is, in ns of perf_counter, and how to sleep for some seconds; tests have another one."""
 
-    Requests are prepared ahead and wait here with their bytes ready. A permit given back goes by a plain call to
-    the one that has waited longest, so it is sent within microseconds of the reply that made room for it.
+    now_ns: Callable[[], int] = time.perf_counter_ns
+    nap: Callable[[float], None] = time.sleep
+
+
+CLOCK = Clock()
+
+
+class Alarm:
+    """Calls `ring` at a given time, to some 0.1 ms: the event loop's own timers are up to 1.5 ms late.
+
+    It wakes early and then looks again at every turn of the loop; between turns that had nothing to do, it naps.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, ring: Callable[[], None], clock: Clock) -> None:
+        self._ring = ring
+        self._clock = clock
+        self._at_ns = self._looked_ns = 0
+        self._handle: Optional[asyncio.Handle] = None
+
+    def set(self, at_ns: int) -> None:
+        self.cancel()
+        self._at_ns = at_ns
+        self._look()
+
+    def cancel(self) -> None:
+        if self._handle:
+            self._handle.cancel()
+
+    def _look(self) -> None:
+        loop, now_ns = asyncio.get_running_loop(), self._clock.now_ns()
+        left_s = (self._at_ns - now_ns) / 1e9
+        if left_s <= 0:
+            self._ring()
+        elif left_s > TIMER_ERROR_S:
+            self._handle = loop.call_later(left_s - TIMER_ERROR_S, self._look)
+        else:
+            if now_ns - self._looked_ns < IDLE_TURN_NS:
+                self._clock.nap(min(left_s, NAP_S))
+            self._looked_ns = self._clock.now_ns()
+            self._handle = loop.call_soon(self._look)
+
+
+class Permits:
+    """The semaphore that bounds what is in flight: at most `total` requests (None: any number) are unanswered.
+
+    Requests are prepared ahead and wait here with their bytes ready, first until they are due, then for a permit. One
+    given back goes by a plain call to the one that has waited longest, so it is sent within microseconds of the reply
+    that made room for it.
+    """
+
+    def __init__(self, total: Optional[int], taken: Callable[[], None] = lambda: None, clock: Clock = CLOCK) -> None:
+        """`taken`: called after each request that has got its permit."""
         self.total = total
         self.is_open = False
+        self._taken = taken
+        self._alarm = Alarm(self._call_due, clock)
+        self._clock = clock
+        self._origin_ns = 0
+        self._numbers = itertools.count()
+        self._early: list[tuple[float, int, Grant]] = []  # a heap of those not yet due: due time, arrival, grant
         self.under_way: set[Call] = set()  # sent and unanswered
         self.peak_in_flight = 0
         self.in_flight_ns = 0  # their number, summed up over the time
@@ -3639,42 +3945,55 @@ class Permits:
         self._waiting: deque[Grant] = deque()
         self._enough: Optional[tuple[int, asyncio.Future[None]]] = None
 
-    def acquire(self, grant: Grant) -> None:
-        """Call `grant` with the time at which its permit became free: now, or later; with None after `close`."""
+    def acquire(self, grant: Grant, due_s: Optional[float] = None) -> None:
+        """Call `grant` with the time at which its permit became free: now, or later; with None after `close`.
+
+        `due_s`: not before so many seconds after the start of the run.
+        """
         if self._closed:
             grant(None)
+            return
+        if due_s is None:
+            self._queue(grant)
+        else:
+            heapq.heappush(self._early, (due_s, next(self._numbers), grant))
+            if self._early[0][2] is grant:
+                self._call_due()
+        self._count_waiting()
+
+    def _call_due(self) -> None:
+        if not self.is_open:
+            return
+        now_s = (self._clock.now_ns() - self._origin_ns) / 1e9
+        while self._early and self._early[0][0] <= now_s:
+            self._queue(heapq.heappop(self._early)[2])
+        if self._early:
+            self._alarm.set(self._origin_ns + math.ceil(self._early[0][0] * 1e9))
+
+    def _queue(self, grant: Grant) -> None:
+        if self.total is None and self.is_open:
+            self._give(grant, self._origin_ns)
         elif self._free:
-            grant(self._free.popleft())
+            self._give(grant, self._free.popleft())
         else:
             self._waiting.append(grant)
-            self._count_waiting()
 
-    async def wait(self) -> int:
-        """The same for a coroutine. Raises NotSent."""
-        future: asyncio.Future[Optional[int]] = asyncio.get_running_loop().create_future()
-
-        def grant(free_ns: Optional[int]) -> None:
-            if not future.done():
-                future.set_result(free_ns)
-            elif free_ns is not None:
-                self.release(free_ns)
-
-        self.acquire(grant)
-        free_ns = await future
-        if free_ns is None:
-            raise NotSent
-        return free_ns
+    def _give(self, grant: Grant, free_ns: int) -> None:
+        grant(free_ns)
+        self._taken()
 
     def withdraw(self, grant: Grant) -> None:
         """It no longer waits."""
+        self._early = [waiting for waiting in self._early if waiting[2] is not grant]
+        heapq.heapify(self._early)
         with contextlib.suppress(ValueError):
             self._waiting.remove(grant)
 
     def release(self, free_ns: int) -> None:
         """A permit is free since `free_ns`."""
         if self._waiting and self.is_open:
-            self._waiting.popleft()(free_ns)
-        else:
+            self._give(self._waiting.popleft(), free_ns)
+        elif self.total is not None:
             self._free.append(free_ns)
 
     def sent(self, call: Call) -> None:
@@ -3707,29 +4026,72 @@ class Permits:
         await self._enough[1]
 
     def _count_waiting(self) -> None:
-        if self._enough and len(self._waiting) >= self._enough[0] and not self._enough[1].done():
+        waiting = len(self._waiting) + len(self._early)
+        if self._enough and waiting >= self._enough[0] and not self._enough[1].done():
             self._enough[1].set_result(None)
 
-    def open(self, now_ns: int) -> None:
-        """Let the first requests out: all permits are free from `now_ns` on."""
+    def open(self, origin_ns: int, from_s: Iterable[float] = ()) -> None:
+        """Let the first requests out. `from_s`: when each permit may be used first, after now; all others at once."""
         self.is_open = True
-        for _ in range(self.total):
-            self.release(now_ns)
+        self._origin_ns, now_ns = origin_ns, self._clock.now_ns()
+        for delay_s in itertools.islice(itertools.chain(from_s, itertools.repeat(0.0)), self.total or 0):
+            if delay_s:
+                asyncio.get_running_loop().call_later(delay_s, self.release, now_ns + int(delay_s * 1e9))
+            else:
+                self.release(now_ns)
+        while self.total is None and self._waiting:
+            self._give(self._waiting.popleft(), origin_ns)
+        self._call_due()
 
     def close(self) -> None:
-        """Nothing more is sent: whoever waits, or will, is told."""
+        """Nothing more is sent, but what may be sent by now: whoever waits, or will, is told."""
+        self._call_due()
         self._closed = True
-        waiting, self._waiting = self._waiting, deque()
+        self._alarm.cancel()
+        waiting = [*self._waiting, *(grant for *_, grant in self._early)]
+        self._waiting, self._early = deque(), []
         for grant in waiting:
             grant(None)
+
+
+class Turn:
+    """When one request may go: with a permit, and not before it is due. What is under way with it is the permits'."""
+
+    def __init__(self, permits: Permits, due_s: Optional[float] = None) -> None:
+        self.permits = permits
+        self._due_s = due_s
+
+    def acquire(self, grant: Grant) -> None:
+        self.permits.acquire(grant, self._due_s)
+
+    async def wait(self) -> int:
+        """The same for a coroutine. Raises NotSent."""
+        future: asyncio.Future[Optional[int]] = asyncio.get_running_loop().create_future()
+
+        def grant(free_ns: Optional[int]) -> None:
+            if not future.done():
+                future.set_result(free_ns)
+            elif free_ns is not None:
+                self.release(free_ns)
+
+        self.acquire(grant)
+        free_ns = await future
+        if free_ns is None:
+            raise NotSent
+        return free_ns
+
+    def release(self, free_ns: int) -> None:
+        """The request has ended; its permit is free since then."""
+        self.permits.release(free_ns)
 
 
 class Call:
     """One request under way: the reply that is being filled in, and what matters only until it has ended."""
 
-    def __init__(self, reader: Callable[[Reply], Reader], permits: Permits) -> None:
+    def __init__(self, reader: Callable[[Reply], Reader], turn: Turn) -> None:
         self.reply = Reply()
-        self.permits = permits
+        self.turn = turn
+        self.permits = turn.permits
         self.payload = b""
         self.failure: Optional[Failure] = None  # decided by a limit of ours
         self.error_body = bytearray()
@@ -3763,7 +4125,7 @@ class Call:
         now_ns = time.perf_counter_ns()
         whole_ns = self.newest_ns if self.is_whole or self.settled else None
         self.ended_ns = whole_ns or now_ns
-        self.permits.release(since_ns or now_ns)
+        self.turn.release(since_ns or now_ns)
 
     def head(self, status: int, encoding: str, retry_after: str, location: str) -> None:
         self.reply.http_status = status
@@ -4441,10 +4803,10 @@ class Stopwatch:
     async def perform(self, call: Call) -> None:
         """Wait for the permit, send, wait for the whole reply. Raises CallError, or NotSent when the run ended."""
         if not call.permits.is_open and self.connections:
-            await self._connect_ahead(call.permits.total)
+            await self._connect_ahead(call.permits.total or 0)
         done: asyncio.Future[bool] = self.loop.create_future()
         grant = partial(self._start, call, done)
-        call.permits.acquire(grant)
+        call.turn.acquire(grant)
         try:
             if await done:
                 return
@@ -4462,7 +4824,7 @@ class Stopwatch:
         """Called with the permit: send at once where a connection is open."""
         if free_ns is None or done.done():
             if free_ns is not None:
-                call.permits.release(free_ns)
+                call.turn.release(free_ns)
             elif not done.done():
                 call.dropped = True
                 done.set_exception(NotSent())
@@ -4917,8 +5279,8 @@ class Transport(Protocol):
     def connections(self) -> int:
         """Opened so far."""
 
-    async def exchange(self, body: Mapping[str, Any], permits: Permits) -> Reply:
-        """Prepare the request, wait for a permit, send, read the whole reply. Raises NotSent when the run ended."""
+    async def exchange(self, body: Mapping[str, Any], turn: Turn) -> Reply:
+        """Prepare the request, wait for its turn, send, read the whole reply. Raises NotSent when the run ended."""
 
     async def aclose(self) -> None: ...
 
@@ -5026,9 +5388,9 @@ class StopwatchTransport:
     def connections(self) -> int:
         return self._stopwatch.connections
 
-    async def exchange(self, body: Mapping[str, Any], permits: Permits) -> Reply:
+    async def exchange(self, body: Mapping[str, Any], turn: Turn) -> Reply:
         await self._stopwatch.steps.turn()
-        call = Call(self._reader, permits)
+        call = Call(self._reader, turn)
         _CALL.set(call)
         return await settle(call, self._sdk.create(body))
 
@@ -5090,7 +5452,7 @@ class SdkTransport:
     kernel_clock = False
     name = "sdk (httpx)"
 
-    def __init__(self, config: Config, concurrency: int, trust_env: bool) -> None:
+    def __init__(self, config: Config, concurrency: Optional[int], trust_env: bool) -> None:
         self.connections = 0
         self._reader = READERS[config.stream]
         self._timeouts = timeouts_of(config)
@@ -5105,8 +5467,8 @@ class SdkTransport:
         options = {"limits": limits, "trust_env": trust_env, "follow_redirects": False, "verify": verify}
         self._sdk = Sdk(config, self._http_client(httpx)(**options))
 
-    async def exchange(self, body: Mapping[str, Any], permits: Permits) -> Reply:
-        call = Call(self._reader, permits)
+    async def exchange(self, body: Mapping[str, Any], turn: Turn) -> Reply:
+        call = Call(self._reader, turn)
         return await settle(call, asyncio.ensure_future(self._ask(call, body)))
 
     def _watch(self, call: Call) -> Watchdog:
@@ -5126,7 +5488,7 @@ class SdkTransport:
     async def _ask(self, call: Call, body: Mapping[str, Any]) -> None:
         _CALL.set(call)
         try:
-            call.reply.free_ns = await call.permits.wait()
+            call.reply.free_ns = await call.turn.wait()
         except NotSent:
             call.dropped = True
             raise
@@ -5263,9 +5625,9 @@ class RoundRobin:
     def connections(self) -> int:
         return sum(transport.connections for transport in self._transports.values())
 
-    async def exchange(self, body: Mapping[str, Any], permits: Permits) -> Reply:
+    async def exchange(self, body: Mapping[str, Any], turn: Turn) -> Reply:
         server = next(self._turn)
-        reply = await self._transports[server].exchange(body, permits)
+        reply = await self._transports[server].exchange(body, turn)
         reply.server = Redactor.url(server)
         return reply
 
@@ -5274,7 +5636,7 @@ class RoundRobin:
             await transport.aclose()
 
 
-def open_transport(config: Config, concurrency: int, first: int = 0) -> Transport:
+def open_transport(config: Config, concurrency: Optional[int], first: int = 0) -> Transport:
     """The transport in force. Raises UserError when the one asked for cannot run here."""
     if len(config.servers) > 1:
         each = {url: dataclasses.replace(config, api_base=url, servers=[url]) for url in config.servers}
@@ -5309,16 +5671,16 @@ def advice(failure: Failure, config: Config, environ: Mapping[str, str]) -> str:
 class Sender:
     """Asks the server one request at a time in the dialect it takes, and blanks secrets in what it says."""
 
-    def __init__(self, config: Config, concurrency: int, first: int = 0) -> None:
+    def __init__(self, config: Config, concurrency: Optional[int], first: int = 0) -> None:
         """`first`: at which of several servers it begins."""
         self.transport = open_transport(config, concurrency, first)
         self.dialect = Dialect.before(config)
         self._config = config
         self._redactor = Redactor.of(config, os.environ)
 
-    async def __call__(self, request: Request, permits: Permits) -> Reply:
+    async def __call__(self, request: Request, turn: Turn) -> Reply:
         body = request_body(self._config, self.dialect, request)
-        reply = await self.transport.exchange(body, permits)
+        reply = await self.transport.exchange(body, turn)
         reply.label = request.label
         if reply.failure:
             reply.failure = reply.failure._replace(message=self._explained(reply.failure, body))
@@ -5369,24 +5731,30 @@ class Breaker:
 
     By itself it does so only after a row of like failures, and when whatever was under way as the row began has ended,
     too: a server that refuses within milliseconds may be serving others all the while. What was under way is known by
-    the permits: each has exactly one request that got it before that time and ended after it.
+    the permits: each has exactly one request that got it before that time and ended after it. Without a cap it is known
+    by the requests' numbers: those up to the highest that have not ended.
     """
 
-    def __init__(self, tally: Tally, stop: Stop, concurrency: int, most_errors: Optional[int]) -> None:
+    def __init__(self, tally: Tally, stop: Stop, config: Config, first: int = 0) -> None:
+        """`first`: the number of the first request."""
+        concurrency = config.concurrency
         self._tally = tally
         self._stop = stop
         self._concurrency = concurrency
-        self._most = most_errors
+        self._most = config.stop_after_errors
         self._newest_ns = 0
         self._kind: Optional[str] = None  # of the row
         self._row = 0
         self._since_ns = 0  # when the row began, or went on
         self._heard = 0  # requests under way then that have ended
+        self._under_way = concurrency or 0  # then
+        self._begun, self._ended = first, first
 
     def add(self, record: Record) -> None:
         reply, kind = record.reply, record.error_kind
         self._newest_ns = max(self._newest_ns, reply.end_ns or 0)
-        if reply.free_ns is not None and reply.free_ns < self._since_ns <= (reply.end_ns or 0):
+        self._begun, self._ended = max(self._begun, record.job.index + 1), self._ended + 1
+        if record.start_ns is not None and record.start_ns < self._since_ns <= (reply.end_ns or 0):
             self._heard += 1
         if record.aborted:
             return
@@ -5399,11 +5767,12 @@ class Breaker:
             return
         if kind != self._kind:
             self._kind, self._row = kind, 0
-        if self._row % (IDENTICAL_FAILURES_TO_STOP + 4 * self._concurrency) == 0:
+        if self._row % (IDENTICAL_FAILURES_TO_STOP + 4 * self._under_way) == 0:
             # Anew from time to time: a process that had not begun yet had nothing under way.
             self._heard, self._since_ns = 1, self._newest_ns
+            self._under_way = self._concurrency or self._begun - self._ended
         self._row += 1
-        if self._row >= IDENTICAL_FAILURES_TO_STOP and self._heard >= self._concurrency:
+        if self._row >= IDENTICAL_FAILURES_TO_STOP and self._heard >= self._under_way:
             self._judge(kind)
 
     def _judge(self, kind: str) -> None:
@@ -5417,79 +5786,120 @@ class Breaker:
 class Load:
     """One run of a schedule: which jobs, what to send, through what, how many at once, and who is told."""
 
-    schedule: ClosedLoop
+    schedule: Schedule
     workload: Workload
     send: Send
     sinks: Sequence[Sink]
-    concurrency: int
+    concurrency: Optional[int]  # None: as many as the schedule has
+    grace_s: Optional[float] = None  # for what is under way when the schedule's duration is over; None: no limit
+
+    @property
+    def ahead(self) -> int:
+        """How many requests are prepared before their turn."""
+        return self.concurrency if self.concurrency and not self.schedule.is_timed else PREPARED_AHEAD
 
 
 class Pool:
-    """Workers that drain a schedule, a semaphore bounding what is in flight.
+    """Does the jobs of a schedule, each in a task of its own; permits bound what is in flight.
 
-    There are twice as many workers as permits. Each takes a job, has its request built, and waits for a permit
-    with the bytes ready; so a reply's end is followed by the next send at once, and at most `concurrency`
-    requests are kept in memory unsent.
+    A task has its request built and waits for its turn with the bytes ready. As its turn comes, the next task is begun.
+    So a request goes out at once when it is due or a reply has ended, and few are kept in memory unsent.
     """
 
-    def __init__(self, load: Load, stop: Stop) -> None:
+    def __init__(self, load: Load, stop: Stop, clock: Clock = CLOCK) -> None:
         self._load = load
         self._stop = stop
+        self._clock = clock
         self._jobs = iter(load.schedule)
         self._origin_ns = 0
-        self._unready = 0  # requests that ended before the first permit was given
-        self._workers: list[asyncio.Future[None]] = []
-        self.permits = Permits(load.concurrency)
+        self._closed_s = math.inf  # when it ended, from the start
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.permits = Permits(load.concurrency, self._begin_next, clock)
+
+    def _begin_next(self) -> None:
+        job = None if self._stop.draining.is_set() else next(self._jobs, None)
+        if job is not None:
+            task = asyncio.ensure_future(self._work(job))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Future[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error and not self._over.done():
+            self._over.set_exception(error)
+        elif not self._tasks and not self._over.done():
+            self._over.set_result(None)
 
     async def prepare(self) -> None:
-        """Build the first requests, until as many as may be in flight are ready; nothing is sent yet."""
-        size, total = len(self._load.schedule), self._load.concurrency
-        self._workers = [asyncio.ensure_future(self._work()) for _ in range(min(2 * total, size))]
-        if self._workers:
-            ready = asyncio.ensure_future(self.permits.ready(min(total, size)))
+        """Build the first requests; nothing is sent yet."""
+        for _ in range(self._load.ahead):
+            self._begin_next()
+        if self._tasks:
+            ready = asyncio.ensure_future(self.permits.ready(len(self._tasks)))
             stopped = asyncio.ensure_future(self._stop.draining.wait())
-            either: set[asyncio.Future[Any]] = {ready, stopped, *self._workers}
+            either: set[asyncio.Future[Any]] = {ready, stopped, self._over}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             ready.cancel()
             stopped.cancel()
 
     async def drain(self, origin_ns: int) -> None:
-        """Send, until every job is done or a stop; what a stop leaves unfinished is recorded as aborted."""
-        if not self._workers:
+        """Send, until every job is done, the duration is over or a stop; what is left unfinished then is aborted."""
+        if not self._tasks and not self._over.done():
             return
         self._origin_ns = origin_ns
-        if not self._stop.draining.is_set():
-            self.permits.open(time.perf_counter_ns())
-        everything = asyncio.gather(*self._workers)
-        await self._until(everything, self._stop.draining, None)
+        draining, schedule = self._stop.draining, self._load.schedule
+        if not draining.is_set():
+            self.permits.open(origin_ns, schedule.permits_s(self._load.concurrency or 0))
+        await self._until(draining, schedule.duration_s - self._now_s() + TIMER_ERROR_S)
+        self._closed_s = self._now_s() if self.permits.is_open else -math.inf
         self.permits.close()
-        await self._until(everything, self._stop.now, DRAIN_GRACE_S)
-        for worker in self._workers:
-            worker.cancel()
-        outcomes = await asyncio.gather(*self._workers, return_exceptions=True)
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await everything
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
+        await self._until(draining, self._load.grace_s)
+        await self._until(self._stop.now, DRAIN_GRACE_S if draining.is_set() else 0.0)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._over
+        while any(map(self._abort, itertools.islice(self._jobs, 1))):
+            pass  # the next one may be due as well
 
-    async def _until(self, everything: asyncio.Future[Any], event: asyncio.Event, grace_s: Optional[float]) -> None:
-        """Wait for all workers, for the event, or for the time limit."""
+    def _now_s(self) -> float:
+        return (self._clock.now_ns() - self._origin_ns) / 1e9
+
+    async def _until(self, event: asyncio.Event, limit_s: Optional[float]) -> None:
+        """Wait for all jobs, for the event, or for the time limit."""
         waiting = asyncio.ensure_future(event.wait())
-        await asyncio.wait({everything, waiting}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {self._over, waiting}
+        timeout = None if limit_s is None or math.isinf(limit_s) else max(0.0, limit_s)
+        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
 
-    async def _work(self) -> None:
-        for job in self._jobs:
+    async def _work(self, job: Optional[Job]) -> None:
+        while job is not None:
             try:
-                reply = await self._load.send(self._load.workload(job.index), self.permits)
+                reply = await self._load.send(self._load.workload(job.index), Turn(self.permits, job.due_s))
             except NotSent:
+                self._abort(job)
                 return
-            record = Record(job, reply, self._origin_ns)
-            for sink in self._load.sinks:
-                sink.add(record)
-            if self._stop.draining.is_set():
-                return
+            if reply.free_ns is None:  # it failed before its turn, which begins no other
+                self._begin_next()
+            job = self._record(Record(job, reply, self._origin_ns))
+
+    def _record(self, record: Record) -> Optional[Job]:
+        """Tell everybody; the job that takes over its place, where one does."""
+        for sink in self._load.sinks:
+            sink.add(record)
+        return self._load.schedule.ended(record)
+
+    def _abort(self, job: Job) -> bool:
+        """A job that was due before the end, but for which no permit came, has its record; whether this is one."""
+        due = job.due_s is not None and job.due_s < self._closed_s
+        if due:
+            failure = Failure("http_error", "aborted", "due, but not sent before the end: no permit was free")
+            self._record(Record(job, Reply(failure=failure), self._origin_ns))
+        return due
 
 
 class ClientHealth:
@@ -5581,15 +5991,16 @@ class Part:
 
     config: Config
     workload: Workload
-    schedule: ClosedLoop
+    schedule: Schedule
     sinks: Sequence[Sink]
     stop: Stop
     # Told the start of the timed part, in ns of perf_counter, its options, and how to ask for the tokens on their way.
     begin: Callable[[int, Config, Callable[[], int]], None]
 
     @property
-    def concurrency(self) -> int:
-        return share(self.config.concurrency, self.schedule.shard, self.schedule.shards)
+    def concurrency(self) -> Optional[int]:
+        whole = self.config.concurrency
+        return None if whole is None else share(whole, self.schedule.shard, self.schedule.shards)
 
     @property
     def warmup(self) -> int:
@@ -5640,7 +6051,7 @@ async def _warm_up_once(part: Part, sender: Sender) -> tuple[Tally, Kept]:
     """All at once, as the measured run will be, so that it finds its connections open."""
     tally, kept = Tally(), Kept()
     shard, shards = part.schedule.shard, part.schedule.shards
-    schedule = ClosedLoop(part.warmup * shards, shard, shards, part.schedule.first)
+    schedule = Schedule(part.warmup * shards, first=part.schedule.first).part(shard, shards)
     load = Load(schedule, partial(warmup_request, part.config), sender, [tally, kept], part.concurrency)
     pool = Pool(load, part.stop)
     await pool.prepare()
@@ -5654,14 +6065,19 @@ class Peers:
     async def agree(self, lesson: Lesson) -> Lesson:
         return lesson
 
-    async def start_ns(self) -> int:
-        return time.perf_counter_ns()
+    async def start_ns(self, schedule: Schedule) -> int:
+        return start_ns(schedule)
+
+
+def start_ns(schedule: Schedule) -> int:
+    """Now; where jobs are due at certain times, a little later."""
+    return time.perf_counter_ns() + int(START_LEAD_S * 1e9) * schedule.is_timed
 
 
 class Runner:
     """One process's way to the server, kept from point to point: its connections, and what it has learnt."""
 
-    def __init__(self, config: Config, concurrency: int, peers: Peers, number: int = 0) -> None:
+    def __init__(self, config: Config, concurrency: Optional[int], peers: Peers, number: int = 0) -> None:
         """`concurrency`: the most that any point will have; `number`: of this process."""
         self._sender = Sender(config, concurrency, number)
         self._peers = peers
@@ -5671,9 +6087,10 @@ class Runner:
         sender, peers = self._sender, self._peers
         lesson = await peers.agree(await warm_up(part, sender))
         sender.dialect, part = lesson.dialect, part.after(lesson)
-        pool = Pool(Load(part.schedule, part.workload, sender, part.sinks, part.concurrency), part.stop)
+        load = Load(part.schedule, part.workload, sender, part.sinks, part.concurrency, part.config.grace)
+        pool = Pool(load, part.stop)
         await pool.prepare()
-        origin_ns = await peers.start_ns()
+        origin_ns = await peers.start_ns(part.schedule)
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
             return []
@@ -5791,16 +6208,17 @@ async def shard_main(number: int) -> None:
     orders, pipe = await _stdin_lines()
     stop, siblings = Stop(), Siblings()
     said = json.loads(await orders.readline())
-    config = Config(**said["config"])
-    corpus = None
-    if config.requests_file:
-        corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type).open(check=False)
+    corpus: Optional[Corpus] = None
     listener = asyncio.ensure_future(follow_orders(orders, stop, siblings))
     runner: Optional[Runner] = None
     try:
-        runner = Runner(config, said["concurrency"], siblings, number)
+        runner = Runner(Config(**said["config"]), said["concurrency"], siblings, number)
         while True:  # until the end of the orders
-            await shard_point(runner, corpus, await siblings.points.get(), stop)
+            point = await siblings.points.get()
+            config = Config(**point["config"])
+            if config.requests_file and not corpus:
+                corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type).open(check=False)
+            await shard_point(runner, corpus, point, stop)
     except (UserError, RunError) as error:
         send_to_parent({"fatal": str(error)})
     finally:
@@ -5815,7 +6233,8 @@ async def shard_main(number: int) -> None:
 
 async def shard_point(runner: Runner, corpus: Optional[Corpus], point: Mapping[str, Any], stop: Stop) -> None:
     """One measured point, as the parent has ordered it."""
-    config, schedule = Config(**point["config"]), ClosedLoop(**point["schedule"])
+    config = Config(**point["config"])
+    schedule = dataclasses.replace(schedule_of(config, corpus), **point["schedule"])
     telling: list[asyncio.Future[None]] = []
 
     def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
@@ -5862,7 +6281,7 @@ class Siblings(Peers):
         send_to_parent({"lesson": dataclasses.asdict(lesson)})
         return await self.agreed
 
-    async def start_ns(self) -> int:
+    async def start_ns(self, schedule: Schedule) -> int:
         send_to_parent({"ready": True})
         return await self.go
 
@@ -5895,13 +6314,25 @@ async def follow_orders(orders: asyncio.StreamReader, stop: Stop, siblings: Sibl
 class Shard:
     """The parent's view of one of its processes."""
 
-    def __init__(self, number: int, config: Config, concurrency: int) -> None:
+    def __init__(self, number: int, config: Config, concurrency: Optional[int]) -> None:
         """`config` and `concurrency`: what its connections need to know, for all points."""
         self._number = number
         self._said = json.dumps({"config": dataclasses.asdict(config), "concurrency": concurrency})
         self._process: Optional[asyncio.subprocess.Process] = None
         self._listening: Optional[asyncio.Future[None]] = None
         self.alive = True
+        self._expect()
+
+    def _expect(self) -> None:
+        """What it will tell of a point."""
+        loop = asyncio.get_running_loop()
+        self.lesson: asyncio.Future[Optional[Lesson]] = loop.create_future()
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.over: asyncio.Future[Optional[Health]] = loop.create_future()
+        self._seen = bytearray()  # 1: its record has come; by the place among this process's jobs
+        self.done = False
+        self.arriving_tokens = 0
+        self.fatal = ""
 
     async def start(self) -> None:
         try:
@@ -5918,20 +6349,13 @@ class Shard:
         except OSError as error:
             raise RunError(f"cannot start process {self._number}: {_reason(error)}; lower --processes") from None
         self.order(self._said)
+        self._listening = asyncio.ensure_future(self._listen())
 
     def begin(self, part: Part) -> None:
         """The next point; `part`: what this process has to do, its records going to the parent's own sinks."""
-        loop = asyncio.get_running_loop()
+        self._expect()
         self._part = part
-        self._seen = bytearray(len(part.schedule))  # 1: its record has come; by the place among this process's jobs
-        self.lesson: asyncio.Future[Optional[Lesson]] = loop.create_future()
-        self.ready: asyncio.Future[None] = loop.create_future()
-        self.over: asyncio.Future[Optional[Health]] = loop.create_future()
-        self.done = False
-        self.arriving_tokens = 0
-        self.fatal = ""
-        self._listening = self._listening or asyncio.ensure_future(self._listen())
-        schedule = dataclasses.asdict(part.schedule)
+        schedule = {name: getattr(part.schedule, name) for name in ("first", "shard", "shards")}
         self.order(f"point {json.dumps({'config': dataclasses.asdict(part.config), 'schedule': schedule})}")
 
     def order(self, line: str) -> None:
@@ -5969,8 +6393,9 @@ class Shard:
         await self._process.wait()
 
     def _take(self, record: Record) -> None:
-        schedule = self._part.schedule
-        self._seen[(record.job.index - schedule.first) // schedule.shards] = 1
+        place = (record.job.index - self._part.schedule.first) // self._part.schedule.shards
+        self._seen.extend(bytes(max(0, place + 1 - len(self._seen))))
+        self._seen[place] = 1
         for sink in self._part.sinks:
             sink.add(record)
 
@@ -5991,10 +6416,13 @@ class Shard:
         if self.done:
             return
         lost = Failure("http_error", "process_lost", "the client process that had this request died")
-        unfinished = self._seen.count(0)
+        jobs, most = self._part.schedule, self._part.concurrency or 0
+        known = jobs if jobs.count or jobs.is_timed else itertools.islice(jobs, len(self._seen) + most)
+        seen = itertools.chain(self._seen, itertools.repeat(0))
+        unfinished = [job for job, was in zip(known, seen) if not was]
         why = f"died ({self.fatal})" if self.fatal else "died"
-        note(f"process {self._number} {why}; its {unfinished} unfinished requests count as errors")
-        for job in itertools.compress(self._part.schedule, map((1).__sub__, self._seen)):
+        note(f"process {self._number} {why}; its {len(unfinished)} unfinished requests count as errors")
+        for job in unfinished:
             for sink in self._part.sinks:
                 sink.add(Record(job, Reply(failure=lost), origin_ns))
 
@@ -6002,26 +6430,25 @@ class Shard:
 class Crew:
     """Several processes, kept from point to point; a point of less concurrency has fewer of them."""
 
-    def __init__(self, config: Config, concurrency: int) -> None:
-        """`concurrency`: the most that any point will have."""
+    def __init__(self, config: Config) -> None:
+        """`config`: that of the highest level."""
         self._config = config
-        self._concurrency = concurrency
+        self._concurrency = config.concurrency and -(-config.concurrency // config.processes)
         self._shards: list[Shard] = []
 
-    async def _enough(self, count: int) -> Sequence[Shard]:
-        """So many processes, those that have died replaced."""
-        for shard in [shard for shard in self._shards if not shard.alive]:
-            await shard.aclose()
-            self._shards.remove(shard)
-        while len(self._shards) < count:
-            self._shards.append(Shard(len(self._shards), self._config, self._concurrency))
-            await self._shards[-1].start()
-        return self._shards[:count]
+    async def _all(self) -> Sequence[Shard]:
+        """All processes, those that have died replaced."""
+        for number in range(self._config.processes):
+            if number < len(self._shards) and self._shards[number].alive:
+                continue
+            self._shards[number : number + 1] = [Shard(number, self._config, self._concurrency)]
+            await self._shards[number].start()
+        return self._shards
 
     async def measure(self, part: Part) -> list[Health]:
         """The same as a runner's, by several, released together. Raises RunError when one could not begin."""
         count = part.config.processes
-        shards = await self._enough(count)
+        shards = (await self._all())[:count]
         passing_on = asyncio.ensure_future(_pass_on(part.stop, shards))
         try:
             for number, shard in enumerate(shards):
@@ -6034,7 +6461,7 @@ class Crew:
             for shard in shards:
                 shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
             await asyncio.gather(*(shard.ready for shard in shards))
-            origin_ns = time.perf_counter_ns()
+            origin_ns = start_ns(part.schedule)
             if not part.stop.draining.is_set():
                 part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
             for shard in shards:
@@ -6150,7 +6577,6 @@ def next_level(held: float, fails: Optional[float], high: float, whole: bool) ->
 
 
 EXIT_CODES = (130, 2, 1, 3, 0)  # where several apply, the first
-UNIT = "in flight"
 
 
 def exit_code(codes: Iterable[int]) -> int:
@@ -6192,13 +6618,14 @@ class Point:
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
         self.start_unix_s = 0.0
-        self._schedule = ClosedLoop(config.total_requests, first=first)
+        self._schedule = dataclasses.replace(schedule_of(config, corpus), first=first)
         self._workload = workload_of(config, corpus)
         self._requests_file = corpus.path if corpus else None
 
     async def measure(self, stop: Stop, csv_sink: Optional[CsvSink], team: Team) -> None:
         """Raises RunError when the warm-up fails."""
         live: list[LiveLine] = []
+        goal = Goal(self.config.total_requests, self.config.duration)
 
         def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
             self.origin_ns = origin_ns
@@ -6207,13 +6634,13 @@ class Point:
             if not config.requests_file and not config.prompt_calibration and not self._schedule.first:
                 note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
             if csv_sink:
-                level, repeat = f"{self.step.level:g}", str(self.step.repeat)
+                level, repeat = "" if self.level is None else f"{self.level:g}", str(self.step.repeat)
                 csv_sink.begin(level=level, repeat=repeat, start_unix_s=f"{self.start_unix_s:.6f}")
             if not self.config.no_progress:
-                live.append(LiveLine(self.tally, self.config.total_requests, time.perf_counter, arriving))
+                live.append(LiveLine(self.tally, goal, time.perf_counter, arriving))
                 live[0].start()
 
-        breaker = Breaker(self.tally, stop, self.config.concurrency, self.config.stop_after_errors)  # after the tally
+        breaker = Breaker(self.tally, stop, self.config, self._schedule.first)  # after the tally
         sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
         config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
         part = Part(config, self._workload, self._schedule, sinks, stop, begin)
@@ -6223,9 +6650,21 @@ class Point:
             for line in live:
                 line.finish()
 
+    @property
+    def level(self) -> Optional[float]:
+        """None of a trace without a cap, whose load is its own."""
+        own = self.config.concurrency is None and math.isinf(self.config.request_rate)
+        return None if own else self.step.level
+
+    @property
+    def made(self) -> int:
+        """The number of the first request of the next point."""
+        return max(self._schedule.first + (self.config.total_requests or 0), self.tally.last_index + 1)
+
     def measured(self, complete: bool) -> Measured:
         """What is kept of it: figures, no values of single requests."""
-        summary = self.tally.summary(self.config.concurrency)
+        wave = min(self.config.concurrency or math.inf, sum(health.peak_in_flight for health in self.health))
+        summary = self.tally.summary(int(wave))
         return Measured(self.step.level, self.step.repeat, self.config, summary, self.health, complete)
 
 
@@ -6249,9 +6688,9 @@ class Sweep:
             step = next(self._plan)
             while not stop.draining.is_set():
                 point = Point(self._config_of(step), self._corpus, step, self._made)
-                self._announce(point.config)
+                self._announce(point.config, step.level)
                 await point.measure(stop, csv_sink, team)
-                self._made += point.config.total_requests
+                self._made = point.made
                 if not point.origin_ns:  # stopped in its warm-up
                     return
                 self.measured.append(point.measured(not stop.draining.is_set()))
@@ -6273,15 +6712,16 @@ class Sweep:
         learnt = self.measured[-1].config.prompt_calibration if self.measured else config.prompt_calibration
         return dataclasses.replace(config, prompt_calibration=learnt)
 
-    def _announce(self, config: Config) -> None:
-        prompts, total = len(self._corpus or ()), self._made + config.total_requests
-        if self._made <= prompts < total and prompts:
+    def _announce(self, config: Config, level: float) -> None:
+        prompts, more = len(self._corpus or ()), config.total_requests
+        if prompts and self._made <= prompts < self._made + (more or math.inf):
+            total = self._made + more if more else "unlimited"
             note(
                 f"{total} requests cycle through {prompts} prompts: repeated prompts"
                 " are answered from the server's prefix cache and measure that"
             )
         if self.measured and not config.no_progress:
-            note(f"point {len(self.measured) + 1}: {config.concurrency} in flight, {config.total_requests} requests")
+            note(f"point {len(self.measured) + 1}: level {level:g}" + (f", {more} requests" if more else ""))
 
 
 # === 14. Command line (build pure, run not) ===
@@ -6319,6 +6759,7 @@ _positive = _checked(int, lambda n: n >= 1, "a whole number, 1 or more")
 _count_or_none = _checked(int, lambda n: n >= 0, "a whole number, 0 or more")
 _seconds = _checked(float, lambda x: 0 < x < math.inf, "a number of seconds above 0")
 _pause = _checked(float, lambda x: 0 <= x < math.inf, "a number of seconds, 0 or more")
+_above_0 = _checked(float, lambda x: x > 0, "a number above 0, or inf")
 _price_of = _checked(float, lambda x: 0 < x < math.inf, "a price above 0")
 _fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _temperature = _checked(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
@@ -6411,18 +6852,26 @@ def _engine(text: str) -> str:
     return text
 
 
-def _levels(text: str) -> list[int]:
-    levels = [_positive(word) for word in text.split(",")]
+def _rates(text: str) -> list[float]:
+    return _each_once(text, [_above_0(word) for word in text.split(",")])
+
+
+def _levels(text: str) -> list[float]:
+    return _each_once(text, [_positive(word) for word in text.split(",")])
+
+
+def _each_once(text: str, levels: list[float]) -> list[float]:
     if len(set(levels)) < len(levels):
         raise argparse.ArgumentTypeError(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
     return levels
 
 
-def _range(text: str) -> list[int]:
-    low, colon, high = text.partition(":")
-    if not colon or _positive(low) > _positive(high):
-        raise argparse.ArgumentTypeError(f"takes the least and the greatest level as in 1:512, not {plain(text, 60)!r}")
-    return [int(low), int(high)]
+def _range(text: str) -> list[float]:
+    low, _, high = text.partition(":")
+    with contextlib.suppress(ValueError):
+        if 0 < float(low) < float(high) < math.inf:
+            return [float(low), float(high)]
+    raise argparse.ArgumentTypeError(f"takes the least and the greatest level as in 1:512, not {plain(text, 60)!r}")
 
 
 def _limit(text: str) -> str:
@@ -6484,7 +6933,66 @@ def _add_judging(add: Callable[..., Any]) -> None:
     add("--gpu-hour", type=_price_of, metavar="PRICE", help="of one GPU: price of a million tokens")
 
 
-def build_parser() -> Parser:  # noqa: PLR0915
+def _add_load(parser: Parser) -> None:
+    """How many requests, when, and what for."""
+    add = parser.add_argument_group("Load").add_argument
+    add(
+        "--concurrency",
+        type=_levels,
+        metavar="N[,N...]",
+        help="requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep",
+    )
+    add(
+        "--total-requests",
+        type=_positive,
+        metavar="N",
+        help="requests to make (default: 1024, or one per prompt given; with --duration, no limit)",
+    )
+    add(
+        "--requests-per-slot",
+        type=_positive,
+        metavar="N",
+        help=f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})",
+    )
+    add("--repeat", type=_positive, metavar="N", help="measure each level N times (default: %(default)s)")
+    add("--cooldown", type=_pause, metavar="S", help="seconds between two points (default: %(default)s)")
+    add("--duration", type=_seconds, metavar="S", help="seconds after which no more requests are sent")
+    add("--grace", type=_pause, metavar="S", help="seconds for what is in flight then (default: until all is done)")
+    add(
+        "--request-rate",
+        type=_rates,
+        metavar="R[,R...]",
+        help="requests a second, answered or not (default: inf, no rate); a list is a sweep",
+    )
+    add(
+        "--burstiness",
+        type=_above_0,
+        metavar="B",
+        help="of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)",
+    )
+    add("--ramp-up", type=_seconds, metavar="S", help="seconds in which rate or concurrency grow to their full value")
+    add(
+        "--speed", type=_above_0, metavar="X", help="replay a trace so many times as fast; inf: regardless of its times"
+    )
+    add("--timestamp-unit", choices=TIMESTAMP_UNITS, help="of a trace's timestamps (default: ms)")
+    add(
+        "--warmup",
+        type=_count_or_none,
+        metavar="N",
+        help="unmeasured requests before, all at once (default: as many as are in flight)",
+    )
+    add("--stream", action="store_true", help="stream the replies: adds TTFT, TPOT and gaps between chunks")
+    add("--continuous-usage", action="store_true", help="with --stream: token counts in every chunk (vLLM, SGLang)")
+    add("--temperature", type=_temperature, metavar="T", help="sampling temperature (default: %(default)s)")
+    add(
+        "--max-tokens-field",
+        choices=TOKEN_FIELDS,
+        help="name of the output limit (auto: whichever the warm-up accepts)",
+    )
+    add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
+
+
+def build_parser() -> Parser:
     """Every option, in the order of the README's table."""
     parser = Parser(
         prog=Path(__file__).name,
@@ -6525,37 +7033,7 @@ def build_parser() -> Parser:  # noqa: PLR0915
     add("--wait-ready", type=_seconds, metavar="S", help="wait up to so long until every server answers")
     add("--ca-file", type=_path, metavar="FILE", help="trust the certificate authority in this PEM file")
     add("--insecure", action="store_true", help="do not check the server's TLS certificate")
-    add = parser.add_argument_group("Load").add_argument
-    add("--concurrency", type=_levels, metavar="N[,N...]", help="requests in flight (default: 128); a list is a sweep")
-    add(
-        "--total-requests",
-        type=_positive,
-        metavar="N",
-        help="requests to make (default: 1024, or one per prompt given)",
-    )
-    add(
-        "--requests-per-slot",
-        type=_positive,
-        metavar="N",
-        help=f"of a sweep: requests per level, N times the level (default: {REQUESTS_PER_SLOT})",
-    )
-    add("--repeat", type=_positive, metavar="N", help="measure each level N times (default: %(default)s)")
-    add("--cooldown", type=_pause, metavar="S", help="seconds between two points (default: %(default)s)")
-    add(
-        "--warmup",
-        type=_count_or_none,
-        metavar="N",
-        help="unmeasured requests before, all at once (default: as many as are in flight)",
-    )
-    add("--stream", action="store_true", help="stream the replies: adds TTFT, TPOT and gaps between chunks")
-    add("--continuous-usage", action="store_true", help="with --stream: token counts in every chunk (vLLM, SGLang)")
-    add("--temperature", type=_temperature, metavar="T", help="sampling temperature (default: %(default)s)")
-    add(
-        "--max-tokens-field",
-        choices=TOKEN_FIELDS,
-        help="name of the output limit (auto: whichever the warm-up accepts)",
-    )
-    add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
+    _add_load(parser)
     add = parser.add_argument_group("Prompts").add_argument
     add(
         "--prompt-tokens",
@@ -6606,7 +7084,8 @@ def build_parser() -> Parser:  # noqa: PLR0915
     add("--debug", action="store_true", help="show the traceback of an internal error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--shard", type=int, help=argparse.SUPPRESS)
-    parser.set_defaults(**DEFAULTS)
+    # Given with a schedule, a concurrency is a cap.
+    parser.set_defaults(**{**DEFAULTS, "concurrency": None, "request_rate": None})
     return parser
 
 
@@ -6620,30 +7099,63 @@ def _told_by_body(options: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
-def requests_at(options: argparse.Namespace, prompts: int, step: Step) -> int:
-    """How many requests a point has; `prompts`: of the corpus."""
-    sweeping = len(options.concurrency) > 1 or options.find_max or options.requests_per_slot
-    per_slot = (options.requests_per_slot or REQUESTS_PER_SLOT) * step.level
-    usual = max(LEAST_PER_LEVEL, int(per_slot)) if sweeping else prompts or 1024
-    return (options.total_requests or usual) * step.factor
+class Axis(NamedTuple):
+    """What a sweep or a search goes over, and its levels; a plain run has one."""
+
+    by_rate: bool
+    levels: Sequence[float]
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Axis:
+        rates = [rate for rate in options.request_rate or () if rate < math.inf]
+        by_rate = bool(rates) and len(options.concurrency or ()) < 2
+        levels = rates if by_rate else options.concurrency or [DEFAULTS["concurrency"]]
+        return cls(by_rate, options.find_max or levels)
 
 
-def build_config(options: argparse.Namespace, prompts: int, step: Optional[Step] = None, warmed: int = 0) -> Config:
+def is_several(options: argparse.Namespace) -> bool:
+    """Whether there is more than one point."""
+    return bool(options.find_max) or len(Axis.of(options).levels) > 1 or options.repeat > 1
+
+
+def requests_at(options: argparse.Namespace, prompts: int, trace: bool, level: float) -> Optional[int]:
+    """How many requests a level has; None: as many as --duration has time for. `prompts`: of the corpus."""
+    axis = Axis.of(options)
+    if options.total_requests or (options.duration and not trace):
+        total: Optional[int] = options.total_requests
+        return total
+    sweeping = not axis.by_rate and (len(axis.levels) > 1 or options.requests_per_slot)
+    per_slot = (options.requests_per_slot or REQUESTS_PER_SLOT) * level
+    return max(LEAST_PER_LEVEL, int(per_slot)) if sweeping else prompts or 1024
+
+
+def build_config(
+    options: argparse.Namespace, prompts: int, trace: bool = False, step: Optional[Step] = None, warmed: int = 0
+) -> Config:
     """Options and what follows from them, at one step of a sweep.
 
-    `prompts`: of the corpus, 0 without one. `warmed`: how many requests have warmed the server up at once before.
+    `prompts`: of the corpus, 0 without one; `trace`: it has timestamps. `warmed`: how many requests have warmed the
+    server up at once before.
     """
     given = {**vars(options), **_told_by_body(options)}
-    step = step or Step(options.concurrency[-1])
-    concurrency, total = int(step.level), requests_at(options, prompts, step)
+    axis, step = Axis.of(options), step or Step(Axis.of(options).levels[-1])
+    trace = trace and options.speed < math.inf
+    total = requests_at(options, prompts, trace, step.level)
+    cap = None if axis.by_rate or trace else int(step.level)
+    concurrency = (options.concurrency or [cap])[0] if axis.by_rate or trace else cap
+    total = total and total * step.factor
     warmup = default_warmup(concurrency, total) if options.warmup is None else options.warmup
+    processes = options.processes or 1
     derived: dict[str, Any] = {
         "concurrency": concurrency,
+        "request_rate": step.level if axis.by_rate else (options.request_rate or [math.inf])[0],
+        "timestamp_unit": (options.timestamp_unit or "ms") if trace else None,
         "corpus": given.get("corpus") or {},
         "total_requests": total,
+        "duration": options.duration and options.duration * step.factor,
         "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
         "warmup": max(0, warmup - warmed),
-        "processes": min(concurrency, total, options.processes or 1),
+        "processes": min(concurrency or processes, total or processes, processes),
         "goodput": dict(given["goodput"] or ()),
         "slo": given["slo"] or [],
         "asserts": given["asserts"] or [],
@@ -6654,28 +7166,49 @@ def build_config(options: argparse.Namespace, prompts: int, step: Optional[Step]
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
+    axis = Axis.of(options)
     if options.find_max:
-        low, high = options.find_max
-        return search_plan(low, high, True)
-    return sweep_plan(options.concurrency, options.repeat)
+        low, high = axis.levels
+        return search_plan(low, high, not axis.by_rate)
+    return sweep_plan(axis.levels, options.repeat)
 
 
 def loads_of(options: argparse.Namespace) -> dict[str, Any]:
     """What a report says of the load of several points; empty for a plain run."""
-    if options.find_max:
-        return {"concurrency": "{:g}:{:g}".format(*options.find_max), "total_requests": "by level", "warmup": None}
-    levels = ",".join(f"{level:g}" for level in options.concurrency)
-    per_level = str(options.total_requests or "by level")
-    loads = {"concurrency": levels, "total_requests": per_level, "warmup": options.warmup}
-    return loads if "," in levels or options.repeat > 1 else {}
+    if not is_several(options):
+        return {}
+    axis = Axis.of(options)
+    levels = (":" if options.find_max else ",").join(f"{level:g}" for level in axis.levels)
+    told = {} if axis.by_rate else {"total_requests": options.total_requests or "by level"}
+    return {"request_rate" if axis.by_rate else "concurrency": levels, "warmup": options.warmup, **told}
 
 
-def enough_processes(options: argparse.Namespace, concurrency: int) -> int:
+def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> None:
+    """Raises UserError for options that do not go together, or would do nothing."""
+    rated = math.inf > min(options.request_rate or [math.inf])
+    replayed = trace and options.speed < math.inf
+    name, asked = options.requests_file, options.total_requests or 0
+    for wrong, why in (
+        (replayed and rated, f"--request-rate: {name} has timestamps, which say when; --speed inf leaves them aside"),
+        (replayed and is_several(options), f"{name} has timestamps: it is replayed once, at its own load"),
+        (replayed and options.ramp_up, f"--ramp-up: {name} has timestamps, which say when"),
+        (replayed and asked > prompts, f"--total-requests {asked}: the trace {name} has {prompts}"),
+        (not trace and options.speed != 1, "--speed is that of a trace: --requests-file needs timestamps"),
+        (not trace and options.timestamp_unit, "--timestamp-unit is that of a trace: --requests-file needs timestamps"),
+        (not rated and options.burstiness != 1, "--burstiness is that of a rate: add --request-rate"),
+        (options.grace is not None and not options.duration, "--grace begins when --duration is over: add --duration"),
+    ):
+        if wrong:
+            raise UserError(why)
+
+
+def enough_processes(config: Config) -> int:
     """What --processes auto means: so many that each needs at most half a core, never more than the cores; said."""
-    read_us = read_cost_us()
-    tokens = options.output_tokens or 1024
+    read_us, tokens, cap = read_cost_us(), config.output_tokens, config.concurrency
+    busy = config.request_rate * tokens / AUTO_TOKENS_PER_S  # in flight by Little's law, where there is a rate
+    concurrency = cap or DEFAULTS["concurrency"] if math.isinf(busy) else math.ceil(min(busy, cap or busy))
     requests_per_s = concurrency * AUTO_TOKENS_PER_S / tokens
-    reads_per_s = requests_per_s * READS_PER_REQUEST + (concurrency * AUTO_TOKENS_PER_S if options.stream else 0)
+    reads_per_s = requests_per_s * READS_PER_REQUEST + (concurrency * AUTO_TOKENS_PER_S if config.stream else 0)
     share_of_core = reads_per_s * read_us / 1e6
     enough = max(1, min(os.cpu_count() or 1, math.ceil(share_of_core / AUTO_CORE_SHARE)))
     costs = f"{read_us:.1f} us a chunk, {read_us * READS_PER_REQUEST:.0f} us a request here"
@@ -6745,14 +7278,14 @@ def keep_files_apart(options: argparse.Namespace) -> None:
             raise UserError(f"{option} and {other} name the same file: {path}")
 
 
-def need_descriptors(concurrency: int) -> None:
-    """Raise the soft limit on open files as far as needed. Raises UserError with the cure when that is too low."""
+def need_descriptors(concurrency: Optional[int]) -> None:
+    """Raise the soft limit on open files as far as needed (None: as it goes). Raises UserError where it is too low."""
     try:
         resource = importlib.import_module("resource")
     except ImportError:  # Windows
         return
-    needed = concurrency + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = hard if concurrency is None else concurrency + SPARE_DESCRIPTORS
     if soft in (resource.RLIM_INFINITY, -1) or soft >= needed:
         return
     if hard not in (resource.RLIM_INFINITY, -1) and hard < needed:
@@ -6810,7 +7343,7 @@ async def one_token(config: Config) -> Optional[Failure]:
     sender, permits = Sender(config, 1), Permits(1)
     permits.open(time.perf_counter_ns())
     try:
-        return (await sender(dataclasses.replace(warmup_request(config, 0), output_tokens=1), permits)).failure
+        return (await sender(dataclasses.replace(warmup_request(config, 0), output_tokens=1), Turn(permits))).failure
     finally:
         await sender.transport.aclose()
 
@@ -6894,6 +7427,7 @@ class Invocation:
         self.config = config
         self._loads = loads
         self._several = bool(loads)
+        self._unit = "req/s" if "request_rate" in loads else "in flight"
         self._argv = argv
         self._csv: Optional[CsvSink] = None
         self._jsonl: Optional[SummarySink] = None
@@ -6923,8 +7457,7 @@ class Invocation:
     async def _measure(self, sweep: Sweep, demo: Optional[DemoServer]) -> Stop:
         stop, config = Stop(), self.config
         on_signals(stop)
-        most = config.concurrency
-        team: Team = Crew(config, most) if config.processes > 1 else Runner(config, most, Peers())
+        team: Team = Crew(config) if config.processes > 1 else Runner(config, config.concurrency, Peers())
         try:
             await sweep.run(stop, self._csv, team, partial(self._tell, stop, demo))
         finally:
@@ -6953,11 +7486,13 @@ class Invocation:
         levels = self._levels(measured)
         bend = None if self.config.find_max else sweep_knee(levels)
         if self._several:
-            report("\n".join([*sweep_table(levels, UNIT, bend), "", *sweep_sentences(levels, UNIT, bend), ""]))
+            report(
+                "\n".join([*sweep_table(levels, self._unit, bend), "", *sweep_sentences(levels, self._unit, bend), ""])
+            )
         report(config_block(measured[-1].config, self._loads))
         limits = limits_of(self.config)
         if self._several and limits:
-            report("\n" + capacity_sentence(levels, limits, UNIT))
+            report("\n" + capacity_sentence(levels, limits, self._unit))
         if sweep.failure:
             _say(f"{Path(__file__).name}: {plain(str(sweep.failure), 500)}")
         return exit_code(self._codes(sweep, measured, levels, stop))
@@ -6990,7 +7525,7 @@ class Invocation:
     def _notices(self, summary: Summary, config: Config, stop: Stop) -> Iterator[str]:
         if stop.interrupted or stop.reason:
             why, made = stop.reason or "interrupted", summary.ok + summary.errors + summary.aborted
-            yield f"{why}: {made} of {config.total_requests} requests were made"
+            yield f"{why}: {made} of {config.total_requests or 'as many as possible'} requests were made"
         if self._csv and self._csv.lost:
             yield f"{self._csv.lost} rows could not be written to {config.results_csv}: {self._csv.reason}"
         if self._csv and self._csv.gone():
@@ -7008,11 +7543,10 @@ class Invocation:
             "tag": None,
             "tokenizer_id": None,
             "dataset_name": "custom" if config.requests_file else "random",
-            "level": measured.level,
+            **({} if point.level is None else {"level": point.level}),
             "repeat": measured.repeat,
             "start_unix_s": point.start_unix_s,
-            "request_rate": "inf",
-            "burstiness": 1.0,
+            **{name: Redactor.config(config)[name] for name in ("request_rate", "burstiness")},
             "interrupted": stop.interrupted,
             "stop_reason": stop.reason or None,
             "versions": versions(),
@@ -7055,45 +7589,63 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def check_load(options: argparse.Namespace) -> None:
     """Raises UserError where the options of a sweep, a search, and of judging do not go together."""
-    if options.find_max and (len(options.concurrency) > 1 or options.repeat > 1):
-        raise UserError("--find-max tries the levels and repeats them itself: no list in --concurrency, no --repeat")
-    if options.find_max and not options.slo:
-        raise UserError("--find-max needs a limit that a level can hold or not: --slo 'p99_ttft_ms<500'")
-    if options.total_requests and options.requests_per_slot:
-        raise UserError("--total-requests and --requests-per-slot exclude each other")
+    axis, rates = Axis.of(options), options.request_rate or ()
+    lists = len(options.concurrency or ()) > 1 or len(rates) > 1
     unseen = [name for name, _ in options.goodput or () if name in STREAMED_METRICS and not options.stream]
-    if unseen:
-        raise UserError(f"--goodput {unseen[0]} needs --stream: a whole reply does not tell it")
+    lasting = options.total_requests or options.duration
+    for wrong, why in (
+        (
+            len(options.concurrency or ()) > 1 < len(rates),
+            "two lists at once: --concurrency or --request-rate, not both",
+        ),
+        (
+            options.find_max and (lists or options.repeat > 1),
+            "--find-max chooses levels and repeats them: no list, no --repeat",
+        ),
+        (options.find_max and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
+        (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
+        (axis.by_rate and is_several(options) and not lasting, "how long is each rate? --total-requests or --duration"),
+        (
+            options.total_requests and options.requests_per_slot,
+            "--total-requests and --requests-per-slot exclude each other",
+        ),
+        (unseen, f"--goodput {' '.join(unseen)} needs --stream: a whole reply does not tell it"),
+    ):
+        if wrong:
+            raise UserError(why)
 
 
 def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
     """The same from where the prompts are known."""
     prompts = len(corpus) if corpus else 0
+    trace = corpus is not None and corpus.is_trace
+    check_schedule(options, prompts, trace)
     if corpus:
         options.model = options.model or corpus.own_model
         require_model(options)
         options.corpus = corpus.asked(options.model)
     options.seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
-    most = Step(max(options.find_max or options.concurrency))
-    options.processes = options.processes or enough_processes(options, int(most.level))
-    config = build_config(options, prompts, most)
+    most = Step(max(Axis.of(options).levels))
+    config = build_config(options, prompts, trace, most)
+    options.processes = options.processes or enough_processes(config)
+    config = build_config(options, prompts, trace, most)
     # The simulated server inherits the limit and has every connection; of several servers each may have all.
-    sockets = config.concurrency * len(config.servers)
-    need_descriptors(sockets if config.demo else -(-sockets // config.processes))
+    sockets = config.concurrency and config.concurrency * len(config.servers)
+    need_descriptors(sockets if config.demo or sockets is None else -(-sockets // config.processes))
     invocation = Invocation(config, loads_of(options), argv)
     demo = None
     try:
         if config.demo:
             demo = DemoServer(options.demo_engine)
             options.api_base, options.servers = demo.api_base, [demo.api_base]
-            invocation.config = config = build_config(options, prompts, most)
+            invocation.config = config = build_config(options, prompts, trace, most)
         if importlib.util.find_spec("openai") is None:  # before any socket is opened
             raise UserError("cannot import openai: pip install openai")
         if config.wait_ready:
             wait_until_ready(config, config.wait_ready)
         for line in notes_before(config):
             note(line)
-        return invocation.run(Sweep(plan_of(options), partial(build_config, options, prompts), corpus), demo)
+        return invocation.run(Sweep(plan_of(options), partial(build_config, options, prompts, trace), corpus), demo)
     finally:
         invocation.close()
         if demo:

@@ -64,6 +64,17 @@ SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32"
         (["--requests-file", ""], "--requests-file: takes a file name"),
         (["--processes", "-1"], "--processes"),
         (["--seed", "x"], "--seed"),
+        (["--request-rate", "-1"], "--request-rate: takes a number above 0, or inf, not '-1'"),
+        (["--request-rate", "nan"], "--request-rate"),
+        (["--request-rate", "0"], "--request-rate"),
+        (["--burstiness", "nan", "--request-rate", "5"], "--burstiness"),
+        (["--burstiness", "2"], "add --request-rate"),
+        (["--ramp-up", "-1"], "--ramp-up"),
+        (["--duration", "inf"], "--duration"),
+        (["--grace", "-1", "--duration", "5"], "--grace"),
+        (["--grace", "1"], "add --duration"),
+        (["--speed", "2"], "--requests-file needs timestamps"),
+        (["--timestamp-unit", "s"], "--requests-file needs timestamps"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(cli: Callable[..., Outcome], argv: list[str], complaint: str) -> None:
@@ -73,6 +84,34 @@ def test_wrong_usage_is_one_line_and_exit_code_2(cli: Callable[..., Outcome], ar
     assert complaint in done.err
     assert done.err.startswith("online_bench_openai_async.py: error: ")
     assert done.err.count("\n") == 1
+
+
+STAMPED = ['{"text": "a", "timestamp": 0}', '{"text": "b", "timestamp": 1500.5}']
+
+
+@pytest.mark.parametrize(
+    ("lines", "argv", "complaint"),
+    [
+        (STAMPED, ["--request-rate", "5"], "--request-rate: "),
+        (STAMPED, ["--ramp-up", "5"], "--ramp-up: "),
+        (STAMPED, ["--total-requests", "3"], "--total-requests 3: the trace "),
+        (STAMPED[::-1], [], "line 2: its timestamp is before that of the line above, 1500.5"),
+        ([*STAMPED, '{"text": "c"}'], [], "line 3: no timestamp, unlike the lines above"),
+        (['{"text": "c"}', *STAMPED], [], "line 2: a timestamp, unlike the lines above"),
+        (['{"text": "a", "timestamp": "noon"}'], [], "line 1: the timestamp is not a number of 0 or more: 'noon'"),
+        (['{"text": "a", "timestamp": -1}'], [], "line 1: the timestamp is not a number"),
+        (['{"timestamp": 0, "input_length": 0, "output_length": 1}'], [], "line 1: input_length and output_length"),
+        (['{"timestamp": 0, "input_length": 9, "output_length": 1, "hash_ids": [1, 2]}'], [], "line 1: hash_ids"),
+    ],
+)
+def test_a_trace_that_cannot_be_replayed_is_one_line_and_exit_code_2(
+    cli: Callable[..., Outcome], tmp_path: Path, lines: list[str], argv: list[str], complaint: str
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(lines))
+    done = cli("--model", "m", "--api-base", "http://127.0.0.1:9/v1", "--requests-file", str(path), *argv)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert complaint in done.err
 
 
 @pytest.mark.parametrize("pair", [("--requests-file", "--results-csv"), ("--results-csv", "--summary-jsonl")])
@@ -96,7 +135,7 @@ def test_without_the_client_the_way_out_is_named(tmp_path: Path) -> None:
 def test_a_defect_of_ours_is_one_line_that_says_how_to_see_more(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "build_config", lambda *_: 1 / 0)
+    monkeypatch.setattr(bench, "build_config", lambda *_, **__: 1 / 0)
     done = cli("--model", "m")
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert "internal error: ZeroDivisionError" in done.err
@@ -186,7 +225,7 @@ def test_the_demo_needs_nothing_and_says_how_true_it_was() -> None:
 
 
 def test_rows_totals_and_summary_agree(cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path) -> None:
-    server, path, line = demo(ttft_ms=5, gap_ms=1), tmp_path / "r.csv", tmp_path / "s.jsonl"
+    server, path, line = demo(ttft_ms=5, gap_ms=20), tmp_path / "r.csv", tmp_path / "s.jsonl"
     done = cli(*server.target, *SMALL, "--stream", "--results-csv", str(path), "--summary-jsonl", str(line))
     assert done.code == 0, done.err
     rows = rows_of(path)
@@ -196,7 +235,7 @@ def test_rows_totals_and_summary_agree(cli: Callable[..., Outcome], demo: Callab
     assert sum(int(row["completion_tokens"]) for row in rows) == told["total_output_tokens"] == 60
     assert sum(int(row["prompt_tokens"]) for row in rows) == sum(row["prompt_tokens"] for row in measured)
     assert told["total_input_tokens"] == sum(row["prompt_tokens"] for row in measured)
-    assert all(float(row["ttft_ms"]) <= float(row["latency_ms"]) for row in rows)
+    assert all(float(row["ttft_ms"] or 0) <= float(row["latency_ms"]) for row in rows)  # blank where read late
     assert told["gaps_are_of_tokens"] is True
     cli(*server.target, *SMALL, "--summary-jsonl", str(line))
     assert len(line.read_text().splitlines()) == 2

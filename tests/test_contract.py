@@ -20,11 +20,26 @@ from typing import Any, NamedTuple, Optional
 import pytest
 
 import online_bench_openai_async as bench
-from tests.support.faults import GROUPS, body
+from tests.support.faults import FAULTS, GROUPS, body, streams
 from tests.support.locust_runs import Bench, needs_locust
 from tests.support.processes import free_port
 from tests.support.program import ROOT, cli, run_script
-from tests.support.replies import as_json, completion, reply
+from tests.support.replies import (
+    COUNTS,
+    DONE,
+    FINISH,
+    LAST_CHUNK,
+    ONE,
+    ROLE,
+    STREAM_HEAD,
+    TWO,
+    USAGE,
+    as_json,
+    chunk,
+    completion,
+    piece,
+    reply,
+)
 from tests.support.server import Act, Call, HttpServer
 from tests.support.tables import rows_of
 
@@ -237,6 +252,7 @@ REPLIES: dict[str, Act] = {
     "error in colour": body({"error": {"message": "\x1b[31mred\x1b[0m\r\nnext\tline \u2028 end"}}),
     "a long error": body({"error": {"message": "long " * 1000}}),
     "choices as text": body(completion(choices="x")),
+    "two choices": body(completion(choices=[{"message": {"content": "x"}, "finish_reason": "stop"}] * 2)),
     "status 201": body(completion(), status="201 Created"),
     "status 500 in colour": body({"error": {"message": "\x1b[1mbold\x1b[0m\nline"}}, status="500 No"),
     "status 400 with choices": body({**completion(), "message": "no"}, status="400 No"),
@@ -247,8 +263,24 @@ REPLIES: dict[str, Act] = {
     "no content": GROUPS["connection"]["no_content_204"].act,
     "not HTTP": GROUPS["connection"]["speaks_http_2"].act,
 }
+STREAMS: dict[str, Act] = {
+    name[len("stream_") :]: fault.act
+    for name, fault in FAULTS.items()
+    if name.startswith("stream_") and not fault.stream.endswith("timeout")
+}
+STREAMS.update({
+    "usage in detail": streams(ROLE, ONE, TWO, FINISH, piece([], usage={**USAGE, **DETAILS}), DONE),
+    "counts of zero": streams(ONE, TWO, FINISH, piece([], usage={"prompt_tokens": 7, "completion_tokens": 0}), DONE),
+    "usage alone": streams(ROLE, FINISH, COUNTS, DONE),
+    "two choices": streams(ONE, piece([{"index": 1, "delta": {"content": "y"}}]), FINISH, DONE),
+    "done before finish": streams(ROLE, ONE, DONE, FINISH, COUNTS),
+    "byte order mark": streams(b"\xef\xbb\xbf" + ONE, FINISH, DONE),
+    "several lines of data": streams(ROLE, ONE.replace(b'"choices"', b'\ndata: "choices"'), FINISH, DONE),
+    "refused": body({"error": {"message": "no"}}, status="400 No"),
+    "cut": GROUPS["connection"]["closes_within_head"].act,
+})  # fmt: skip
 OWN_WORDS = ("bad_http", "reset", "closed", "http_401", "http_403")  # of other libraries, or naming the key's source
-MEASURED = ("latency_ms", "sent_s", "new_connection")
+MEASURED = ("latency_ms", "sent_s", "ttft_ms", "tpot_ms", "late_read", "new_connection")
 
 
 class Script(NamedTuple):
@@ -259,19 +291,23 @@ class Script(NamedTuple):
     rows: list[dict[str, str]]
 
 
-def by_benchmark(folder: Path, port: int, corpus: Path, system: str, extra: Mapping[str, Any]) -> None:
+def by_benchmark(
+    folder: Path, port: int, corpus: Path, system: str = "", extra: Any = None, stream: bool = False
+) -> None:
     done = run_script(
         *("--api-base", f"http://127.0.0.1:{port}/v1", "--api-key", KEY, "--model", MODEL, "--requests-file", corpus),
         *("--concurrency", 1, "--warmup", 0, "--results-csv", folder / "benchmark.csv", "--no-progress"),
-        *("--system-prompt", system, "--extra-body", json.dumps(extra), "--max-tokens-field", "max_tokens"),
+        *("--system-prompt", system, "--extra-body", json.dumps(extra or {}), "--max-tokens-field", "max_tokens"),
+        *(["--stream"] if stream else []),
     )
     assert done.code in (0, 1), done.err
 
 
-def by_locust(folder: Path, port: int, corpus: Path, system: str, extra: Mapping[str, Any]) -> None:
+def by_locust(folder: Path, port: int, corpus: Path, system: str = "", extra: Any = None, stream: bool = False) -> None:
     bench = Bench(folder)
     asked = {"OPENAI_MODEL": MODEL, "OPENAI_API_KEY": KEY, "REQUESTS_FILE": str(corpus), "SYSTEM_PROMPT": system}
-    given = {"MAX_TOKENS": str(RUN_LIMIT), "TEMPERATURE": "0", "EXTRA_BODY": json.dumps(extra)}
+    given = {"MAX_TOKENS": str(RUN_LIMIT), "TEMPERATURE": "0", "EXTRA_BODY": json.dumps(extra or {})}
+    given["STREAM"] = str(int(stream))
     load = ("--headless", "--host", f"http://127.0.0.1:{port}", "-u", 1, "-r", 1)
     try:
         code, _, err = bench.finish(bench.start(*load, **asked, **given, RESULTS_CSV=str(folder / "locust.csv")))
@@ -283,8 +319,8 @@ def by_locust(folder: Path, port: int, corpus: Path, system: str, extra: Mapping
 SCRIPTS = {"benchmark": by_benchmark, "locust": by_locust}
 
 
-def both(folder: Path, corpus: bytes, act: Act, system: str = "", extra: Any = None) -> dict[str, Script]:
-    """The corpus through both scripts, each against a server of its own."""
+def both(folder: Path, corpus: bytes, act: Act, **asked: Any) -> dict[str, Script]:
+    """The corpus through both scripts, each against a server of its own; `asked`: system, extra, stream."""
     path = folder / "corpus.jsonl"
     path.write_bytes(corpus)
 
@@ -296,7 +332,7 @@ def both(folder: Path, corpus: bytes, act: Act, system: str = "", extra: Any = N
             act(call)
 
         with HttpServer(answer) as server:
-            SCRIPTS[name](folder, server.port, path, system, extra or {})
+            SCRIPTS[name](folder, server.port, path, **asked)
         header = (folder / f"{name}.csv").read_text("utf-8").partition("\n")[0].split(",")
         return Script(calls, header, sorted(rows_of(folder / f"{name}.csv"), key=lambda row: int(row["index"])))
 
@@ -312,7 +348,7 @@ def lines(request, tmp_path_factory) -> tuple[str, Mapping[str, Any], dict[str, 
     """(the system prompt, the extra body, what both scripts made of the accepted lines)."""
     system, extra = ("", {}) if request.param == "plain" else (SYSTEM, EXTRA)
     raw = "\ufeff\n" + "\n \n".join(item.raw for item in ACCEPTED.values()) + "\n\u3000\n"
-    return system, extra, both(tmp_path_factory.mktemp("lines"), raw.encode(), GOOD, system, extra)
+    return system, extra, both(tmp_path_factory.mktemp("lines"), raw.encode(), GOOD, system=system, extra=extra)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -366,37 +402,65 @@ def test_the_columns_of_one_are_among_the_others_in_the_same_order(lines):
     assert [column for column in benchmarks if column in locusts] == locusts
 
 
-def reply_by_prompt(call: Call) -> None:
-    REPLIES[json.loads(call.body)["messages"][-1]["content"]](call)
+def replies_of(folder: Path, acts: Mapping[str, Act], stream: bool) -> dict[str, Script]:
+    def by_prompt(call: Call) -> None:
+        acts[json.loads(call.body)["messages"][-1]["content"]](call)
+
+    corpus = "".join(json.dumps({"text": name}) + "\n" for name in acts).encode()
+    return both(folder, corpus, by_prompt, stream=stream)
 
 
 @pytest.fixture(scope="module")
 def replies(tmp_path_factory) -> dict[str, Script]:
-    corpus = "".join(json.dumps({"text": name}) + "\n" for name in REPLIES).encode()
-    return both(tmp_path_factory.mktemp("replies"), corpus, reply_by_prompt)
+    return replies_of(tmp_path_factory.mktemp("replies"), REPLIES, stream=False)
 
 
-@pytest.mark.parametrize("name", REPLIES)
-def test_a_reply_comes_to_the_same_row_in_both(replies, name):
-    at = list(REPLIES).index(name)
-    benchmarks, locusts = (replies[script].rows[at] for script in SCRIPTS)
-    left_out = {*MEASURED, *(["error"] if benchmarks["error_kind"] in OWN_WORDS or name.startswith("redirect") else [])}
-    compared = [column for column in replies["locust"].columns if column not in left_out]
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory) -> dict[str, Script]:
+    return replies_of(tmp_path_factory.mktemp("streams"), STREAMS, stream=True)
+
+
+def same_rows(scripts: Mapping[str, Script], at: int, own_words: bool = False) -> list[dict[str, str]]:
+    """The row of both scripts; their cells agree, but for what is measured and for errors in words of their own."""
+    rows = benchmarks, locusts = [scripts[script].rows[at] for script in SCRIPTS]
+    left_out = {*MEASURED, *(["error"] if own_words or benchmarks["error_kind"] in OWN_WORDS else [])}
+    compared = [column for column in scripts["locust"].columns if column not in left_out]
     assert {column: locusts[column] for column in compared} == {column: benchmarks[column] for column in compared}
-    for row in (benchmarks, locusts):
+    for row in rows:
         good = row["status"] == "success"
         assert bool(row["latency_ms"]) == good
         assert good or row["prompt_tokens"] == row["completion_tokens"] == row["total_tokens"] == ""
         assert bool(row["error"]) != good
         total = int(row["prompt_tokens"] or 0) + int(row["completion_tokens"] or 0)
         assert row["total_tokens"] == (str(total) if row["prompt_tokens"] or row["completion_tokens"] else "")
+    return rows
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_reply_comes_to_the_same_row_in_both(replies, name):
+    for row in same_rows(replies, list(REPLIES).index(name), name.startswith("redirect")):
+        assert row["ttft_ms"] == row["tpot_ms"] == row["late_read"] == ""
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_comes_to_the_same_row_in_both(streamed, name):
+    rows = same_rows(streamed, list(STREAMS).index(name), own_words=name == "gzip_unasked")
+    text = rows[0]["status"] == "success" and name != "usage alone"
+    assert [bool(row["ttft_ms"]) or row["late_read"] == "1" for row in rows] == [text] * 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_how_streams_are_asked_for(streamed, script):
+    for call in streamed[script].calls:
+        sent = json.loads(call.body)
+        assert (sent["stream"], sent["stream_options"]) == (True, {"include_usage": True})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_nobody_there(tmp_path, script):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"text": "a"}\n')
-    SCRIPTS[script](tmp_path, free_port(), corpus, "", {})
+    SCRIPTS[script](tmp_path, free_port(), corpus)
     (row,) = rows_of(tmp_path / f"{script}.csv")
     assert (row["status"], row["error_kind"], row["latency_ms"], row["sent_s"]) == (
         "http_error",
@@ -441,6 +505,36 @@ def test_latency_begins_when_the_last_byte_is_handed_over(tmp_path, script):
         call.send(reply("200 OK", as_json(completion())))
 
     with HttpServer(answer, SlowReader) as server:
-        SCRIPTS[script](tmp_path, server.port, corpus, "", {})
+        SCRIPTS[script](tmp_path, server.port, corpus)
     (row,) = rows_of(tmp_path / f"{script}.csv")
     assert float(row["latency_ms"]) < readings[0] * 0.75, "what still lay in the kernel's buffers, and no more"
+
+
+# --- when the first token comes ---
+
+WAIT_S = 0.15  # from the role chunk to the first token, and from there to the last
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ttft_ends_with_the_first_token_and_not_with_the_role(tmp_path, script):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "a"}\n')
+    stamps = []
+
+    def answer(call: Call) -> None:
+        stamps.append(time.perf_counter())
+        call.send(STREAM_HEAD + chunk(ROLE))
+        for event in (ONE, TWO):
+            time.sleep(WAIT_S)
+            stamps.append(time.perf_counter())
+            call.send(chunk(event))
+        time.sleep(WAIT_S)
+        call.send(chunk(FINISH + piece([], usage={"prompt_tokens": 7, "completion_tokens": 5}) + DONE) + LAST_CHUNK)
+
+    with HttpServer(answer) as server:
+        SCRIPTS[script](tmp_path, server.port, corpus, stream=True)
+    (row,) = rows_of(tmp_path / f"{script}.csv")
+    asked, first, last = stamps
+    assert float(row["ttft_ms"]) == pytest.approx((first - asked) * 1000, abs=WAIT_S * 500)
+    assert float(row["tpot_ms"]) == pytest.approx((last - first) * 1000 / 4, abs=WAIT_S * 125)
+    assert float(row["latency_ms"]) == pytest.approx((last - asked) * 1000, abs=WAIT_S * 500)

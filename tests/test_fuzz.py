@@ -317,7 +317,7 @@ async def performed(parts: list[bytes], streamed: bool) -> list[bench.Reply]:
     replies = []
     try:
         for _ in range(2):
-            call = bench.Call(bench.READERS[streamed], permits)
+            call = bench.Call(bench.READERS[streamed], bench.Turn(permits))
             call.payload = b"POST / HTTP/1.1\r\n\r\n"
             failure = None
             try:

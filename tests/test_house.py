@@ -187,18 +187,33 @@ def test_both_readmes_have_the_same_code_blocks() -> None:
     assert fenced("README.md") == fenced("README.ja.md")
 
 
-def option_rows(name: str) -> list[str]:
-    """The options of the benchmark's table, in order."""
+def option_rows(text: str) -> dict[str, str]:
+    """The options of a table, in order, each with the cell of its default."""
+    return dict(re.findall(r"^\| `(--[\w-]+)` \|([^|]*)\|", text, re.MULTILINE))
+
+
+def option_table(name: str) -> dict[str, str]:
     text = (ROOT / name).read_text(encoding="utf-8")
-    section = text.split("<!-- options of online_bench_openai_async.py -->")[1].split("<!-- end -->")[0]
-    return re.findall(r"^\| `(--[\w-]+)`", section, re.MULTILINE)
+    return option_rows(text.split("<!-- options of online_bench_openai_async.py -->")[1].split("<!-- end -->")[0])
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+@pytest.mark.parametrize("name", ["docs/options.md", "README.ja.md"])
 def test_the_table_of_options_is_the_parsers(name: str) -> None:
-    actions = bench.build_parser()._actions
-    shown = [action.option_strings[-1] for action in actions if action.help != argparse.SUPPRESS]
-    assert option_rows(name) == [option for option in shown if option != "--help"]
+    actions = [action for action in bench.build_parser()._actions if action.help != argparse.SUPPRESS]
+    rows = option_table(name)
+    assert list(rows) == [action.option_strings[-1] for action in actions if action.dest != "help"]
+    for action in actions:
+        default = bench.DEFAULTS.get(action.dest)
+        if default not in (None, {}):
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+            assert shown in re.split(r"[^\w.]+", rows[action.option_strings[-1]].replace("0.0", "0")), action.dest
+
+
+def test_the_options_in_the_readme_are_rows_of_the_table() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Options\n")[1].split("\n## ")[0]
+    rows, table = option_rows(section), option_table("docs/options.md")
+    assert len(rows) >= 8
+    assert {option: cell for option, cell in table.items() if option in rows} == rows
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.ja.md"])

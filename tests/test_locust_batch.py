@@ -1,8 +1,8 @@
 """locust_batch.py: its pure sections in this process, and real Locust processes against a real-socket server."""
 
 import ast
+import contextlib
 import doctest
-import importlib.util
 import json
 import random
 import re
@@ -16,13 +16,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from tests.support.locust_runs import SCRIPT, WAIT_S, Bench, LocustServer, forked, needs_locust
+from tests.support.locust_runs import SCRIPT, WAIT_S, Bench, LocustServer, forked, needs_locust, without_locust
 from tests.support.processes import free_port, wait_until
 from tests.support.program import ROOT
+from tests.support.replies import DONE, FINISH, LAST_CHUNK, ONE, ROLE, STREAM_HEAD, THREE, TWO, chunk
+from tests.support.server import Call, HttpServer
 from tests.support.tables import rows_of
 
 CANARY = "sk-canary-9f3b7c"
@@ -31,51 +34,9 @@ CANARY = "sk-canary-9f3b7c"
 # --- The pure sections: imported without Locust, which would patch this whole process for gevent ---
 
 
-class Anything:
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything()
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-
-def stand_ins():
-    contents: dict[str, dict[str, Any]] = {
-        "locust": {"User": type("User", (), {}), "constant": Anything(), "events": Anything()},
-        "locust.argument_parser": {"get_parser": Anything()},
-        "locust.exception": {"RPCError": Exception, "StopUser": Exception},
-        "locust.runners": {"MasterRunner": Anything, "WorkerRunner": Anything, "WORKER_REPORT_INTERVAL": 3.0},
-        "locust.stats": {"CSV_STATS_INTERVAL_SEC": 1},
-        "gevent": {name: type(name, (BaseException,), {}) for name in ("GreenletExit", "Timeout")},
-        "gevent.socket": {},
-        "gevent.ssl": {},
-        "gevent.event": {"Event": Anything},
-        "geventhttpclient": {},
-        "geventhttpclient.response": {
-            "HTTPParseError": type("HTTPParseError", (Exception,), {}),
-            "HTTPResponse": type("HTTPResponse", (), {}),
-        },
-    }
-    modules = {name: types.ModuleType(name) for name in contents}
-    for name, module in modules.items():
-        vars(module).update(contents[name])
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(modules[parent], child, module)
-    return modules
-
-
 @pytest.fixture(scope="module")
 def lb():
-    spec: Any = importlib.util.spec_from_file_location("locust_batch_without_locust", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stand_in in stand_ins().items():
-            patch.setitem(sys.modules, name, stand_in)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with without_locust() as module:
         yield module
 
 
@@ -136,6 +97,13 @@ def test_request_options(lb, settings):
     assert body == {"model": "gpt-4o-mini", "max_tokens": 3, "temperature": 1, "min_p": 0.1}
 
 
+def test_a_batch_line_gains_a_missing_model_and_what_a_stream_needs(lb, settings):
+    line = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "hi"}], "top_k": 1}}
+    _, body = body_of(lb, settings, line, stream=True, max_tokens="5", extra_body='{"min_p": 1}')
+    asked = {"model": "gpt-4o-mini", "stream": True, "stream_options": {"include_usage": True}}
+    assert body == {**asked, **line["body"]}
+
+
 def test_a_query_of_the_host_goes_to_the_end_of_the_path(lb, settings):
     wanted = settings("https://me:p%40ss@h/openai/?api-version=2&key=SECRET%2B1", openai_endpoint_path="/chat?a=b")
     assert lb.request_head(wanted).startswith(b"POST /openai/chat?api-version=2&key=SECRET%2B1&a=b HTTP/1.1\r\n")
@@ -169,7 +137,7 @@ def test_what_a_server_repeats_of_a_secret_is_blanked(lb, settings):
         {"request_timeout": "0"},
         {"extra_body": "{"},
         {"extra_body": "[]"},
-        {"extra_body": '{"stream": true}'},
+        {"extra_body": '{"stream": true}', "stream": True},
         {"extra_body": '{"messages": []}'},
         {"extra_body": '{"a": NaN}'},
         {"extra_body": '{"a": "\\ud800"}'},
@@ -212,9 +180,32 @@ def test_failures_count_as_identical_while_nothing_else_has_happened(lb):
 
 def test_a_compressed_reply_beyond_the_limit(lb, monkeypatch):
     monkeypatch.setattr(lb, "MAX_REPLY_BYTES", 2**20)
-    bomb = lb.zlib.compress(b" " * (lb.MAX_REPLY_BYTES + 10**6))
-    outcome = lb.read_reply(lb.Reply(200, bomb, "deflate"))
-    assert (outcome.error_kind, outcome.error) == ("too_large", "the reply is larger than 1 MB")
+    parser = lb.ReplyParser(streamed=False)
+    parser.inflate = lb.zlib.decompressobj()
+    with pytest.raises(lb.ConnectionFailed) as failed:
+        parser.take_body(lb.zlib.compress(b" " * (lb.MAX_REPLY_BYTES + 10**6)), 0.0, False)
+    assert failed.value.args[0] == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("reads", "first", "late_read"),
+    [
+        ([(ROLE, False), (ONE + TWO, False)], 2, False),  # merged on the way, not by us
+        ([(ROLE, True), (ONE, True), (TWO, True)], 2, False),  # each alone: its stamp is its own
+        ([(ROLE, False), (ONE + TWO, True), (THREE, False)], None, True),
+        ([(ROLE + ONE, True), (TWO + THREE, True)], 1, True),
+    ],
+    ids=["merged", "late, one by one", "the first not alone", "the first alone"],
+)
+def test_the_first_token_of_chunks_that_queued_up_here_has_no_time(lb, reads, first, late_read):
+    reader = lb.StreamReader()
+    for stamp, (data, late) in enumerate([*reads, (FINISH + DONE, True)], 1):
+        reader.feed(data, stamp, late)
+    assert reader.said().problem is None
+    assert (reader.first_s, reader.last_s, reader.late_read) == (first, len(reads), late_read)
+    record = lb.Record(0, lb.Outcome("success", completion_tokens=3), 0.5, reader.first_s, reader.last_s)
+    assert record.ttft_ms == (first and (first - 0.5) * 1000)
+    assert record.tpot_ms == ((len(reads) - first) * 500 if first and len(reads) > first else None)
 
 
 def test_text_of_a_server_is_one_line_without_secret_or_escape(lb):
@@ -312,24 +303,56 @@ def test_sections_are_the_docstring_s_and_use_only_sections_above():
 # --- Real Locust processes ---
 
 
-@pytest.fixture
-def serve():
-    servers = []
+@contextlib.contextmanager
+def set_up(folder):
+    """(a Bench in this folder, what starts a server for it); all are stopped in the end."""
+    bench, servers = Bench(folder), []
 
     def start(*arguments):
         servers.append(LocustServer(*arguments))
         return servers[-1]
 
-    yield start
-    for server in servers:
-        server.stop()
+    try:
+        yield bench, start
+    finally:
+        bench.close()
+        for server in servers:
+            server.stop()
+
+
+AT_ONCE = 2  # such runs mostly wait
+RUNS: dict[str, Any] = {}
+
+
+def at_once(run):
+    """A test that runs beside the others of its kind: `run(bench, serve)`."""
+    RUNS[run.__name__] = run
+
+    def test(runs):
+        runs[run.__name__].result()
+
+    return needs_locust(test)
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Name -> future of each run that was asked for."""
+
+    def one(name, folder):
+        with set_up(folder) as tools:
+            RUNS[name](*tools)
+
+    names = [name for name in RUNS if name in {item.name for item in request.session.items}]
+    folders = {name: tmp_path_factory.mktemp("run") for name in names}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return {name: pool.submit(one, name, folder) for name, folder in folders.items()}
 
 
 @pytest.fixture
-def bench(tmp_path):
-    bench = Bench(tmp_path)
-    yield bench
-    bench.close()
+def alone(tmp_path):
+    """For a run whose times are looked at."""
+    with set_up(tmp_path) as tools:
+        yield tools
 
 
 TEXTS = [f"prompt {index} " + "word " * (index % 5) for index in range(500)]
@@ -344,21 +367,26 @@ def check_complete(bench, server, texts, summary):
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert sum(int(row[name]) for row in rows) == truth["tokens"][name]
         assert all(int(row[name]) == truth["usage"][texts[int(row["index"])]][name] for row in rows)
-    latencies = [float(row["latency_ms"]) for row in rows]
-    quantiles = statistics.quantiles(latencies, n=100, method="inclusive")
-    for q in (50, 90, 99):
-        (shown,) = re.findall(rf"Latency p{q} \(ms\) +([\d.]+)", summary)
-        assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.0011)
+    check_percentiles(rows, "latency_ms", "Latency", summary)
     assert f"{len(texts)} of {len(texts)} prompts answered, 0 not" in summary
     return rows, truth
 
 
-def late_by(rows, truth, texts):
-    return [float(row["latency_ms"]) - truth["took_ms"][texts[int(row["index"])]] for row in rows]
+def check_percentiles(rows, column, title, summary):
+    values = [float(row[column]) for row in rows if row[column]]
+    quantiles = statistics.quantiles(values, n=100, method="inclusive")
+    for q in (50, 90, 99):
+        (shown,) = re.findall(rf"{title} p{q} \(ms\) +([\d.]+)  exact, n={len(values)}\n", summary)
+        assert float(shown) == pytest.approx(quantiles[q - 1], abs=0.0011)
+
+
+def late_by(rows, truth_ms, texts, column="latency_ms"):
+    return [float(row[column]) - truth_ms[texts[int(row["index"])]] for row in rows if row[column]]
 
 
 @needs_locust
-def test_one_process(bench, serve):
+def test_one_process(alone):
+    bench, serve = alone
     server = serve("--delay-ms", "200", "--together", "500")
     bench.corpus(TEXTS)
     code, out, err = bench.run(server, 500, "--csv", bench.path / "own", OPENAI_API_KEY=CANARY)
@@ -368,7 +396,7 @@ def test_one_process(bench, serve):
     assert truth["authorization"] == {f"Bearer {CANARY}": 500}
     assert all(row["new_connection"] == "1" and row["cached_tokens"] == "2" for row in rows)
     assert all(row["error"] == "" for row in rows)
-    late = late_by(rows, truth, TEXTS)
+    late = late_by(rows, truth["took_ms"], TEXTS)
     assert min(late) > -1
     assert statistics.median(late) < statistics.median(truth["took_ms"].values()) / 2
     own = {row["Name"]: row for row in rows_of(bench.path / "own_stats.csv")}
@@ -381,11 +409,12 @@ def test_one_process(bench, serve):
 
 
 @needs_locust
-def test_forked_workers(bench, serve):
+def test_forked_workers(alone):
+    bench, serve = alone
     server = serve()
     bench.corpus(TEXTS)
-    code, _, err = bench.run(server, 500, *forked(3))
-    check_complete(bench, server, TEXTS, err)
+    code, out, err = bench.run(server, 500, *forked(3))
+    check_complete(bench, server, TEXTS, out)
     assert (code, "Traceback" in err) == (0, False)
 
 
@@ -405,24 +434,35 @@ def start_worker(bench, port):
 
 
 @needs_locust
-def test_workers_started_by_hand(bench, serve):
+def test_workers_started_by_hand_stream(alone):
+    bench, serve = alone
     server = serve("--delay-ms", "300")
     bench.corpus(TEXTS)
-    master, workers, _ = start_many(bench, server, 500, 4, OPENAI_API_KEY=CANARY)
+    master, workers, _ = start_many(bench, server, 500, 4, OPENAI_API_KEY=CANARY, STREAM="1")
     code, out, err = bench.finish(master)
-    _, truth = check_complete(bench, server, TEXTS, out)
+    rows, truth = check_complete(bench, server, TEXTS, out)
     assert truth["authorization"] == {f"Bearer {CANARY}": 500}
-    assert code == 0
-    assert "Traceback" not in err
+    assert (code, "Traceback" in err) == (0, False)
     assert [worker.wait(WAIT_S) for worker in workers] == [0] * 4
+    assert all(row["ttft_ms"] or row["late_read"] == "1" for row in rows)
+    check_percentiles(rows, "ttft_ms", "TTFT", out)
+    check_percentiles(rows, "tpot_ms", "TPOT", out)
+    late = late_by(rows, truth["first_ms"], TEXTS, "ttft_ms")
+    assert min(late) > -1, "the role chunk is no token"
+    assert statistics.median(late) < statistics.median(truth["first_ms"].values()) / 2
+    assert (
+        re.search(r"Stamped by kernel +100%  of the replies; their bytes waited here for up to p50", out)
+        or sys.platform != "linux"
+    )
 
 
 @needs_locust
-def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, serve):
+def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(alone):
+    bench, serve = alone
     server = serve("--delay-ms", "100")
     texts = TEXTS[:300]
     bench.corpus(texts)
-    master, workers, port = start_many(bench, server, 16, 4, "--stop-timeout", 5)
+    master, workers, port = start_many(bench, server, 16, 4, "--stop-timeout", 5, STREAM="1")
     server.wait_for(20)
     server.ask("pause")  # however long the late one takes to start
     late = start_worker(bench, port)
@@ -447,7 +487,7 @@ def test_one_worker_comes_late_one_is_told_to_leave_and_one_is_killed(bench, ser
     assert (code, "Traceback" in err) == (1, False)
 
 
-@needs_locust
+@at_once
 def test_fewer_and_more_users_than_prompts(bench, serve):
     server, texts = serve("--delay-ms", "5"), TEXTS[:50]
     bench.corpus(texts)
@@ -455,7 +495,7 @@ def test_fewer_and_more_users_than_prompts(bench, serve):
     rows, truth = check_complete(bench, server, texts, out)
     assert "each takes the next prompt until none is left" in err
     assert (code, truth["most"], truth["connections"]) == (0, 3, 3 + 1)
-    assert min(late_by(rows, truth, texts)) > -1
+    assert min(late_by(rows, truth["took_ms"], texts)) > -1
     assert Counter(row["new_connection"] for row in rows) == {"1": 3, "0": 47}
 
     server = serve("--delay-ms", "5")
@@ -464,6 +504,21 @@ def test_fewer_and_more_users_than_prompts(bench, serve):
     check_complete(bench, server, texts, out)
     assert "the extra users stop at once" in err
     assert code == 0
+
+
+@at_once
+def test_the_example_of_an_arrival_rate(bench, serve):
+    server, texts = serve("--delay-ms", "5"), TEXTS[:60]
+    bench.corpus(texts)
+    bench.command = ("-m", "locust", "-f", str(ROOT / "examples" / "locust" / "arrival_rate.py"))
+    code, out, err = bench.run(server, 1, RATES="20", PERIOD_S="1", STREAM="1", PYTHONPATH=str(ROOT))
+    rows, _ = check_complete(bench, server, texts, out)
+    assert (code, "Traceback" in err) == (0, False)
+    sent = sorted(float(row["sent_s"]) for row in rows)
+    assert sent[-1] - sent[0] > 1.9, "20 users, each once a second"
+    assert {"prompt_tokens", "completion_tokens", "ttft_ms", "tpot_ms"} <= set(
+        re.findall(r"^METRIC +(\w+) ", err, re.M)
+    )
 
 
 FAULTS = {
@@ -490,7 +545,7 @@ FAULTS = {
 }
 
 
-@needs_locust
+@at_once
 def test_faults_are_counted_under_their_names_and_show_no_secret(bench, serve):
     server = serve()
     texts = [f"[fault:{fault}] {n}" for n in range(3) for fault in [*FAULTS, ""]]
@@ -523,28 +578,70 @@ def test_faults_are_counted_under_their_names_and_show_no_secret(bench, serve):
     assert [path.name for path in bench.path.rglob("*") if path.is_file() and CANARY in path.read_text("utf-8")] == []
 
 
-STALE = """
-import json, sys, time, types
+CALLS = """
+import gevent, json, sys, time, types
 import locust_batch as lb
-settings = lb.settings_from(types.SimpleNamespace(**{n: d for n, d, _ in lb.OPTIONS}), sys.argv[1])
-connection = lb.Connection(settings, None)
+
+def connection_to(url, **given):
+    settings = lb.settings_from(types.SimpleNamespace(**{**{n: d for n, d, _ in lb.OPTIONS}, **given}), url)
+    connection = lb.Connection(settings, None, lb.LoopWatch())
+
+    def call(text):
+        body = lb.request_body(settings, json.dumps({"text": text}))
+        return connection.call(lb.request_head(settings) + b"%d\\r\\n\\r\\n" % len(body) + body).stream
+
+    return connection, call
+
+def hold_up():
+    gevent.sleep(0.1)
+    until = time.perf_counter() + 0.4
+    while time.perf_counter() < until:
+        pass
+
+connection, call = connection_to(sys.argv[1])
+new = []
 for text in ("[fault:just_closes]", "a", "b"):
-    body = lb.request_body(settings, json.dumps({"text": text}))
-    connection.call(lb.request_head(settings) + b"%d\\r\\n\\r\\n" % len(body) + body)
-    print(connection.is_new)
+    call(text)
+    new.append(connection.is_new)
     time.sleep(0.3)
+
+connection, call = connection_to(sys.argv[2], stream=True)
+late = []
+for text in ("a", "b", "c"):
+    blocker = gevent.spawn(hold_up) if text != "a" else None
+    stream = call(text)
+    last_ms = (stream.last_s - connection.sent) * 1000
+    late.append([stream.late_read, stream.first_s is None, connection.late_s > 0.1, connection.by_kernel, last_ms])
+print(json.dumps([new, late]))
 """
 
 
-@needs_locust
-def test_a_connection_that_the_server_has_closed_is_not_used_again(serve):
-    command = [sys.executable, "-c", STALE, serve().url]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=WAIT_S).stdout
-    assert out.split() == ["True", "True", "False"]
+@at_once
+def test_connections_that_the_server_has_closed_and_streams_that_are_read_late(bench, serve):
+    """The loop of the second and third call is held up from 0.1 to 0.5 s."""
+    waits = iter([[0.2, 0.1], [0.2, 0.1], [0.2]])
+
+    def answer(call: Call) -> None:
+        call.send(STREAM_HEAD + chunk(ROLE))
+        for wait in next(waits):
+            time.sleep(wait)
+            call.send(chunk(ONE))
+        time.sleep(0.4)
+        call.send(chunk(FINISH + DONE) + LAST_CHUNK)
+
+    with HttpServer(answer) as server:
+        command = [sys.executable, "-c", CALLS, serve().url, f"http://127.0.0.1:{server.port}"]
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=WAIT_S).stdout
+    new, late = json.loads(out)
+    assert new == [True, True, False]
+    assert [fate[:2] for fate in late] == [[False, False], [True, True], [False, False]]
+    if sys.platform == "linux":
+        assert [fate[2:4] for fate in late[1:]] == [[True, True], [True, True]]
+        assert late[2][4] < 400, "read at 500 ms; by the kernel's stamp it had come at 200"
 
 
-@needs_locust
-def test_no_server_at_all(bench):
+@at_once
+def test_no_server_at_all(bench, serve):
     bench.corpus(TEXTS[:5])
     nobody = types.SimpleNamespace(url=f"http://127.0.0.1:{free_port()}")
     code, out, err = bench.run(nobody, 5)
@@ -569,8 +666,8 @@ BAD_INPUT = {
 }
 
 
-@needs_locust
-def test_bad_input_is_one_line_and_writes_nothing(bench):
+@at_once
+def test_bad_input_is_one_line_and_writes_nothing(bench, serve):
     bench.corpus(["a"])
     (bench.path / "empty.jsonl").write_text("\n\n", "utf-8")
     (bench.path / "broken.jsonl").write_text('{"text": "a"}\n{"text"\n', "utf-8")
@@ -590,7 +687,7 @@ def test_bad_input_is_one_line_and_writes_nothing(bench):
     assert names == before
 
 
-@needs_locust
+@at_once
 def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, serve):
     server = serve("--fault", "hang")
     bench.corpus(TEXTS[:50])
@@ -601,7 +698,7 @@ def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, ser
     assert (code, "Traceback" in err) == (1, False)
 
 
-@needs_locust
+@at_once
 def test_run_time_with_stop_timeout_lets_what_is_in_flight_finish(bench, serve):
     server = serve("--delay-ms", "1500")
     bench.corpus(TEXTS[:50])
@@ -613,9 +710,7 @@ def test_run_time_with_stop_timeout_lets_what_is_in_flight_finish(bench, serve):
     assert code == 1
 
 
-@needs_locust
-@pytest.mark.parametrize("workers", [0, 2])
-def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
+def check_interrupt(bench, serve, workers):
     server = serve("--delay-ms", "100")
     bench.corpus(TEXTS)
     if workers:
@@ -635,7 +730,17 @@ def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
     assert (code, "Traceback" in err) == (1, False)
 
 
-@needs_locust
+@at_once
+def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve):
+    check_interrupt(bench, serve, 0)
+
+
+@at_once
+def test_interrupt_of_a_master_keeps_the_rows_and_prints_the_summary(bench, serve):
+    check_interrupt(bench, serve, 2)
+
+
+@at_once
 def test_a_second_interrupt_does_not_wait(bench, serve):
     server = serve("--fault", "hang")
     bench.corpus(TEXTS[:9])
@@ -650,7 +755,7 @@ def test_a_second_interrupt_does_not_wait(bench, serve):
     assert (code, "Traceback" in err) == (1, False)
 
 
-@needs_locust
+@at_once
 def test_forked_workers_end_with_a_master_that_is_killed(bench, serve):
     server = serve("--fault", "hang")
     bench.corpus(TEXTS[:4])
@@ -661,7 +766,7 @@ def test_forked_workers_end_with_a_master_that_is_killed(bench, serve):
     wait_until(lambda: server.truth()["now_open"] == 1)  # this very question
 
 
-@needs_locust
+@at_once
 def test_a_second_run_appends_and_heals_a_row_cut_short(bench, serve):
     server = serve()
     bench.corpus(TEXTS[:3])
@@ -692,7 +797,7 @@ def web_names(url):
         return {row["name"] for row in json.load(reply)["stats"]}
 
 
-@needs_locust
+@at_once
 def test_web_ui_starts_stops_and_starts_again(bench, serve):
     server = serve("--delay-ms", "200")
     bench.corpus(TEXTS[:40])
@@ -738,11 +843,11 @@ def test_web_ui_starts_stops_and_starts_again(bench, serve):
     assert "Traceback" not in err
 
 
-@needs_locust
-def test_help_lists_the_options_and_shows_no_key(bench):
+@at_once
+def test_help_lists_the_options_and_shows_no_key(bench, serve):
     bench.command = (str(SCRIPT),)
     code, out, _ = bench.finish(bench.start("--help", OPENAI_API_KEY=CANARY))
     assert code == 0
     assert CANARY not in out
-    for option in ("--requests-file", "--openai-api-key", "--extra-body", "--request-timeout"):
+    for option in ("--requests-file", "--openai-api-key", "--extra-body", "--request-timeout", "--stream"):
         assert option in out

@@ -180,7 +180,7 @@ def test_a_first_token_that_queued_up_with_later_ones_is_blank_and_so_are_the_ga
     assert (record.ttft_ms, record.visible_ms, record.tpot_ms) == (None, None, None)
     assert list(record.reply.gaps_ms) == [10.0]  # from the queue's last chunk, whose stamp is true
     assert record.latency_ms == 40 - 10
-    assert (record.reply.late_gaps, record.reply.merged_reads, record.reply.first_merged) == (1, 0, False)
+    assert (record.reply.late_gaps, record.reply.merged_reads, record.reply.with_first) == (1, 0, 0)
 
 
 def test_chunks_that_queued_up_later_leave_the_first_token_alone() -> None:
@@ -199,8 +199,8 @@ def test_a_late_read_of_one_chunk_bears_its_true_stamp() -> None:
 
 
 def test_a_first_token_that_the_server_or_a_proxy_sent_with_later_ones_is_told() -> None:
-    assert read_late((False, ROLE + TOKENS[0] + TOKENS[1]), (False, FINISH)).reply.first_merged
-    assert not read_late((False, TOKENS[0]), (False, TOKENS[1] + TOKENS[2]), (False, FINISH)).reply.first_merged
+    assert read_late((False, ROLE + TOKENS[0] + TOKENS[1]), (False, FINISH)).reply.with_first == 1
+    assert read_late((False, TOKENS[0]), (False, TOKENS[1] + TOKENS[2]), (False, FINISH)).reply.with_first == 0
 
 
 def of_choice(index: int, data: bytes) -> bytes:

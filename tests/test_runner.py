@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
+import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
-from tests.support.program import Outcome, Running, run_script
+from tests.support.program import Outcome, Running, run_script, words_of
 from tests.support.program import cli as bench_cli
+from tests.support.records import make_config, summary_of
 from tests.support.replies import as_json, completion, reply
 from tests.support.server import Call, ScriptedServer, says
-from tests.support.virtual_time import in_virtual_time
+from tests.support.virtual_time import in_virtual_time, virtual_clock
 
 
 class Collected:
@@ -38,9 +41,9 @@ class Server:
         self.peak = 0
         self.served = 0
 
-    async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
+    async def __call__(self, request: bench.Request, turn: bench.Turn) -> bench.Reply:
         loop = asyncio.get_running_loop()
-        free_ns = await permits.wait()
+        free_ns = await turn.wait()
         start = loop.time()
         self.in_flight += 1
         self.served += 1
@@ -52,7 +55,7 @@ class Server:
             failure = bench.Failure("http_error", "aborted", "stopped")
         finally:
             self.in_flight -= 1
-            permits.release(int(loop.time() * 1e9))
+            turn.release(int(loop.time() * 1e9))
         start_ns, end_ns = int(start * 1e9), int(loop.time() * 1e9)
         return bench.Reply(free_ns=free_ns, sent_ns=start_ns, end_ns=end_ns, failure=failure)
 
@@ -69,13 +72,18 @@ def run_pool(
     jobs: int, concurrency: int, server: Server, script: Callable[[bench.Stop], None] = nothing_happens
 ) -> Any:
     """(records, virtual seconds taken); `script` may schedule what happens to the stop."""
+    return run_load(bench.Load(bench.Schedule(jobs), numbered, server, [], concurrency), script)
+
+
+def run_load(load: bench.Load, script: Callable[[bench.Stop], None] = nothing_happens) -> Any:
+    """The same for any load, whose sinks are put in here."""
 
     async def main() -> Any:
         stop, sink = bench.Stop(), Collected()
         script(stop)
-        pool = bench.Pool(bench.Load(bench.ClosedLoop(jobs), numbered, server, [sink], concurrency), stop)
+        pool = bench.Pool(dataclasses.replace(load, sinks=[sink]), stop, virtual_clock())
         await pool.prepare()
-        assert server.served == 0
+        assert sink.records == []
         await pool.drain(0)
         return sink.records, asyncio.get_running_loop().time()
 
@@ -128,19 +136,19 @@ def test_the_second_stop_ends_at_once() -> None:
 
 def test_a_run_that_only_fails_stops_by_itself() -> None:
     class Refusing(Server):
-        async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
-            await permits.wait()
+        async def __call__(self, request: bench.Request, turn: bench.Turn) -> bench.Reply:
+            await turn.wait()
             free_ns = int(asyncio.get_running_loop().time() * 1e9)
             await asyncio.sleep(1.0)
             end_ns = int(asyncio.get_running_loop().time() * 1e9)
-            permits.release(end_ns)
+            turn.release(end_ns)
             self.served += 1
             return bench.Reply(free_ns=free_ns, end_ns=end_ns, failure=bench.Failure("http_error", "http_500", "no"))
 
     async def main() -> tuple[int, str]:
         stop, tally, server = bench.Stop(), bench.Tally(), Refusing(lambda index: 1.0)
-        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 10, None)]
-        pool = bench.Pool(bench.Load(bench.ClosedLoop(5000), numbered, server, sinks, 10), stop)
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, make_config(concurrency=10))]
+        pool = bench.Pool(bench.Load(bench.Schedule(5000), numbered, server, sinks, 10), stop)
         await pool.prepare()
         await pool.drain(0)
         return server.served, stop.reason
@@ -157,8 +165,8 @@ class Busy(Server):
         super().__init__(lambda index: 1.0 if index < 23 else 0.05 + index % 97 / 1e6)
         self._kind = kind
 
-    async def __call__(self, request: bench.Request, permits: bench.Permits) -> bench.Reply:
-        reply = await super().__call__(request, permits)
+    async def __call__(self, request: bench.Request, turn: bench.Turn) -> bench.Reply:
+        reply = await super().__call__(request, turn)
         if int(request.messages[0]["content"]) >= 23:
             reply.failure = bench.Failure("http_error", self._kind, "no")
         return dataclasses.replace(reply, free_ns=reply.sent_ns)
@@ -167,8 +175,8 @@ class Busy(Server):
 def run_broken(server: Server, jobs: int) -> tuple[bench.Tally, str]:
     async def main() -> tuple[bench.Tally, str]:
         stop, tally = bench.Stop(), bench.Tally()
-        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 64, None)]
-        pool = bench.Pool(bench.Load(bench.ClosedLoop(jobs), numbered, server, sinks, 64), stop)
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, make_config(concurrency=64))]
+        pool = bench.Pool(bench.Load(bench.Schedule(jobs), numbered, server, sinks, 64), stop)
         await pool.prepare()
         await pool.drain(0)
         return tally, stop.reason
@@ -194,16 +202,121 @@ def test_refused_connections_end_a_run_that_has_succeeded_before(kind: str, stop
 
 
 def test_a_defect_of_ours_is_raised_and_not_swallowed() -> None:
-    async def broken(request: bench.Request, permits: bench.Permits) -> bench.Reply:
+    async def broken(request: bench.Request, turn: bench.Turn) -> bench.Reply:
         raise ZeroDivisionError
 
     async def main() -> None:
-        pool = bench.Pool(bench.Load(bench.ClosedLoop(3), numbered, broken, [], 2), bench.Stop())
+        pool = bench.Pool(bench.Load(bench.Schedule(3), numbered, broken, [], 2), bench.Stop())
         await pool.prepare()
         await pool.drain(0)
 
     with pytest.raises(ZeroDivisionError):
         in_virtual_time(main())
+
+
+# --- schedules ---
+
+
+def every(gap_s: float, count: Optional[int] = None, **changes: Any) -> bench.Schedule:
+    return bench.Schedule(count, "rate", rate=1 / gap_s, burstiness=math.inf, **changes)
+
+
+def test_requests_go_out_when_they_are_due_however_slow_the_server_is() -> None:
+    server = Server(lambda index: 30.0)
+    records, took = run_load(bench.Load(every(0.1, 300), numbered, server, [], None))
+    assert [record.sent_s for record in records] == pytest.approx([0.1 * n for n in range(300)], abs=1e-4)
+    assert server.peak == 300
+    assert took == pytest.approx(0.1 * 299 + 30, abs=1e-3)
+    assert max(record.queue_ms or 0 for record in records) == 0  # waiting for the due time is nobody's queue
+    assert {record.start_ns for record in records} == {int(record.job.due_s * 1e9) for record in records}
+
+
+def test_a_cap_holds_the_schedule_back_and_the_response_time_shows_it() -> None:
+    records, _ = run_load(bench.Load(every(0.1, 40), numbered, Server(lambda index: 0.4 if index else 2.4), [], 4))
+    assert {round(record.latency_ms or 0) for record in records} == {400, 2400}
+    assert sum(record.held_back_ms > 1 for record in records) > 20
+    summary = summary_of(*records)
+    response, late = summary.distributions["response"], summary.distributions["late"]
+    assert response.max == pytest.approx(2400)
+    assert late.max == pytest.approx(max(record.held_back_ms for record in records))
+    assert summary.held_back == sum(record.held_back_ms > 1 for record in records)
+    assert "--concurrency 4 held the schedule back" in "".join(
+        warning.text for warning in bench.warnings_of(summary, make_config(concurrency=4), [])
+    )
+
+
+@pytest.mark.parametrize("schedule", [every(0.1, duration_s=5.0), bench.Schedule(duration_s=5.0)])
+def test_a_duration_ends_the_sending_and_what_is_in_flight_ends_by_itself(schedule: bench.Schedule) -> None:
+    records, took = run_load(bench.Load(schedule, numbered, Server(lambda index: 1.5), [], 20))
+    assert all(record.ok and record.sent_s < 5.0 for record in records)
+    assert len(records) == (50 if schedule.is_timed else 80)
+    assert took == pytest.approx(max(record.sent_s for record in records) + 1.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("schedule", [every(0.1, duration_s=5.0), bench.Schedule(duration_s=5.0)])
+def test_what_outlives_the_grace_is_aborted(schedule: bench.Schedule) -> None:
+    """So are requests that were due, but had no permit yet: nothing that was to be sent is left unsaid."""
+    server = Server(lambda index: 1.0 if index < 20 else 3600.0)
+    records, took = run_load(bench.Load(schedule, numbered, server, [], 10, grace_s=2.0))
+    assert took == pytest.approx(7.0, abs=0.01)
+    sent = [record for record in records if record.sent_s is not None]
+    assert [sum(record.ok for record in sent), sum(record.aborted for record in sent)] == [20, 10]
+    assert [record.job.index for record in records if record not in sent] == (
+        list(range(30, 50)) if schedule.is_timed else []
+    )
+    assert len(records) == len(sent) + 20 * schedule.is_timed
+
+
+def test_ctrl_c_in_an_open_loop_sends_nothing_more_and_reports_what_is_done() -> None:
+    records, took = run_load(bench.Load(every(0.1), numbered, Server(lambda index: 2.0), [], None), at(3.05, "press"))
+    assert [record.job.index for record in records] == list(range(31))
+    assert all(record.ok for record in records)
+    assert took == pytest.approx(5.0, abs=1e-3)
+
+
+def test_the_concurrency_grows() -> None:
+    schedule = bench.Schedule(200, ramp_up_s=10.0)
+    records, _ = run_load(bench.Load(schedule, numbered, Server(lambda index: 1.0), [], 10))
+    sent = [record.sent_s for record in records]
+    assert [sum(second <= at < second + 1 for at in sent) for second in range(12)] == [*range(1, 11), 10, 10]
+
+
+def test_a_job_that_follows_from_another_takes_over_its_place() -> None:
+    """As the next turn of a session does, half a second after the one before it."""
+
+    class Talks(bench.Schedule):
+        def ended(self, record: bench.Record) -> Optional[bench.Job]:
+            due_s = (record.ended_s or 0) + 0.5
+            return bench.Job(record.job.index + 100, due_s) if record.job.index < 200 else None
+
+    records, took = run_load(bench.Load(Talks(2), numbered, Server(lambda index: 1.0), [], 2))
+    assert sorted(record.job.index for record in records) == [0, 1, 100, 101, 200, 201]
+    assert took == pytest.approx(1.0 + 1.5 + 1.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"processes": 2}, {"transport": "sdk"}, {"concurrency": 64}], ids=str)
+def test_a_rate_reaches_the_server_as_it_was_asked(
+    cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    server, path = demo(ttft_ms=300, gap_ms=0), tmp_path / "rows.csv"
+    sizes = words_of(request_rate=100, duration=1, prompt_tokens=16, output_tokens=1, seed=7, **options)
+    summary = tmp_path / "summary.jsonl"
+    done = cli(*server.target, *sizes, "--results-csv", str(path), "--summary-jsonl", str(summary), "--warmup", "2")
+    assert done.code == 0, done.err
+    due = [job.due_s or 0.0 for job in bench.Schedule(None, "rate", duration_s=1.0, rate=100.0, seed=7)]
+    assert len(done.rows) == len(due), [(row["index"], row["error"]) for row in done.rows][-6:]
+    assert [float(row["scheduled_s"]) for row in done.rows] == pytest.approx(due, abs=1e-6)
+    assert all(float(row["sent_s"]) >= float(row["scheduled_s"]) for row in done.rows)
+    truth = server.truth()["requests"][-len(due) :]
+    arrived = sorted(row["arrived_ns"] / 1e9 for row in truth)
+    after = [at - when for at, when in zip(arrived, due)]
+    assert statistics.median(after) - min(after) < 0.25  # of a box that may be busy
+    found = json.loads(summary.read_text())
+    assert (found["request_rate"], found["burstiness"], found["num_prompts"]) == (100.0, 1.0, len(due))
+    assert found["p50_response_ms"] >= 300
+    assert found.get("max_concurrency") == options.get("concurrency")
+    assert "Late sends (ms)" in done.out
+    assert f"Requests/s: asked 100, due {(len(due) - 1) / (due[-1] - due[0]):.2f}, issued " in done.out
 
 
 # --- the server's view ---

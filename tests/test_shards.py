@@ -84,7 +84,7 @@ def test_what_one_process_learns_all_know_before_the_timed_part(refusals: int) -
 @pytest.mark.parametrize(("warmup", "each"), [(0, [0, 0, 0]), (1, [1, 1, 1]), (4, [2, 1, 1]), (9, [3, 3, 3])])
 def test_each_process_has_a_part_of_the_warm_up(warmup: int, each: list[int]) -> None:
     config = make_config(warmup=warmup)
-    jobs = bench.ClosedLoop(9)
+    jobs = bench.Schedule(9)
     whole = bench.Part(config, bench.workload_of(config, ()), jobs, [], cast(Any, None), lambda *_: None)
     assert [dataclasses.replace(whole, schedule=jobs.part(n, 3)).warmup for n in range(3)] == each
 

@@ -232,7 +232,7 @@ def live_line(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, columns: int
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", str(columns))
     tally = bench.Tally()
-    line = bench.LiveLine(tally, 10, lambda: 0.0)
+    line = bench.LiveLine(tally, bench.Goal(10), lambda: 0.0)
     line.show()
     tally.add(make_record())
     line.show()

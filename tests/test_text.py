@@ -16,7 +16,7 @@ def test_the_progress_line() -> None:
     for index in range(4):
         tally.add(make_record(index))
     tally.add(make_record(4, status="http_error", error_kind="timeout"))
-    assert bench.progress_line(tally, 10, 2.0) == (
+    assert bench.progress_line(tally, bench.Goal(10), 2.0) == (
         "Progress: 5/10 (50.0%) | RPS(avg): 2.00 | Gen tok/s: 10.00 | Total tok/s: 30.00 | Errors: 1 | ETA:   2.0s"
     )
 
@@ -24,13 +24,23 @@ def test_the_progress_line() -> None:
 def test_the_progress_line_counts_tokens_as_they_arrive() -> None:
     tally = bench.Tally()
     tally.arriving_tokens = 50
-    assert "Gen tok/s: 25.00 | Total tok/s: 25.00" in bench.progress_line(tally, 10, 2.0)
+    assert "Gen tok/s: 25.00 | Total tok/s: 25.00" in bench.progress_line(tally, bench.Goal(10), 2.0)
 
 
 def test_the_progress_line_before_the_first_reply() -> None:
-    assert bench.progress_line(bench.Tally(), 10, 0.0) == (
+    assert bench.progress_line(bench.Tally(), bench.Goal(10), 0.0) == (
         "Progress: 0/10 (0.0%) | RPS(avg): 0.00 | Gen tok/s: 0.00 | Total tok/s: 0.00 | Errors: 0 | ETA: -"
     )
+
+
+def test_with_a_duration_the_progress_line_counts_time() -> None:
+    tally = bench.Tally()
+    for index in range(3):
+        tally.add(make_record(index))
+    line = bench.progress_line(tally, bench.Goal(None, 30.0), 12.0)
+    assert line.startswith("Progress: 3 in 12/30s (40.0%) | RPS(avg): 0.25 | ")
+    assert line.endswith(" | Errors: 0 | ETA:  18.0s")
+    assert "ETA:   0.0s" in bench.progress_line(tally, bench.Goal(None, 30.0), 31.0, 30)
 
 
 @pytest.mark.parametrize("columns", [*range(24, 130), 1000])
@@ -38,11 +48,11 @@ def test_a_narrow_terminal_gets_a_shorter_form_that_keeps_errors_and_eta(columns
     tally = bench.Tally()
     for index in range(100):
         tally.add(make_record(index, status="http_error", error_kind="timeout"))
-    line = bench.progress_line(tally, 1000, 12.0, columns)
+    line = bench.progress_line(tally, bench.Goal(1000), 12.0, columns)
     assert len(line) <= columns
     assert "100 err" in line or "Errors: 100 " in line
     assert line.endswith("ETA: 108.0s")
-    assert line.startswith("Progress: ") is (columns >= len(bench.progress_line(tally, 1000, 12.0)))
+    assert line.startswith("Progress: ") is (columns >= len(bench.progress_line(tally, bench.Goal(1000), 12.0)))
 
 
 def test_the_block() -> None:
@@ -199,7 +209,7 @@ def test_no_line_is_wider_than_100_columns() -> None:
 
 def test_the_rarest_kinds_of_errors_are_counted_only() -> None:
     records = [make_record(n, status="http_error", error_kind=f"http_{500 + n}", error="x") for n in range(9)]
-    lines = bench.circumstances(summary_of(*records), [])
+    lines = bench.circumstances(summary_of(*records), make_config(), [])
     assert len([line for line in lines if " x http_error/" in line]) == 5
     assert lines[-1] == "Errors: 4 rarer kinds besides"
 

@@ -17,7 +17,7 @@ import pytest
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
 from tests.support.processes import needs_proc, wait_until
-from tests.support.program import SCRIPT
+from tests.support.program import SCRIPT, Outcome
 from tests.support.records import make_config
 from tests.support.tables import rows_of
 
@@ -247,3 +247,49 @@ def test_killed_while_it_copies_a_pipe_it_leaves_nothing_behind(tmp_path: Path) 
         wait_until(lambda: any("online-bench-" in os.readlink(place) for place in places.iterdir()))
         process.kill()
     assert not list(tmp_path.iterdir())
+
+
+# --- traces ---
+
+TRACE = [
+    {"timestamp": 27_000, "input_length": 1100, "output_length": 3, "hash_ids": [1, 2, 3]},
+    {"timestamp": 29_000, "input_length": 1500, "output_length": 0, "hash_ids": [1, 2, 4]},
+    {"timestamp": 31_000, "input_length": 600, "output_length": 2, "hash_ids": [2]},
+    {"timestamp": 33_000, "input_length": 1090, "output_length": 2, "hash_ids": [1, 2, 3]},
+]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_mooncake_trace_has_its_lengths_its_shared_blocks_and_its_times(
+    cli: Callable[..., Outcome], demo: Callable[..., Demo], tmp_path: Path, processes: str
+) -> None:
+    server, path, rows = demo(ttft_ms=5, gap_ms=0), tmp_path / "trace.jsonl", tmp_path / "rows.csv"
+    path.write_text("\n".join(map(json.dumps, TRACE)))
+    words = ["--requests-file", str(path), "--speed", "10", "--results-csv", str(rows), "--processes", processes]
+    done = cli(*server.target, *words, "--warmup", "2", "--concurrency", "8")
+    assert done.code == 0, done.err
+    assert [float(row["scheduled_s"]) for row in done.rows] == [0.0, 0.2, 0.4, 0.6]
+    assert [row["completion_tokens"] for row in done.rows] == ["3", "1", "2", "2"]
+    truth = server.truth()["requests"][-4:]
+    assert sorted(row["prompt_tokens"] for row in truth) == pytest.approx([600, 1090, 1100, 1500], abs=1)
+    if processes == "1":  # else they may overtake each other
+        assert [row["cached_tokens"] for row in truth] == [0, 1008, 0, 1072]  # whole 16s of texts of 1016 and 1082
+
+
+def test_at_infinite_speed_a_traces_times_are_left_aside() -> None:
+    options = bench.build_parser().parse_args(["--model", "m", "--api-base", "http://127.0.0.1:9/v1", "--speed", "inf"])
+    config = bench.build_config(options, 4, True)
+    assert (config.timestamp_unit, config.concurrency, config.total_requests) == (None, 128, 4)
+    assert not bench.Schedule.of(config).is_timed
+
+
+def test_a_prompt_of_a_trace_is_another_in_every_run_and_calibrated_where_that_is_known() -> None:
+    line = json.dumps({"timestamp": 0, "input_length": 1000, "output_length": 9})
+
+    def text(index: int = 0, **changes: Any) -> str:
+        asked = bench.with_text(bench.parse_request(line, None), make_config(**changes), index)
+        return str(asked.messages[0]["content"])
+
+    assert text() == text()
+    assert len({text()[:20], text(1)[:20], text(seed=2)[:20]}) == 3
+    assert len(text(prompt_calibration=(2.0, 100.0)).split()) == pytest.approx(450, abs=2)

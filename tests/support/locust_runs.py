@@ -1,11 +1,14 @@
 """Locust as a user runs it: processes in a directory of their own, and a server that knows what they sent."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +103,55 @@ def forked(processes: Any) -> tuple[Any, ...]:
     """The options of a run in so many forked workers, on a port of their own."""
     port = free_port()
     return "--processes", processes, "--master-bind-port", port, "--master-port", port
+
+
+# --- The script without Locust ---
+
+
+class Anything:
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+
+def stand_ins() -> dict[str, Any]:
+    contents: dict[str, dict[str, Any]] = {
+        "locust": {"User": type("User", (), {}), "constant": Anything(), "events": Anything()},
+        "locust.argument_parser": {"get_parser": Anything()},
+        "locust.exception": {"RPCError": Exception, "StopUser": Exception},
+        "locust.runners": {"MasterRunner": Anything, "WorkerRunner": Anything, "WORKER_REPORT_INTERVAL": 3.0},
+        "locust.stats": {"CSV_STATS_INTERVAL_SEC": 1},
+        "gevent": {name: type(name, (BaseException,), {}) for name in ("GreenletExit", "Timeout")},
+        "gevent.socket": {},
+        "gevent.ssl": {},
+        "gevent.event": {"Event": Anything},
+        "geventhttpclient": {},
+        "geventhttpclient.response": {
+            "HTTPParseError": type("HTTPParseError", (Exception,), {}),
+            "HTTPResponse": type("HTTPResponse", (), {"__init__": lambda self, method: None}),
+        },
+    }
+    modules = {name: types.ModuleType(name) for name in contents}
+    for name, module in modules.items():
+        vars(module).update(contents[name])
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    return modules
+
+
+@contextlib.contextmanager
+def without_locust() -> Iterator[Any]:
+    """The script imported without Locust, which would patch this whole process for gevent: for its pure sections."""
+    spec: Any = importlib.util.spec_from_file_location("locust_batch_without_locust", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in stand_ins().items():
+            patch.setitem(sys.modules, name, stand_in)
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 
+STREAM_MS = 40.0  # from the first token of a stream to its last
 FAULT = re.compile(r"\[fault:(\w+)\]")
 
 
@@ -48,6 +49,19 @@ def chat(text):
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}],
         "usage": {**usage_of(text), "prompt_tokens_details": {"cached_tokens": 2}},
     }
+
+
+def chunks(*events):
+    """Events of a stream, each in an HTTP chunk of its own."""
+    return b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in (b"data: %s\n\n" % event for event in events))
+
+
+def piece(usage=None, finish=None, **delta):
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+    return json.dumps({"id": "x", "choices": [] if usage else choices, "usage": usage}).encode()
+
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def error(message):
@@ -87,12 +101,16 @@ def reply(fault, text, key):
     }[fault]()
 
 
+ANSWERED = ("gzip", "no_length", "interim", "says_close", "just_closes")  # good, in a way of their own
+
+
 class Truth:
     """What the server saw."""
 
     def __init__(self):
         self.texts: Counter[str] = Counter()
         self.took_ms = {}
+        self.first_ms = {}  # of streams: until their first token
         self.usage = {}
         self.tokens: Counter[str] = Counter()
         self.bodies = {}
@@ -108,8 +126,8 @@ class Truth:
         if self.paused:
             return
         held, self.held = self.held, []
-        for connection, *request in held:
-            asyncio.get_running_loop().call_later(delay_s, connection.answer, *request)
+        for answer, *request in held:
+            asyncio.get_running_loop().call_later(delay_s, answer, *request)
 
     def as_json(self):
         return json.dumps({name: value for name, value in vars(self).items() if name != "held"}).encode()
@@ -162,27 +180,46 @@ class Connection(asyncio.Protocol):
         truth.most = max(truth.most, truth.now)
         named = FAULT.search(text)
         fault = named.group(1) if named else self.options.fault
-        if fault != "hang":
-            self.truth.held.append((self, text, fault, key, arrived))
+        if document.get("stream"):
+            self.transport.write(STREAM_HEAD + chunks(piece(role="assistant", content="")))
+            self.truth.held.append((self.first_token, text, arrived))
+        elif fault != "hang":
+            self.truth.held.append((self.answer, text, fault, key, arrived))
         if truth.most >= self.options.together:
             truth.release(self.options.delay_ms / 1000)
 
-    def answer(self, text, fault, key, arrived):
-        truth = self.truth
-        data, close = reply(fault, text, key)
-        if not fault or fault in ("gzip", "no_length", "interim", "says_close", "just_closes"):
+    def first_token(self, text, arrived):
+        self.truth.first_ms[text] = (time.perf_counter() - arrived) * 1000
+        self.transport.write(chunks(piece(content="ok")))
+        asyncio.get_running_loop().call_later(STREAM_MS / 1000, self.last_token, text, arrived)
+
+    def last_token(self, text, arrived):
+        usage = {**usage_of(text), "prompt_tokens_details": {"cached_tokens": 2}}
+        self.ended(text, arrived)
+        self.transport.write(chunks(piece(content="ok")))
+        self.transport.write(chunks(piece(finish="stop"), piece(usage), b"[DONE]") + b"0\r\n\r\n")
+
+    def ended(self, text, arrived, counts=True):
+        """The client may have the answer right after."""
+        truth, took_ms = self.truth, (time.perf_counter() - arrived) * 1000
+        if counts:
             truth.usage[text] = usage_of(text)
             truth.tokens.update(usage_of(text))
+        truth.took_ms[text] = took_ms
         truth.now -= 1
+        truth.answered += 1
+        truth.total_ms += took_ms
+
+    def answer(self, text, fault, key, arrived):
+        data, close = reply(fault, text, key)
         if data is None:
+            self.truth.now -= 1
             sock = self.transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
             return
-        took_ms = truth.took_ms[text] = (time.perf_counter() - arrived) * 1000  # the client may have it right after
+        self.ended(text, arrived, counts=not fault or fault in ANSWERED)
         self.transport.write(data)
-        truth.answered += 1
-        truth.total_ms += took_ms
         if close:
             self.transport.close()
 

@@ -6,6 +6,8 @@ import asyncio
 import selectors
 from typing import Any, Optional
 
+import online_bench_openai_async as bench
+
 
 class _JumpingSelector:
     """Idle time passes at once."""
@@ -30,6 +32,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
+
+
+def virtual_clock() -> bench.Clock:
+    """The running virtual loop's time for a pool, where a nap passes at once."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+
+    def nap(seconds: float) -> None:
+        loop.now += seconds
+
+    return bench.Clock(lambda: round(loop.now * 1e9), nap)
 
 
 def in_virtual_time(main: Any) -> Any:
