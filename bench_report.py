@@ -73,7 +73,7 @@ except ImportError:
 
 # === 1. Constants ===
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 RANKS = (50.0, 90.0, 95.0, 99.0, 99.9)
 # The least n at which, with 99 % confidence, the second-largest value bounds the percentile from above.

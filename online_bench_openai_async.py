@@ -95,7 +95,7 @@ except ImportError:  # Windows
 
 # === 1. Constants ===
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 THIS_FILE = os.path.abspath(__file__)
 
 DEFAULT_API_BASE = "http://127.0.0.1:8000/v1"
@@ -2349,9 +2349,11 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if summary.sessions:  # whose histories are cached on purpose
-        return None
     server = summary.server.get("server_prefix_cache_hit_rate")
+    if summary.sessions:  # whose histories are cached on purpose
+        text = "the server does not say how much of the sessions' histories it had cached"
+        told = summary.cache_told or server is not None
+        return None if told else ReportWarning(text, "vLLM tells with --enable-prompt-tokens-details")
     cached = max(summary.cached_tokens, (server or 0.0) * summary.prompt_tokens)
     template = 0.0 if config.requests_file else summary.ok * calibration_of(config).constant_tokens
     hit = percent(max(0.0, cached - template), summary.prompt_tokens)
@@ -2990,14 +2992,15 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
     """
     figures = _metric_keys(summary.distributions)
     connecting = figures.pop("connect")  # no keys of its own: whether a connection has to be opened again is chance
+    made = (summary.ok, summary.errors, summary.aborted, summary.unsent_turns)
     requests = {
         "model_id": config.model,
-        "num_prompts": summary.ok + summary.errors,
+        "num_prompts": sum(made[:2]),
         **({"max_concurrency": config.concurrency} if config.concurrency else {}),
         "completed": summary.ok,
         "failed": summary.errors,
         "aborted": summary.aborted,
-        "not_sent": max(0, (config.total_requests or 0) - summary.ok - summary.errors - summary.aborted),
+        "not_sent": max(0, (config.total_requests or 0) - sum(made)),
         "duration": summary.elapsed_s,
         "total_input_tokens": summary.prompt_tokens,
         "total_output_tokens": summary.completion_tokens,
@@ -4358,6 +4361,8 @@ KEPT_HEADERS = (b"content-encoding", b"retry-after", b"location")
 
 
 def _reason(error: BaseException) -> str:
+    wrapped = getattr(error, "reason", None)  # by urllib
+    error = wrapped if isinstance(wrapped, BaseException) else error
     return f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
 
@@ -7214,7 +7219,7 @@ class Invocation:
         facts = self._facts(Point(config, None), Stop())
         named = summary_json(Tally().summary(), dataclasses.replace(config, metadata=None), (), facts)
         for name in config.metadata or ():
-            if name in named or re.match(r"(mean|median|std|max|p\d*)_|.*_(count|ms)$", name):
+            if name in named or re.match(r"(mean|median|std|max|p\d*|server)_|gpu_(name|driver)$|.*_(count|ms)$", name):
                 raise UserError(f"--metadata {name}: results have keys of such a name; choose another")
         if config.results_csv:
             self._csvs.append(CsvSink(config.results_csv, config.append, config.overwrite))

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOWN = "--demo --stream --concurrency 64 --total-requests 512"
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128)
 SWEPT = [
-    "--demo", "--demo-engine", '{"step_ms": 10, "max_batch": 32}', "--stream", "--prompt-tokens", "256",
-    "--output-tokens", "32", "--no-progress",
+    "--demo", "--demo-engine", '{"step_ms": 10, "max_batch": 32}', "--stream",
+    "--output-tokens", "32", "--concurrency", ",".join(map(str, LEVELS)),
 ]  # fmt: skip
 TRIES = 3
 GROWTH = 1.05  # of the throughput per doubling; what grows less has passed the knee
@@ -102,14 +102,10 @@ def terminal_svg(lines: Sequence[str]) -> str:
 
 def sweep() -> list[dict[str, Any]]:
     """The summary of each level."""
-    points = []
     with tempfile.TemporaryDirectory() as folder:
-        for level in LEVELS:
-            kept = Path(folder, f"{level}.jsonl")
-            size = ["--concurrency", str(level), "--total-requests", str(max(32, 8 * level))]
-            measured([*SWEPT, *size, "--summary-jsonl", str(kept)])
-            points.append(json.loads(kept.read_text(encoding="utf-8").splitlines()[-1]))
-    return points
+        kept = Path(folder, "sweep.jsonl")
+        measured([*SWEPT, "--no-progress", "--summary-jsonl", str(kept)])
+        return [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
 
 
 def knee(points: Sequence[dict[str, Any]]) -> int:
@@ -204,7 +200,7 @@ def sweep_svg(points: Sequence[dict[str, Any]]) -> str:
     left.text(
         (32, 40), f"Up to {best} requests in flight more load gives more tokens/s; beyond, only more waiting", "title"
     )
-    left.text((32, 394), f"python online_bench_openai_async.py {shlex.join(SWEPT)} --concurrency ...", "label small")
+    left.text((32, 394), f"python online_bench_openai_async.py {shlex.join(SWEPT)}", "label small")
     label = "Output tokens per second and time to first token against the requests in flight"
     return "\n".join(
         [

@@ -264,3 +264,12 @@ def test_the_shell_scripts_are_clean() -> None:
     scripts = [str(path) for path in (ROOT / "examples").rglob("*.sh")]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_scripts_have_the_version_of_the_change_log() -> None:
+    newest = re.search(r"^## (\S+)$", read("CHANGELOG.md"), re.MULTILINE)
+    texts = [script.read_text(encoding="utf-8") for script in SCRIPTS]
+    assert newest
+    assert {version for text in texts for version in re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)} == {
+        newest[1]
+    }

@@ -455,7 +455,6 @@ def test_workers_started_by_hand_stream(bench, serve):
     check_percentiles(rows, "tpot_ms", "TPOT", out)
     late = late_by(rows, truth["first_ms"], TEXTS, "ttft_ms")
     assert min(late) > -1, "the role chunk is no token"
-    assert statistics.median(late) < statistics.median(truth["first_ms"].values()) / 2
     (share,) = re.findall(r"Stamped by kernel +(\d+)%  of the replies; their bytes waited here for up to p50", out)
     assert int(share) > 80 or sys.platform != "linux"
 

@@ -245,7 +245,11 @@ def documented(heading: str) -> list[str]:
 
 
 def test_the_document_names_every_key_and_column(results: dict[str, dict[str, Any]]) -> None:
-    lists = documented("`--save-detailed`")
+    told = documented("`--save-detailed`")
+    lists = [name for name in told if not name.startswith(("server_", "gpu_"))]
+    sample = dict.fromkeys(bench.SERVER_SERIES, 1.0)
+    rows = [bench.GpuSample(at, "0", "name", "driver", dict.fromkeys(bench.GPU_FACTS, 1.0)) for at in (0.0, 1.0)]
+    assert set(told) - set(lists) == set(bench.figures_over_time([(0.0, sample), (1.0, sample)], rows))
     named = {f"{name}_{stem}" for stem in STEMS for name in STATISTICS}
     named |= {re.sub("_ms$", "", stem) + "_count" for stem in STEMS}
     assert documented("The summary") == [key for key in results["rate"] if key not in named]

@@ -157,3 +157,6 @@ def test_the_turns_that_were_not_sent_are_counted() -> None:
     assert (summary.sessions, summary.unsent_turns) == (2, 2)
     assert list(summary.groups["turn"]) == ["1", "2", "3"]
     assert summary.groups["turn"]["1"].errors == 1
+    assert any(
+        "how much of the sessions' histories" in told.text for told in bench.warnings_of(summary, make_config(), [])
+    )
