@@ -135,10 +135,10 @@ IDENTICAL_FAILURES_TO_STOP = 100
 TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
 
 METRICS_BYTES = 8 << 20  # of a metrics page: beyond it is none
-METRICS_TIMEOUT_S = 1.0
-METRICS_TRIES = 10  # until the server's counters stand still
+METRICS_TIMEOUT_S = 3.0
+METRICS_SETTLE_S = 1.0  # for the server's counters to catch up with what it has answered
 METRICS_RETRY_S = 0.1
-METRICS_PATIENCE_S = 5.0  # for the process that reads them
+METRICS_PATIENCE_S = 10.0  # for the process that reads them
 
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
@@ -6320,21 +6320,23 @@ class FigureReader:
         self.tool: Any = None
 
     def _read(self, settled: Callable[[Mapping[str, float]], bool] = bool) -> str:
-        """One sample, the first that is settled or the last of METRICS_TRIES; else what was wrong with a page."""
-        for turn in range(METRICS_TRIES):
-            time.sleep(METRICS_RETRY_S if turn else 0.0)
+        """One sample, the first that is settled or that of METRICS_SETTLE_S later; else what was wrong with a page."""
+        until = time.monotonic() + METRICS_SETTLE_S
+        while True:
             at_s, pages = time.perf_counter(), []
             for url in self._urls:
                 try:
                     context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
-                    pages.append(page_figures(fetch(url, {}, METRICS_BYTES, METRICS_TIMEOUT_S, context).decode()))
+                    pages.append(
+                        page_figures(fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context).decode())
+                    )
                 except Exception as error:  # whatever a page may hold, the run goes on without it
                     return f"{Redactor.url(url)}: {_reason(error)}"
             figures = added_up(pages)
-            if not figures or settled(figures):
-                break
-        self._samples += [(at_s, figures)] if figures else []
-        return ""
+            if not figures or settled(figures) or time.monotonic() > until:
+                self._samples += [(at_s, figures)] if figures else []
+                return ""
+            time.sleep(METRICS_RETRY_S)
 
     def before(self) -> str:
         """The sample before the point, as soon as nothing is running any more; what was wrong, if it was asked for."""
@@ -6424,7 +6426,7 @@ class ServerFigures:
         self._asked_gpus = gpus if gpus not in ("worked", "off") else ""
         self.orders = {
             "urls": asked or (sorted(roots) if near and not config.server_metrics else []), "asked": bool(asked),
-            "interval_s": config.metrics_interval, "gpus": gpus, "tool": tool,
+            "interval_s": config.metrics_interval, "timeout_s": METRICS_TIMEOUT_S, "gpus": gpus, "tool": tool,
             "tls": [config.ca_file, config.insecure],
         }  # fmt: skip
         self._process: Optional[asyncio.subprocess.Process] = None
