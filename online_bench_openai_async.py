@@ -7758,6 +7758,15 @@ Results go to stdout; progress, notes and errors to stderr."""
 
 
 def _add_judging(add: Callable[..., Any]) -> None:
+    """Several points, and what is asked of their figures."""
+    add(
+        "--requests-per-slot",
+        type=_positive,
+        metavar="N",
+        help=f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})",
+    )
+    add("--repeat", type=_positive, metavar="N", help="measure each level N times (default: %(default)s)")
+    add("--cooldown", type=_pause, metavar="S", help="seconds between two points (default: %(default)s)")
     add("--slo", type=_limit, action="append", metavar="LIMIT", help="exit 3 unless a level holds 'p99_ttft_ms<500'")
     add("--find-max", type=_range, metavar="LOW:HIGH", help="search the highest concurrency that holds every --slo")
     add("--assert", dest="asserts", type=_limit, action="append", metavar="LIMIT", help="exit 3 where it does not hold")
@@ -7781,14 +7790,6 @@ def _add_load(parser: Parser) -> None:
         metavar="N",
         help="requests to make (default: 1024, or one per prompt given; with --duration, no limit)",
     )
-    add(
-        "--requests-per-slot",
-        type=_positive,
-        metavar="N",
-        help=f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})",
-    )
-    add("--repeat", type=_positive, metavar="N", help="measure each level N times (default: %(default)s)")
-    add("--cooldown", type=_pause, metavar="S", help="seconds between two points (default: %(default)s)")
     add("--duration", type=_seconds, metavar="S", help="seconds after which no more requests are sent")
     add("--grace", type=_pause, metavar="S", help="seconds for what is in flight then (default: until all is done)")
     add(
@@ -7853,7 +7854,7 @@ def _add_output(parser: Parser) -> None:
     add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
     add("--no-progress", action="store_true", help="do not show the progress line")
     add("--verbose", action="store_true", help="confidence intervals, and all details of every level")
-    _add_judging(parser.add_argument_group("Judging").add_argument)
+    _add_judging(parser.add_argument_group("Sweeps and limits").add_argument)
 
 
 def build_parser() -> Parser:

@@ -8,7 +8,10 @@ import json
 import math
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,10 +22,10 @@ import pytest
 
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
-from tests.support.program import Running, cli
+from tests.support.program import ROOT, Running, cli
 from tests.support.records import closed_loop, health, make_config, summary_of
 from tests.support.replies import as_json, completion, reply
-from tests.support.server import Call, HttpServer
+from tests.support.server import Call, HttpServer, closed_port
 
 
 def walked(plan: bench.Plan, answer: Callable[[bench.Step], bench.Answer]) -> list[bench.Step]:
@@ -505,3 +508,55 @@ def test_what_does_not_go_together_is_one_line(argv: list[str], complaint: str) 
     done = cli("--model", "m", "--api-base", "http://127.0.0.1:9/v1", *argv)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done.err
     assert complaint in done.err
+
+
+# --- in the shell ---
+
+BIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def shell(*words: Any, **env: str) -> subprocess.CompletedProcess[str]:
+    named = {**os.environ, "PATH": BIN, **env}
+    return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=named, timeout=60, check=False)
+
+
+def test_the_sweep_in_the_shell_goes_on_where_it_was_stopped(watching: Callable[..., Watching], tmp_path: Path) -> None:
+    server = watching(lambda number: 0.001)
+    (tmp_path / "concurrency-2.csv").write_text("made before\n")
+    options = {"LEVELS": "1 2 3", "OPTIONS": " ".join([*SIZES, "--warmup", "1"])}
+    done = shell(ROOT / "examples" / "sweep.sh", "m", server.api_base, tmp_path, **options)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("Requests")][0].startswith(
+        "Requests (ok/err): 8/0"
+    )
+    assert "concurrency 2: done before" in done.stderr
+    assert len(server.prompts) == 8 + 24
+    assert len((tmp_path / "summary.jsonl").read_text().splitlines()) == 2
+    again = shell(ROOT / "examples" / "sweep.sh", "m", server.api_base, tmp_path, **options)
+    assert (again.returncode, again.stdout, len(server.prompts)) == (0, "", 32)
+
+
+@pytest.mark.parametrize(("limits", "code"), [("p50_latency_ms<9e3", 0), ("p50_latency_ms<0.001", 3)])
+def test_the_gate_for_ci_says_by_its_exit_code(demo: Callable[..., Demo], limits: str, code: int) -> None:
+    server = demo(ttft_ms=1, gap_ms=0)
+    options = {"LIMITS": limits, "WAIT_READY": "5", "OPTIONS": f"{' '.join(SIZES)} --concurrency 2 --total-requests 8"}
+    done = shell(ROOT / "examples" / "ci_gate.sh", "demo", server.url, **options)
+    assert done.returncode == code, done.stderr
+    assert f"SLO: {limits.replace('<', ' < ').replace('9e3', '9000')}: " in done.stdout
+
+
+def test_the_gate_for_ci_waits_for_a_server_and_gives_up() -> None:
+    with closed_port() as port:
+        done = shell(ROOT / "examples" / "ci_gate.sh", "m", f"http://127.0.0.1:{port}/v1", WAIT_READY="1")
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.ja.md"])
+def test_ctrl_c_in_a_loop_of_the_readme_ends_the_loop(readme: str) -> None:
+    """The benchmark's exit code is 130 then, which by itself ends no loop."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / readme).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    loops = [block for block in blocks if re.search(r"^done", block, re.MULTILINE)]
+    assert loops
+    for loop in loops:
+        done = shell("bash", "-c", f"python() {{ echo run; return 130; }}\n{loop}")
+        assert done.stdout == "run\n"
