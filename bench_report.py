@@ -1896,7 +1896,8 @@ def over_time(point: Point, key: str) -> Optional[Picture]:
     edges = np.linspace(start, end, BINS + 1)
     made = [in_flight_panel(requests, edges), tokens_panel(requests, edges), dots_panel(requests)]
     panels = [panel for panel in [*made, errors_panel(requests), *series_panels(point)] if panel is not None]
-    window = steady_window(requests, point.figure("max_concurrency") or point.figure("max_concurrent_requests") or 1)
+    at_once = (point.figure("max_concurrency"), point.figure("max_concurrent_requests"))
+    window = steady_window(requests, min((number for number in at_once if number), default=1))
     shaded = "Shaded: the steady window, from the end of the first wave to the last send." if window else ""
     notes = [shaded, *(panel.note for panel in panels)]
     notes += ["" if made[1] else "Tokens over time are left out: the replies were not streamed."]

@@ -35,7 +35,8 @@ Sections of this file; each uses only sections above it:
     11. Server's own figures
     12. Runner
     13. Shards
-    14. Command line
+    14. Sweep
+    15. Command line
 
 --help-columns explains the columns of --results-csv and the exit codes.
 """
@@ -50,6 +51,7 @@ import contextlib
 import contextvars
 import csv
 import dataclasses
+import difflib
 import errno
 import gc
 import heapq
@@ -80,7 +82,7 @@ import time
 import traceback
 from array import array
 from collections import Counter, deque
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -108,7 +110,7 @@ DEFAULTS: Mapping[str, Any] = {
     "concurrency": 128, "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
     "endpoint_type": "chat", "history": "server", "processes": 1, "transport": "auto", "timeout": 600.0,
     "connect_timeout": 30.0, "max_error_rate": 0.5, "request_rate": math.inf, "burstiness": 1.0, "speed": 1.0,
-    "metrics_interval": 1.0,
+    "metrics_interval": 1.0, "repeat": 1, "cooldown": 0.0,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -116,6 +118,8 @@ WARMUP_PROMPT_TOKENS = 64  # of a corpus run, whose own prompts must stay unseen
 LEAST_WARMUP = 3  # two lengths that calibrate prompts, and one as it will be measured
 LENGTHS_TURN = 4  # of so many warm-up prompts two are there to calibrate
 LEAST_TOKENS_PER_WORD = 0.5  # a slope below it is no count of words
+REQUESTS_PER_SLOT = 8  # of each level of a sweep,
+LEAST_PER_LEVEL = 64  # but so many at least
 DEMO_OUTPUT_TOKENS = 128  # a demo that ends within seconds
 DRAIN_GRACE_S = 5.0
 PREPARED_AHEAD = 128  # requests that wait for their due times with their bytes ready
@@ -131,10 +135,10 @@ IDENTICAL_FAILURES_TO_STOP = 100
 TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
 
 METRICS_BYTES = 8 << 20  # of a metrics page: beyond it is none
-METRICS_TIMEOUT_S = 1.0
-METRICS_TRIES = 10  # until the server's counters stand still
+METRICS_TIMEOUT_S = 3.0
+METRICS_SETTLE_S = 1.0  # for the server's counters to catch up with what it has answered
 METRICS_RETRY_S = 0.1
-METRICS_PATIENCE_S = 5.0  # for the process that reads them
+METRICS_PATIENCE_S = 10.0  # for the process that reads them
 
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
@@ -143,10 +147,13 @@ GC_THRESHOLDS = (5_000, 100, 1000)  # short young passes, no full one
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 SHOWN_PERCENTILES = PERCENTILES[:-1]
+# The least n at which the second-largest value is above the percentile with 99 % confidence.
+LEAST_SAMPLES: Mapping[float, int] = {90.0: 64, 95.0: 130, 99.0: 662, 99.9: 6_636}
+INTERVALS_SHOWN = (50.0, 95.0, 99.0)
+INTERVAL_TAIL = 0.025  # outside a confidence interval, on either side
 EXACT_SAMPLES = 2_000_000  # values of one metric kept as they are; those beyond are counted in buckets
 BUCKET_BITS = 14  # of a float's 32 that tell no buckets apart: 9 of its fraction do
 BUCKET_ERROR = 0.001  # how far a bucket's value may be from those in it, as a share of them: 2**-10
-FEW_SAMPLES_FOR_P99 = 100
 REPORT_COLUMNS = 100
 ERROR_GROUPS_SHOWN = 5
 ERROR_TEXT_CHARS = 300
@@ -196,6 +203,13 @@ PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
 HIT_TOLERANCE = 2.0  # percentage points of prefix cache hits above what the corpus shares
 SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
 KV_CACHE_FULL = 0.99
+SEARCH_PRECISION = 0.04  # of the level that holds: how near the one that fails must be
+BOUND_REPEATS = 2.0  # times as many requests where this client was the limit
+SEARCH_MOST = 16  # times the usual number of requests: what is not sure by then stays unresolved
+DRIFT = 0.10  # of a mean, from the first to the last third of the steady window
+NORMAL_95 = 1.96  # standard errors to either side of a mean
+DRIFT_ERRORS = 3.0  # in standard errors: what is less may be chance
+KNEE_GROWTH = 0.05  # of throughput, per doubling of the load
 
 # === 2. Types ===
 
@@ -434,6 +448,8 @@ class Distribution:
     std: Optional[float] = None
     max: Optional[float] = None
     percentiles: Mapping[float, float] = field(default_factory=dict)
+    # Of each percentile, where it lies with 95 % confidence; an infinite end: too few values to say.
+    intervals: Mapping[float, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -462,6 +478,31 @@ class ErrorGroup:
     kind: str
     count: int
     first_message: str
+
+
+@dataclass(frozen=True)
+class Steady:
+    """The steady window, from the end of the first wave to the last send; in seconds from the start.
+
+    Distributions are of the requests sent in it, rates of the successes that ended in it.
+    """
+
+    start_s: float
+    end_s: float
+    sent: int
+    ok: int
+    prompt_tokens: int
+    completion_tokens: int
+    distributions: Mapping[str, Distribution]
+    opening: Mapping[str, Distribution]  # of the requests sent before it
+    drifts: Mapping[str, float]  # by how much a mean changed from its first to its last third, where that is no chance
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """Requests, generated tokens, and all tokens per second."""
+        amounts = (self.ok, self.completion_tokens, self.prompt_tokens + self.completion_tokens)
+        requests, generated, total = (_rate(amount, self.end_s - self.start_s) for amount in amounts)
+        return requests, generated, total
 
 
 @dataclass(frozen=True)
@@ -519,6 +560,8 @@ class Summary:
     due_rate: Optional[float]  # requests a second, between the first and the last due time, and as they were sent
     issued_rate: Optional[float]
     first_error_s: Optional[float]  # when the first failure had ended, from the start
+    good: Mapping[str, int]  # successes within each limit of --goodput, and "all": within all of them
+    steady: Optional[Steady]  # None: too few requests were sent after the first wave
     server: Mapping[str, Any] = field(default_factory=dict)  # `server_*` and `gpu_*`, as the JSON has them
 
     @property
@@ -598,7 +641,17 @@ class Config:
     max_error_rate: float
     stop_after_errors: Optional[int]
     no_progress: bool
+    verbose: bool
     demo: bool
+    requests_per_slot: Optional[int]
+    repeat: int
+    cooldown: float
+    find_max: Optional[Sequence[float]]
+    slo: Sequence[str]
+    asserts: Sequence[str]
+    goodput: Mapping[str, float]  # key of a metric -> limit in ms
+    gpus: Optional[int]
+    gpu_hour: Optional[float]
 
 
 class Send(Protocol):
@@ -708,6 +761,7 @@ class Schedule:
     sessions: Optional[Sessions] = None  # then `count` is theirs, and times are those of their first turns
     shard: int = 0
     shards: int = 1
+    first: int = 0  # number of the first job: the points of a sweep go on counting, so that no prompt comes twice
 
     @classmethod
     def of(cls, config: Config, stamp: Callable[[int], float] = float, sessions: Optional[Sessions] = None) -> Schedule:
@@ -739,10 +793,17 @@ class Schedule:
     def own(self, all_of_them: Iterable[Any]) -> Iterator[Any]:
         return itertools.islice(all_of_them, self.shard, None, self.shards)
 
+    @property
+    def start(self) -> int:
+        """The number of the first job, or of its session: one that points before have begun is left to them."""
+        number, turn = self.sessions.place(self.first) if self.sessions else (self.first, 0)
+        return number + (turn > 0)
+
     def __iter__(self) -> Iterator[Job]:
         numbers = itertools.count() if self.count is None else range(self.count)
         first = self.sessions.first if self.sessions else int
-        jobs = map(Job, map(first, self.own(numbers)), SCHEDULES[self.kind](self))
+        own = map(self.start.__add__, self.own(numbers))
+        jobs = map(Job, map(first, own), SCHEDULES[self.kind](self))
         return itertools.takewhile(lambda job: (job.due_s or 0.0) < self.duration_s, jobs)
 
     def permits_s(self, total: int) -> Iterator[float]:
@@ -769,7 +830,7 @@ def rate_times(schedule: Schedule) -> Iterator[float]:
     While the rate grows, the time that a given sum of gaps stands for is that at which so many requests are due.
     """
     rate, ramp_s, shape = schedule.rate, schedule.ramp_up_s, schedule.burstiness
-    draw = random.Random(f"{schedule.seed}/arrivals").gammavariate
+    draw = random.Random(f"{schedule.seed}/arrivals{f'/{schedule.first}' * (schedule.first > 0)}").gammavariate
     gaps = itertools.repeat(1.0) if math.isinf(shape) else (draw(shape, 1 / shape) for _ in itertools.count())
     in_ramp = rate * ramp_s / 2  # requests due until the full rate is reached
     for requests in schedule.own(itertools.accumulate(gaps, initial=0.0)):
@@ -1908,8 +1969,40 @@ def describe(sample: Iterable[float]) -> Distribution:
         return Distribution(0)
     mean = math.fsum(ordered) / len(ordered)
     deviation = math.dist(ordered, [mean] * len(ordered)) / math.sqrt(len(ordered))
-    ranks = {rank: percentile(ordered, rank) for rank in PERCENTILES}
-    return Distribution(len(ordered), mean, deviation, ordered[-1], ranks)
+    return Distribution(len(ordered), mean, deviation, ordered[-1], *ranked(ordered))
+
+
+def ranked(ordered: Sequence[float]) -> tuple[dict[float, float], dict[float, tuple[float, float]]]:
+    """(percentiles, their confidence intervals) of a sorted, non-empty sample."""
+    intervals = {}
+    for rank in PERCENTILES:
+        low, high = interval_places(len(ordered), rank / 100)
+        least = ordered[low - 1] if low else -math.inf
+        intervals[rank] = (least, ordered[high - 1] if high <= len(ordered) else math.inf)
+    return {rank: percentile(ordered, rank) for rank in PERCENTILES}, intervals
+
+
+def interval_places(n: int, share: float) -> tuple[int, int]:
+    """Which order statistics, from 1, enclose a quantile with 95 % confidence; 0 and n + 1: there is none.
+
+    How many of n values lie below the quantile is binomial, whatever their law; each tail has at most INTERVAL_TAIL.
+
+    >>> interval_places(100, 0.5), interval_places(100, 0.99)
+    ((40, 61), (97, 101))
+    """
+    width = 8 * math.sqrt(n * share * (1 - share)) + 1  # what lies further off has no weight
+    first = max(0, math.floor(n * share - width))
+    ways = math.lgamma(n + 1) - math.lgamma(first + 1) - math.lgamma(n - first + 1)
+    weight = math.exp(ways + first * math.log(share) + (n - first) * math.log1p(-share))
+    low, below = 0, 0.0  # the probability that fewer than `place` values lie below
+    for place in range(first, n + 1):
+        if below <= INTERVAL_TAIL:
+            low = place
+        if 1 - below <= INTERVAL_TAIL:
+            return low, place
+        below += weight
+        weight *= (n - place) / (place + 1) * share / (1 - share)
+    return low, n + 1
 
 
 class Sample:
@@ -1935,10 +2028,23 @@ class Sample:
         if len(self.exact) < self._most:
             self.exact.extend(values)
         elif values:
-            self._near = self._near or self.exact[0]
             self._count(values)
 
+    def place(self, row: int, value: float) -> None:
+        """The value of the request of that row; NaN stands in the rows that have none."""
+        if row < self._most:
+            self.exact.extend(itertools.repeat(math.nan, row - len(self.exact)))
+            self.exact.append(value)
+        else:
+            self._count((value,))
+
+    def of_rows(self, rows: Iterable[int]) -> Iterator[float]:
+        """The values that those rows have."""
+        values = (self.exact[row] for row in rows if row < len(self.exact))
+        return (value for value in values if value == value)
+
     def _count(self, values: Sequence[float]) -> None:
+        self._near = self._near if self._n else values[0]
         bits = memoryview(array("f", values)).cast("B").cast("I")
         self._buckets.update(map(operator.rshift, bits, itertools.repeat(BUCKET_BITS)))
         self._n += len(values)
@@ -1949,15 +2055,16 @@ class Sample:
     def describe(self) -> Distribution:
         """Call it once, when nothing more comes: it counts what was kept, where there is more than that."""
         if not self._n:
-            return describe(self.exact)
+            return describe(self.of_rows(range(len(self.exact))))
         for start in range(0, len(self.exact), 1 << 16):
-            self._count(self.exact[start : start + (1 << 16)])
+            kept = list(self.of_rows(range(start, start + (1 << 16))))
+            if kept:
+                self._count(kept)
         self.exact = self.exact[:0]
         mean = self._sum / self._n
         deviation = math.sqrt(max(0.0, self._squares / self._n - (mean - self._near) ** 2))
         ordered = BucketValues(self._buckets, self._max)
-        ranks = {rank: percentile(ordered, rank) for rank in PERCENTILES}
-        return Distribution(self._n, mean, deviation, self._max, ranks)
+        return Distribution(self._n, mean, deviation, self._max, *ranked(ordered))
 
 
 class BucketValues(Sequence[float]):
@@ -1988,14 +2095,15 @@ class Metric(NamedTuple):
     stems: tuple[str, ...]
     read: Callable[[Record], Sequence[float]]
     above: tuple[str, float] = ("", 0.0)  # has its line only where its mean is above this share of that metric's
+    pooled: bool = False  # many values a request: not in the steady window
 
 
 METRICS = (
-    Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms"), lambda r: _one(r.latency_ms)),
+    Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms", "latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
     Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), ("ttft", 1.0001)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
-    Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else ()),
+    Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), pooled=True),
     Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), ("latency", 0.01)),
     Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
     Metric("late", "Late sends (ms)", ("late_send_ms",), lambda r: _one(r.late_ms)),
@@ -2009,6 +2117,22 @@ METRICS = (
 )  # fmt: skip
 
 METRIC = {metric.key: metric for metric in METRICS}
+STREAMED_METRICS = ("ttft", "visible", "tpot", "gap", "tail")
+WITH_STEADY = ("latency", "ttft", "tpot")  # their lines of the steady window stand beside those of the whole run
+# What --goodput sets limits on, in vLLM's words -> key of the metric.
+GOODPUT_NAMES = {"ttft": "ttft", "tpot": "tpot", "e2el": "latency", "latency": "latency"}
+
+
+def within(record: Record, key: str, limit_ms: float) -> bool:
+    """Whether a success keeps a limit, judged to the us, as the CSV has it.
+
+    What was not measured keeps none; but a reply of one token has no TPOT that could exceed it.
+    """
+    values = METRIC[key].read(record)
+    if not values:
+        return key == "tpot" and (record.reply.completion_tokens or 0) <= 1
+    return round(values[0], 3) <= limit_ms
+
 
 # Sums over all records, whatever their fate: field of the record -> the tally's counter.
 COUNTED = ("reads", "kernel_reads", "content_reads", "merged_reads", "reconnects", "syn_resent", "late_gaps")
@@ -2072,10 +2196,15 @@ class Tally:
     """The running sums and samples of a run, fed one record at a time; keeps numbers, never replies.
 
     `own_tokens`: of each prompt that the run cycles through, its length and its shared prefix as the corpus says.
+    `goodput`: limits in ms, by the metric's key.
     """
 
-    def __init__(self, own_tokens: Sequence[int] = ()) -> None:
+    def __init__(self, own_tokens: Sequence[int] = (), goodput: Optional[Mapping[str, float]] = None) -> None:
         self._own_tokens = own_tokens
+        self._goodput = goodput or {}
+        self.good: Counter[str] = Counter()
+        self.sent_s = array("d")  # of each row; NaN: it was not sent
+        self.last_index = -1
         self.ok = 0
         self.errors = 0
         self.aborted = 0
@@ -2095,8 +2224,14 @@ class Tally:
         self._failures: dict[tuple[str, str], list[Any]] = {}
 
     def add(self, record: Record) -> None:
+        row, self.last_index = len(self.sent_s), max(self.last_index, record.job.index)
+        self.sent_s.append(math.nan if record.sent_s is None else record.sent_s)
         for metric in METRICS:
-            self.samples[metric.key].extend(metric.read(record))
+            values = metric.read(record)
+            if values and metric.pooled:
+                self.samples[metric.key].extend(values)
+            elif values:
+                self.samples[metric.key].place(row, values[0])
         for name in COUNTED:
             self.counts[name] += getattr(record.reply, name)
         self.counts["new_connections"] += bool(record.reply.new_connection)
@@ -2135,6 +2270,9 @@ class Tally:
         self.prompt_tokens += reply.prompt_tokens or 0
         self.completion_tokens += reply.completion_tokens or 0
         self.finish_reasons[reply.finish_reason or "none"] += 1
+        if self._goodput:
+            kept = [key for key, limit_ms in self._goodput.items() if within(record, key, limit_ms)]
+            self.good.update(kept + ["all"] * (len(kept) == len(self._goodput)))
         counts = self.counts
         counts["cached_tokens"] += reply.cached_tokens or 0
         counts["cache_told"] += reply.cached_tokens is not None
@@ -2176,7 +2314,36 @@ class Tally:
         groups = [ErrorGroup(status, kind, n, text) for (status, kind), (n, text) in self._failures.items()]
         return sorted(groups, key=lambda group: -group.count)
 
-    def summary(self) -> Summary:
+    def steady(self, wave: int) -> Optional[Steady]:
+        """The steady window of a run whose first `wave` requests were sent at once; None without one."""
+        sent_s, latency = self.sent_s, self.samples["latency"]
+        done = {row: sent_s[row] + ms / 1e3 for row, ms in enumerate(latency.exact) if ms == ms}
+        ends = sorted(done.values())
+        if not 0 < wave < len(ends):
+            return None
+        start, end = ends[wave - 1], max(s for s in sent_s if s == s)
+        rows = [row for row, at in enumerate(sent_s) if start <= at <= end]
+        if len(rows) < 2 * wave:
+            return None
+        ended = [row for row, at in done.items() if start < at <= end]
+        before = [row for row in done if sent_s[row] < start]
+        third = (end - start) / 3
+        thirds = ([row for row in rows if sent_s[row] < start + third], [r for r in rows if sent_s[r] >= end - third])
+        return Steady(
+            start_s=start,
+            end_s=end,
+            sent=len(rows),
+            ok=len(ended),
+            prompt_tokens=int(sum(self.samples["prompt"].of_rows(ended))),
+            completion_tokens=int(sum(self.samples["output"].of_rows(ended))),
+            distributions={key: describe(self.samples[key].of_rows(rows)) for key in METRIC if not METRIC[key].pooled},
+            opening={key: describe(self.samples[key].of_rows(before)) for key in WITH_STEADY},
+            drifts=drifts(*({key: list(self.samples[key].of_rows(part)) for key in WITH_STEADY} for part in thirds)),
+        )
+
+    def summary(self, wave: int = 0) -> Summary:
+        """`wave`: how many requests were in flight at the start, for the steady window."""
+        steady = self.steady(wave)  # before the samples are described, which may take their values
         distributions = {key: sample.describe() for key, sample in self.samples.items()}
         return Summary(
             ok=self.ok,
@@ -2195,11 +2362,40 @@ class Tally:
             finish_reasons=dict(self.finish_reasons),
             busy_s=self.busy_s,
             first_error_s=self.first_error_s,
+            good={key: self.good[key] for key in (*self._goodput, "all")} if self._goodput else {},
+            steady=steady,
             due_rate=self.due.per_s,
             issued_rate=self.issued.per_s,
             server=self.server,
             **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
+
+
+def drifts(first: Mapping[str, Sequence[float]], last: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """By how much TPOT's and latency's means changed, as a share; only what is more than DRIFT and more than chance."""
+    found = {}
+    for key in ("latency", "tpot"):
+        before, after = describe(first[key]), describe(last[key])
+        if before.mean is None or after.mean is None or before.std is None or after.std is None or before.mean <= 0:
+            continue
+        error = math.sqrt(before.std**2 / before.n + after.std**2 / after.n)
+        if abs(after.mean - before.mean) > max(DRIFT * before.mean, DRIFT_ERRORS * error):
+            found[key] = after.mean / before.mean - 1
+    return found
+
+
+def knee(throughputs: Mapping[float, Optional[float]]) -> Optional[float]:
+    """The last level at which throughput still grew by more than KNEE_GROWTH per doubling; None of fewer than three.
+
+    >>> knee({1: 10.0, 2: 20.0, 4: 39.0, 8: 40.0})
+    4
+    """
+    known = [(level, rate) for level, rate in sorted(throughputs.items()) if level > 0 and rate]
+    last = None
+    for (load, rate), (more, new) in zip(known, known[1:]):
+        if (new / rate) ** (1 / math.log2(more / load)) - 1 > KNEE_GROWTH:
+            last = more
+    return last if len(throughputs) > 2 else None
 
 
 def gaps_are_of_tokens(summary: Summary) -> bool:
@@ -2219,6 +2415,195 @@ def percent(part: float, whole: float) -> float:
 def in_flight_mean(health: Sequence[Health]) -> float:
     """Requests sent and unanswered, on average over the time, as counted while they were."""
     return _rate(sum(h.in_flight_s for h in health), max((h.flight_window_s for h in health), default=0.0))
+
+
+# --- figures: all numbers of a summary, by the flat keys of the JSON; --slo and --assert know them by these names ---
+
+Fared = Sequence[Health]  # one entry per process
+
+
+def _per(amount: float, whole: Optional[float]) -> Optional[float]:
+    return amount / whole if whole else None
+
+
+def _price(config: Config, tokens_per_s: float) -> Optional[float]:
+    """Of a million such tokens, all GPUs' cost laid on them."""
+    return (
+        config.gpu_hour * (config.gpus or 1) / 3600 / tokens_per_s * 1e6 if config.gpu_hour and tokens_per_s else None
+    )
+
+
+def input_per_s(summary: Summary) -> float:
+    return _rate(summary.prompt_tokens, summary.elapsed_s)
+
+
+def _share_within(key: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
+    return _per(summary.good[key], summary.ok + summary.errors) if key in summary.good else None
+
+
+FIGURES: Mapping[str, Callable[[Summary, Config, Fared], Optional[float]]] = {
+    "num_prompts": lambda s, c, h: s.ok + s.errors,
+    "max_concurrency": lambda s, c, h: c.concurrency,
+    "completed": lambda s, c, h: s.ok,
+    "failed": lambda s, c, h: s.errors,
+    "aborted": lambda s, c, h: s.aborted,
+    "not_sent": lambda s, c, h: max(0, (c.total_requests or 0) - s.ok - s.errors - s.aborted - s.unsent_turns),
+    "error_rate": lambda s, c, h: s.error_share,
+    "duration": lambda s, c, h: s.elapsed_s,
+    "total_input_tokens": lambda s, c, h: s.prompt_tokens,
+    "total_output_tokens": lambda s, c, h: s.completion_tokens,
+    "total_cached_tokens": lambda s, c, h: s.cached_tokens,
+    "request_throughput": lambda s, c, h: s.requests_per_s,
+    "request_goodput": lambda s, c, h: _rate(s.good["all"], s.elapsed_s) if s.good else None,
+    "goodput_share": lambda s, c, h: _per(s.good.get("all", 0), s.ok + s.errors) if s.good else None,
+    **{
+        f"goodput_share_{name}": partial(_share_within, key) for name, key in GOODPUT_NAMES.items() if name != "latency"
+    },
+    "input_throughput": lambda s, c, h: input_per_s(s),
+    "output_throughput": lambda s, c, h: s.generated_per_s,
+    "total_token_throughput": lambda s, c, h: s.total_per_s,
+    "total_throughput": lambda s, c, h: s.total_per_s,
+    "output_throughput_per_gpu": lambda s, c, h: _per(s.generated_per_s, c.gpus),
+    "total_token_throughput_per_gpu": lambda s, c, h: _per(s.total_per_s, c.gpus),
+    "price_per_million_input_tokens": lambda s, c, h: _price(c, input_per_s(s)),
+    "price_per_million_output_tokens": lambda s, c, h: _price(c, s.generated_per_s),
+    "concurrency": lambda s, c, h: in_flight_mean(h),
+    "max_concurrent_requests": lambda s, c, h: sum(one.peak_in_flight for one in h),
+    "concurrency_by_littles_law": lambda s, c, h: _rate(s.busy_s, max((one.flight_window_s for one in h), default=0.0)),
+    "steady_duration": lambda s, c, h: s.steady.end_s - s.steady.start_s if s.steady else None,
+    "steady_start_s": lambda s, c, h: s.steady.start_s if s.steady else None,
+    "steady_requests": lambda s, c, h: s.steady.sent if s.steady else None,
+    "steady_request_throughput": lambda s, c, h: s.steady.rates[0] if s.steady else None,
+    "steady_output_throughput": lambda s, c, h: s.steady.rates[1] if s.steady else None,
+    "steady_total_token_throughput": lambda s, c, h: s.steady.rates[2] if s.steady else None,
+}
+
+
+class Stat(NamedTuple):
+    """One number of a distribution: which, of which metric, over the steady window or the whole run."""
+
+    metric: str
+    name: str  # mean, median, std, max, n, or a percentile as p99
+    steady: bool
+
+    def sample(self, summary: Summary) -> Distribution:
+        whole = summary.steady.distributions if self.steady and summary.steady else summary.distributions
+        return Distribution(0) if self.steady and not summary.steady else whole[self.metric]
+
+    @property
+    def rank(self) -> Optional[float]:
+        if self.name == "median":
+            return 50.0
+        return float(self.name[1:]) if self.name[0] == "p" else None
+
+    def of(self, sample: Distribution) -> Optional[float]:
+        rank = self.rank
+        value: Optional[float] = getattr(sample, self.name) if rank is None else sample.percentiles.get(rank)
+        return value
+
+    def interval(self, summary: Summary) -> Optional[tuple[float, float]]:
+        """Where it lies with 95 % confidence; None where that is not known."""
+        sample, rank = self.sample(summary), self.rank
+        if rank is not None:
+            return sample.intervals.get(rank)
+        if self.name != "mean" or sample.mean is None or sample.std is None:
+            return None
+        error = NORMAL_95 * sample.std / math.sqrt(sample.n)
+        return sample.mean - error, sample.mean + error
+
+
+def _stats() -> Iterator[tuple[str, Stat]]:
+    names = ("mean", "median", "std", "max", "n", *(f"p{rank:g}" for rank in PERCENTILES))
+    for steady, metric, name in itertools.product((False, True), METRICS, names):
+        for stem in metric.stems:
+            if not (steady and metric.pooled):
+                key = count_key(stem) if name == "n" else f"{name}_{stem}"
+                yield f"{'steady_' if steady else ''}{key}", Stat(metric.key, name, steady)
+
+
+def count_key(stem: str) -> str:
+    """The key of a metric's number of values: only durations end in `_ms`."""
+    return f"{stem[: -len('_ms')] if stem.endswith('_ms') else stem}_count"
+
+
+STATS: Mapping[str, Stat] = dict(_stats())
+
+
+def figure_of(name: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
+    """A figure by its key; None where it was not measured. Raises KeyError."""
+    return STATS[name].of(STATS[name].sample(summary)) if name in STATS else FIGURES[name](summary, config, health)
+
+
+OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    "<": float.__lt__, "<=": float.__le__, ">": float.__gt__, ">=": float.__ge__,
+}  # fmt: skip
+
+
+class Limit(NamedTuple):
+    """A limit on a figure of the summary."""
+
+    name: str
+    operator: str
+    bound: float
+
+    @classmethod
+    def of(cls, text: str) -> Limit:
+        """Raises ValueError with the reason.
+
+        >>> Limit.of("p99_ttft_ms<500")
+        Limit(name='p99_ttft_ms', operator='<', bound=500.0)
+        """
+        match = re.fullmatch(r"\s*([\w.]+)\s*(<=?|>=?)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", text, re.IGNORECASE)
+        if not match:
+            raise ValueError("takes a figure, <, <=, > or >=, and a number, as in p99_ttft_ms<500")
+        names = [*FIGURES, *STATS]
+        if match[1] not in names:
+            nearest = ", ".join(difflib.get_close_matches(match[1], names, 4, 0.5)) or "output_throughput, p99_ttft_ms"
+            raise ValueError(f"knows no figure {plain(match[1], 60)!r}; nearest: {nearest}")
+        return cls(match[1], match[2], float(match[3]))
+
+    def holds(self, value: Optional[float]) -> bool:
+        return value is not None and OPERATORS[self.operator](float(value), self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.operator} {self.bound:g}"
+
+
+class Judged(NamedTuple):
+    """A limit beside what was measured. `sure`: the confidence interval lies wholly on one side of the limit."""
+
+    limit: Limit
+    value: Optional[float]
+    sure: bool = True
+    needed: Optional[float] = None  # times as many requests as there were would make it sure
+
+    @property
+    def holds(self) -> bool:
+        return self.limit.holds(self.value)
+
+
+def judge(limit: Limit, summary: Summary, config: Config, health: Fared) -> Judged:
+    value = figure_of(limit.name, summary, config, health)
+    interval = STATS[limit.name].interval(summary) if limit.name in STATS else None
+    if value is None or interval is None:
+        return Judged(limit, value)
+    sides = [limit.holds(end) for end in interval]
+    if sides[0] == sides[1]:
+        return Judged(limit, value)
+    end = interval[sides.index(not limit.holds(value))]  # the one on the other side of the limit
+    if math.isinf(end):
+        least = math.log(INTERVAL_TAIL) / math.log((STATS[limit.name].rank or 50.0) / 100)  # until there is such an end
+        return Judged(limit, value, False, max(2.0, least / STATS[limit.name].sample(summary).n))
+    off = abs(value - limit.bound)  # an interval shrinks with the square root of the number of requests
+    return Judged(limit, value, False, (abs(end - value) / off) ** 2 if off else math.inf)
+
+
+def limits_of(config: Config) -> list[Limit]:
+    """Those of --slo, and that hardly any request fails, unless they say something of errors themselves."""
+    limits = [Limit.of(text) for text in config.slo]
+    if limits and not {"error_rate", "failed", "completed"} & {limit.name for limit in limits}:
+        limits.append(Limit("error_rate", "<=", TELLING_ERROR_SHARE))
+    return limits
 
 
 # --- warnings that qualify the figures: each rule looks at the summary and returns one, or None ---
@@ -2494,8 +2879,17 @@ def error_warning(summary: Summary) -> Optional[ReportWarning]:
     )
 
 
+def _warn_drift(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    if not summary.steady or not summary.steady.drifts:
+        return None
+    moved = [f"{METRIC[key].label.partition(' (')[0]} {by:+.0%}" for key, by in summary.steady.drifts.items()]
+    text = f"from the first to the last third of the steady window the means moved: {', '.join(moved)}"
+    return ReportWarning(text, "a longer --warmup or run, or a load that the server can take for ever")
+
+
 WARNINGS = (
     _warn_client,
+    _warn_drift,
     _warn_held_back,
     _warn_servers,
     _warn_usage,
@@ -2742,18 +3136,27 @@ def summary_block(summary: Summary, concurrency: Optional[int]) -> str:
     )
 
 
-def detail_lines(
+def detail_blocks(
     summary: Summary, config: Config, health: Sequence[Health], notices: Sequence[ReportWarning] = (), truth: str = ""
-) -> list[str]:
-    """What stands between the seven lines and the configuration: warnings, verdict, table, circumstances.
+) -> list[list[str]]:
+    """What stands between the seven lines and the configuration: warnings, verdict, judging; table, circumstances.
 
     `notices`: warnings about the run itself, before those about its figures. `truth`: the demo's own line.
     """
     warnings = [line for item in (*notices, *warnings_of(summary, config, health)) for line in warning_lines(item)]
     verdict = [*wrapped(truth, 0), *wrapped(verdict_line(summary, health), 0)]
+    judging = [part for line in judging_lines(summary, config, health) for part in wrapped(line, 4)]
+    tables = [*distribution_table(summary), *(["", *interval_table(summary)] if config.verbose else [])]
     groups = [group_table(name, groups) for name, groups in summary.groups.items() if len(groups) > 1]
     how = [*circumstances(summary, config, health), *corpus_line(config.corpus)]
-    blocks = [warnings, verdict, distribution_table(summary), *groups, how]
+    return [warnings, verdict, judging, tables, *groups, how]
+
+
+JUDGED_BLOCKS = 3  # of those before the table: of a sweep's levels only they are printed
+
+
+def joined(blocks: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of these blocks, an empty one between any two."""
     return "\n\n".join("\n".join(block) for block in blocks if block).split("\n")
 
 
@@ -2782,13 +3185,251 @@ def verdict_line(summary: Summary, health: Sequence[Health]) -> str:
     return f"Verdict: this client was not the bottleneck (CPU {cpu:.0f} %, kernel clock {kernel:.3g} %)."
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns padded to their widest cell: the first to the left, the others to the right."""
+def judging_lines(summary: Summary, config: Config, health: Fared) -> list[str]:
+    """What was asked of the figures, each limit with its verdict; goodput; what a GPU gave, and what it cost."""
+    asked = [*(("Assert", Limit.of(text)) for text in config.asserts), *(("SLO", one) for one in limits_of(config))]
+    lines = [judged_line(name, judge(limit, summary, config, health), config) for name, limit in asked]
+    ended = summary.ok + summary.errors
+    if config.goodput:
+        kept = ", ".join(
+            f"{_short_label(METRIC[key])} <= {limit:g} ms {percent(summary.good[key], ended):.1f} %"
+            for key, limit in config.goodput.items()
+        )
+        rate, share_kept = _rate(summary.good["all"], summary.elapsed_s), percent(summary.good["all"], ended)
+        lines.append(f"Goodput: {rate:.2f} req/s, {share_kept:.1f} % of the requests kept all limits ({kept})")
+    if config.gpus:
+        user = summary.distributions["user_rate"].percentiles.get(50.0)
+        line = f"Per GPU: {summary.generated_per_s / config.gpus:.2f} generated tokens/s; a user gets {_figure(user)}"
+        lines.append(f"{line} (p50)")
+    prices = [_price(config, rate) for rate in (input_per_s(summary), summary.generated_per_s)]
+    if config.gpu_hour:
+        told = " of input, ".join("-" if price is None else f"{price:.4g}" for price in prices)
+        lines.append(f"Price of a million tokens, the whole cost laid on them: {told} of output")
+    return lines
+
+
+def judged_line(name: str, judged: Judged, config: Config) -> str:
+    verdict = "holds" if judged.holds else "FAILS"
+    if judged.value is None:
+        return f"{name}: {judged.limit}: {verdict}: it was not measured ({why_unmeasured(judged.limit.name, config)})"
+    chance = "" if judged.sure else "; chance could turn that: the limit is within the 95 % confidence interval"
+    return f"{name}: {judged.limit}: {verdict} ({judged.value:.6g}{chance})"
+
+
+def why_unmeasured(name: str, config: Config) -> str:
+    stat = STATS.get(name)
+    if stat and stat.metric in STREAMED_METRICS and not config.stream:
+        return "it takes --stream"
+    if name.startswith("steady_"):
+        return "there was no steady state"
+    options = {"goodput": "--goodput", "per_gpu": "--gpus", "price": "--gpu-hour", "response": "--request-rate"}
+    option = next((option for part, option in options.items() if part in name), "")
+    return f"it takes {option}" if option else "no reply told it"
+
+
+def _short_label(metric: Metric) -> str:
+    """As within a sentence: TTFT, latency."""
+    name = metric.label.partition(" (")[0]
+    return name if name[1:2].isupper() else f"{name[:1].lower()}{name[1:]}"
+
+
+def figure_words(name: str) -> tuple[str, str]:
+    """(what a figure is called in a sentence, its unit)
+
+    >>> figure_words("p99_ttft_ms"), figure_words("steady_mean_latency_ms"), figure_words("error_rate")
+    (('p99 TTFT', ' ms'), ('steady mean latency', ' ms'), ('error rate', ''))
+    """
+    if name not in STATS:
+        return name.replace("_", " "), ""
+    stat = STATS[name]
+    metric = METRIC[stat.metric]
+    return f"{'steady ' * stat.steady}{stat.name} {_short_label(metric)}", " ms" * metric.label.endswith("(ms)")
+
+
+def limit_words(limit: Limit) -> str:
+    called, unit = figure_words(limit.name)
+    return f"{called} {limit.operator} {limit.bound:g}{unit}"
+
+
+# --- several points: a table with a line for each level, and what it shows in words ---
+
+
+class SweepColumn(NamedTuple):
+    head: str
+    below: str  # second line of the heading
+    figure: str
+
+
+SWEEP_COLUMNS = (
+    SweepColumn("req/s", "", "request_throughput"),
+    SweepColumn("out", "tok/s", "output_throughput"),
+    SweepColumn("tok/s", "/user", "median_tokens_per_s_per_user"),
+    SweepColumn("TTFT", "p50", "p50_ttft_ms"),
+    SweepColumn("TTFT", "p99", "p99_ttft_ms"),
+    SweepColumn("TPOT", "p50", "p50_tpot_ms"),
+    SweepColumn("TPOT", "p99", "p99_tpot_ms"),
+    SweepColumn("latency", "p50", "p50_latency_ms"),
+    SweepColumn("latency", "p95", "p95_latency_ms"),
+    SweepColumn("latency", "p99", "p99_latency_ms"),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measured point: what a table and a verdict need of it."""
+
+    level: float
+    repeat: int
+    config: Config
+    summary: Summary
+    health: Fared
+    complete: bool = True  # False: a stop cut it short
+
+    @property
+    def values(self) -> tuple[Summary, Config, Fared]:
+        return self.summary, self.config, self.health
+
+    def figure(self, name: str) -> Optional[float]:
+        return figure_of(name, *self.values)
+
+    @property
+    def client_bound(self) -> bool:
+        return client_bound(self.summary, self.health) is not None
+
+
+class Level:
+    """The points of one level: its figures are their medians."""
+
+    def __init__(self, points: Sequence[Measured], limits: Sequence[Limit], needed: float = 1.0) -> None:
+        """`needed`: how many times as many requests it takes to be sure of the verdict."""
+        self.points = points
+        self.level = points[0].level
+        self.needed = needed
+        self.failed = [limit for limit in limits if not limit.holds(self.figure(limit.name))]
+        bound = not self.failed and any(point.client_bound for point in points)  # less load than asked proves nothing
+        self.resolved = needed <= 1 and not bound and all(point.complete for point in points)
+        self.holds = self.resolved and not self.failed
+
+    def values(self, name: str) -> list[float]:
+        return sorted(value for value in (point.figure(name) for point in self.points) if value is not None)
+
+    def figure(self, name: str) -> Optional[float]:
+        values = self.values(name)
+        return percentile(values, 50) if values else None
+
+    def cell(self, name: str) -> str:
+        starred = name in STATS and any(few(STATS[name].sample(p.summary), STATS[name].rank) for p in self.points)
+        return brief(self.figure(name)) + "*" * (starred and bool(self.values(name)))
+
+    def verdict(self, knee_level: Optional[float]) -> str:
+        words = ["client-bound"] if any(point.client_bound for point in self.points) else []
+        words += ["knee"] if self.level == knee_level else []
+        words += [] if all(point.complete for point in self.points) else ["interrupted"]
+        if self.points[0].config.slo and self.resolved:
+            words += [f"fails {limit.name}" for limit in self.failed] or ["holds"]
+        elif self.points[0].config.slo:
+            words.append(f"seems to {'fail' if self.failed else 'hold'}")
+        return ", ".join(words)
+
+
+def levels_of(points: Iterable[Measured]) -> list[list[Measured]]:
+    """The points by their level, in its order."""
+    groups: dict[float, list[Measured]] = {}
+    for point in points:
+        groups.setdefault(point.level, []).append(point)
+    return [groups[level] for level in sorted(groups)]
+
+
+def brief(value: Optional[float]) -> str:
+    """About four digits of a figure.
+
+    >>> brief(1234.5), brief(123.45), brief(1.2345)
+    ('1234', '123.5', '1.23')
+    """
+    return "-" if value is None else f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
+
+
+def sweep_knee(levels: Sequence[Level]) -> Optional[float]:
+    """By generated tokens/s, or by requests/s where nobody counted tokens."""
+    tokens = any(level.figure("output_throughput") for level in levels)
+    name = "output_throughput" if tokens else "request_throughput"
+    return knee({level.level: level.figure(name) for level in levels})
+
+
+def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None) -> list[str]:
+    """A line for each level; with repetitions its median, and the least and the greatest below. `bend`: the knee."""
+    columns = [column for column in SWEEP_COLUMNS if any(level.values(column.figure) for level in levels)]
+    rows = [[unit, *(c.head for c in columns), "errors"], ["", *(c.below for c in columns), ""]]
+    ends = ["verdict", ""]
+    for level in levels:
+        errors = sum(point.summary.errors for point in level.points)
+        rows.append([f"{level.level:g}", *(level.cell(column.figure) for column in columns), str(errors)])
+        ends.append(level.verdict(bend if bend != levels[-1].level else None))
+        for name, pick in (("min", 0), ("max", -1)) if len(level.points) > 1 else ():
+            extremes = [level.values(column.figure) for column in columns]
+            rows.append([f"  {name}", *(brief(values[pick] if values else None) for values in extremes), ""])
+            ends.append("")
+    starred = any(cell.endswith("*") for row in rows for cell in row)
+    note = ["* too few values for that percentile: more --requests-per-slot, or --total-requests"] * starred
+    return [*(f"{row}  {end}".rstrip() for row, end in zip(padded(rows), ends)), *note]
+
+
+def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -> list[str]:
+    """The knee, and where this client was the limit."""
+    lines = []
+    if bend is not None and bend == levels[-1].level:
+        lines.append(f"No knee: at {bend:g} {unit} throughput still grew by more than {KNEE_GROWTH:.0%} per doubling")
+    elif bend is not None:
+        lines.append(f"Knee: {bend:g} {unit}; beyond it throughput grows by less than {KNEE_GROWTH:.0%} per doubling")
+    bound = [f"{level.level:g}" for level in levels if any(point.client_bound for point in level.points)]
+    if bound:
+        lines.append(f"At {', '.join(bound)} {unit} this client, not the server, was the limit")
+    return lines
+
+
+def capacity_sentence(levels: Sequence[Level], limits: Sequence[Limit], unit: str) -> str:
+    """The highest level that holds the limits, and what is above it."""
+    wanted = " and ".join(limit_words(limit) for limit in limits)
+    best = next((level for level in reversed(levels) if level.holds), None)
+    above = [level for level in levels if not level.holds and (best is None or level.level > best.level)]
+    unsure, failing = ([level for level in above if level.resolved is told] for told in (False, True))
+    ends = [*map(_why_unsure, unsure[-1:]), *map(_why_not, failing[:1])]
+    if best is None:
+        return "; ".join([f"no level {'is sure to hold' if unsure else 'holds'} {wanted}", *ends])
+    holes = [f"{level.level:g}" for level in levels if level.resolved and not level.holds and level.level < best.level]
+    but = f" (though {', '.join(holes)} did not)" if holes else ""
+    rates = f"{brief(best.figure('request_throughput'))} req/s, {best.figure('output_throughput') or 0:,.0f} tok/s"
+    told = f"up to {best.level:g} {unit} ({rates}) hold {wanted}{but}"
+    return "; ".join([told, *(ends or [f"{best.level:g} is the highest that was tried"])])
+
+
+def _why_unsure(level: Level) -> str:
+    made = level.points[-1].summary.ok + level.points[-1].summary.errors
+    if any(point.client_bound for point in level.points):
+        return f"{level.level:g} is unresolved, this client was the limit there"
+    needs = f"needs about {made * level.needed:,.0f} requests" if 1 < level.needed < math.inf else "was not finished"
+    return f"{level.level:g} is unresolved, it {needs}"
+
+
+def _why_not(level: Level) -> str:
+    told = []
+    for limit in level.failed:
+        (called, unit), value = figure_words(limit.name), level.figure(limit.name)
+        told.append(f"{called} is {'not measured' if value is None else f'{value:.4g}{unit}'}")
+    return f"at {level.level:g} {' and '.join(told)}"
+
+
+def padded(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
         for row in rows
     ]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [line.rstrip() for line in padded(rows)]
 
 
 def _metric_label(metric: Metric, summary: Summary) -> str:
@@ -2805,22 +3446,74 @@ def _figure(value: Optional[float]) -> str:
     return "-" if value is None else f"{value:.{2 if value < 1e5 else 0}f}"
 
 
+def few(sample: Distribution, rank: Optional[float]) -> bool:
+    """Whether it takes more values for that percentile to be told from the maximum."""
+    return sample.n < LEAST_SAMPLES.get(rank or 0.0, 0)
+
+
 def distribution_table(summary: Summary) -> list[str]:
+    """A row for each metric that says something; under some, that of the steady window."""
     rows = [["", "mean", *(f"p{rank:g}" for rank in SHOWN_PERCENTILES), "max", "n"]]
-    starred = False
     for metric in METRICS:
         if not _shown(metric, summary):
             continue
-        sample = summary.distributions[metric.key]
-        cells = [_figure(sample.percentiles[rank]) for rank in SHOWN_PERCENTILES]
-        if sample.n < FEW_SAMPLES_FOR_P99:
-            cells[-1] += "*"
-            starred = True
-        rows.append([_metric_label(metric, summary), _figure(sample.mean), *cells, _figure(sample.max), str(sample.n)])
-    notes = [f"* fewer than {FEW_SAMPLES_FOR_P99} samples: hardly more than the maximum"] if starred else []
+        rows.append(_table_row(_metric_label(metric, summary), summary.distributions[metric.key]))
+        if summary.steady and metric.key in WITH_STEADY:
+            rows.append(_table_row("  steady", summary.steady.distributions[metric.key]))
+    notes = _few_note(summary, rows)
     if max(sample.n for sample in summary.distributions.values()) > EXACT_SAMPLES:
         notes.append(f"n above {EXACT_SAMPLES:,}: percentiles from a histogram, within {BUCKET_ERROR:.1%} of the value")
     return [*table(rows), *notes] if len(rows) > 1 else []
+
+
+def _table_row(label: str, sample: Distribution) -> list[str]:
+    shown = [(rank, sample.percentiles.get(rank)) for rank in SHOWN_PERCENTILES]
+    cells = [_figure(value) + "*" * (value is not None and few(sample, rank)) for rank, value in shown]
+    return [label, _figure(sample.mean), *cells, _figure(sample.max), str(sample.n)]
+
+
+def _few_note(summary: Summary, rows: Sequence[Sequence[str]]) -> list[str]:
+    starred = [name for name, *cells in zip(*rows) if any(cell.endswith("*") for cell in cells)]
+    if not starred:
+        return []
+    needed = {f"p{rank:g}": least for rank, least in LEAST_SAMPLES.items()}
+    least, n = needed[starred[-1]], summary.distributions["latency"].n
+    made = summary.ok + summary.errors + summary.aborted
+    advice = f"; --total-requests {math.ceil(least * made / n)} would do" if 0 < n < least else ""
+    takes = ", ".join(f"{name} {needed[name]:,}" for name in starred)
+    return wrapped(f"* too few values: hardly more than their maximum (least n: {takes}){advice}", 2)
+
+
+def interval_table(summary: Summary) -> list[str]:
+    """For --verbose: where the percentiles lie with 95 % confidence."""
+    rows = [["95 % confidence", *(f"p{rank:g}" for rank in INTERVALS_SHOWN)]]
+    for metric in METRICS:
+        sample = summary.distributions[metric.key]
+        if metric.key in WITH_STEADY and sample.n:
+            ends = [["?" if math.isinf(end) else _figure(end) for end in sample.intervals[r]] for r in INTERVALS_SHOWN]
+            rows.append([metric.label, *map(" to ".join, ends)])
+    return table(rows) if len(rows) > 1 else []
+
+
+def steady_lines(summary: Summary) -> list[str]:
+    """The steady window, and the opening burst where it is another story."""
+    steady = summary.steady
+    if steady is None:
+        none = "Steady: no steady state: too few requests were sent after the first wave had ended"
+        return [none] if summary.ok else []
+    requests, generated, total = steady.rates
+    lines = [
+        f"Steady: {steady.end_s - steady.start_s:.3f} s from {steady.start_s:.3f} s on, {steady.sent} requests sent:"
+        f" {requests:.2f} req/s, {generated:.2f} generated tokens/s, {total:.2f} in all"
+    ]
+    key = "ttft" if steady.opening["ttft"].n else "latency"
+    first, then = steady.opening[key], steady.distributions[key]
+    if first.n and then.n and abs(first.percentiles[50.0] / then.percentiles[50.0] - 1) > DRIFT:
+        lines.append(
+            f"Opening: of the {first.n} requests before, the median {_short_label(METRIC[key])} was"
+            f" {first.percentiles[50.0]:.1f} ms; in steady state it was {then.percentiles[50.0]:.1f} ms"
+        )
+    return lines
 
 
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
@@ -2858,6 +3551,7 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
     if summary.sessions:
         why = ": a turn before them failed, or the run ended" if summary.unsent_turns else ""
         lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")
+    lines += [part for line in steady_lines(summary) for part in wrapped(line, len("Steady: "))]
     if summary.aborted:
         lines.append(
             f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"
@@ -2951,14 +3645,17 @@ CONFIG_LABELS = (
 )  # fmt: skip
 
 
-def config_block(config: Config) -> str:
-    """The seven options that every report shows, then those that differ from their default."""
-    values = {**Redactor.config(config), "corpus": None}
+def config_block(config: Config, loads: Optional[Mapping[str, Any]] = None) -> str:
+    """The seven options that every report shows, then those that differ from their default.
+
+    `loads`: what stands in place of some options, where several points had several.
+    """
+    values = {**Redactor.config(config), "corpus": None, **(loads or {})}
     lines = [f"{label}: {_config_cell(values.pop(label.strip()))}" for label in CONFIG_LABELS]
     for name, value in values.items():
         usual = default_warmup(config.concurrency, config.total_requests)
         default = usual if name == "warmup" else "inf" if name == "request_rate" else DEFAULTS.get(name)
-        if value != default and value is not None and value is not False:
+        if value != default and value not in (None, [], {}) and value is not False:
             lines.append(f"{name:>14}: {_config_cell(value)}")
     return "\n".join(("=== Benchmark Configuration ===", *map(shortened, lines)))
 
@@ -2992,35 +3689,22 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
     """
     figures = _metric_keys(summary.distributions)
     connecting = figures.pop("connect")  # no keys of its own: whether a connection has to be opened again is chance
-    made = (summary.ok, summary.errors, summary.aborted, summary.unsent_turns)
-    requests = {
-        "model_id": config.model,
-        "num_prompts": sum(made[:2]),
-        **({"max_concurrency": config.concurrency} if config.concurrency else {}),
-        "completed": summary.ok,
-        "failed": summary.errors,
-        "aborted": summary.aborted,
-        "not_sent": max(0, (config.total_requests or 0) - sum(made)),
-        "duration": summary.elapsed_s,
-        "total_input_tokens": summary.prompt_tokens,
-        "total_output_tokens": summary.completion_tokens,
-        "total_cached_tokens": summary.cached_tokens,
-        "request_throughput": summary.requests_per_s,
-        "input_throughput": _rate(summary.prompt_tokens, summary.elapsed_s),
-        "output_throughput": summary.generated_per_s,
-        "total_token_throughput": summary.total_per_s,
-        "total_throughput": summary.total_per_s,
-        "concurrency": in_flight_mean(health),
-        "max_concurrent_requests": sum(h.peak_in_flight for h in health),
-    }
+    steady = _flat(_metric_keys(summary.steady.distributions, "steady_")) if summary.steady else {}
+    told = ((name, figure_of(name, summary, config, health)) for name in FIGURES)
+    requests = {"model_id": config.model, **{name: value for name, value in told if value is not None}}
     ours = {"connecting": connecting, **_our_keys(summary, config, health)}
-    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **summary.server, **ours}
+    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **steady, **summary.server, **ours}
 
 
 def _our_keys(summary: Summary, config: Config, health: Sequence[Health]) -> dict[str, Any]:
-    """What neither vLLM nor SGLang tells."""
+    """What neither vLLM nor SGLang tells, and is no number."""
+    judged = [judge(Limit.of(text), summary, config, health) for text in config.asserts]
+    kept = [judge(limit, summary, config, health) for limit in limits_of(config)]
     rates = {"due_rate": summary.due_rate, "issued_rate": summary.issued_rate} if summary.due_rate else {}
     return {
+        "asserts": {str(one.limit): one.holds for one in judged},
+        "slos": {str(one.limit): one.holds for one in kept},
+        "steady_drifts": dict(summary.steady.drifts) if summary.steady else {},
         "errors_by_kind": {f"{g.status}/{g.kind}": g.count for g in summary.error_groups},
         "error_messages": {f"{g.status}/{g.kind}": plain(g.first_message) for g in summary.error_groups},
         **{name: rate for name, rate in rates.items() if rate},
@@ -3033,7 +3717,6 @@ def _our_keys(summary: Summary, config: Config, health: Sequence[Health]) -> dic
         "merged_first_share": _rate(summary.first_merged, summary.streams),
         "late_read_requests": summary.late_read,
         "repeated_connection_packets": summary.syn_resent,
-        "concurrency_by_littles_law": _rate(summary.busy_s, max((h.flight_window_s for h in health), default=0.0)),
         "new_connections": summary.new_connections,
         "reconnects": summary.reconnects,
         "sessions": summary.sessions,
@@ -3058,8 +3741,11 @@ def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: value for keys in figures.values() for name, value in keys.items()}
 
 
-def _metric_keys(distributions: Mapping[str, Distribution]) -> dict[str, dict[str, Any]]:
-    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
+def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured.
+
+    Confidence intervals are lists, so their names must not end in `_ms`.
+    """
     found: dict[str, dict[str, Any]] = {}
     for metric, sample in ((metric, distributions.get(metric.key, Distribution(0))) for metric in METRICS):
         values = {"mean": sample.mean, "median": sample.percentiles.get(50.0), "max": sample.max}
@@ -3067,9 +3753,13 @@ def _metric_keys(distributions: Mapping[str, Distribution]) -> dict[str, dict[st
         if sample.n > 1:  # of one value there is none, and readers divide by it
             values["std"] = sample.std
         keys = found[metric.key] = {
-            f"{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
+            f"{prefix}{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
         }
-        keys.update({f"{re.sub('_ms$', '', stem)}_count": sample.n for stem in metric.stems if sample.n})
+        keys.update({f"{prefix}{count_key(stem)}": sample.n for stem in metric.stems if sample.n})
+        for rank in INTERVALS_SHOWN if metric.key in WITH_STEADY and not prefix else ():
+            ends = sample.intervals.get(rank, (math.inf,))
+            if not any(map(math.isinf, ends)):
+                keys.update({f"p{rank:g}_{stem}_ci95": list(ends) for stem in metric.stems})
     return found
 
 
@@ -3130,6 +3820,11 @@ class Column(NamedTuple):
     cell: Callable[[Record], str]
 
 
+def _said_by_the_point(record: Record) -> str:
+    """The same in all rows of a point, as `CsvSink.begin` was told."""
+    return ""
+
+
 CSV_COLUMNS: Mapping[str, Column] = {
     "index": Column("number of the request, from 0", lambda r: str(r.job.index)),
     "prompt_tokens": Column(
@@ -3168,6 +3863,9 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "session": Column("number of its session, from 0", lambda r: _count(r.reply.session)),
     "turn": Column("number of its turn in the session, from 1", lambda r: _count(r.reply.turn)),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
+    "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
+    "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
+    "start_unix_s": Column("when its point began, in seconds since 1970: the start of all others", _said_by_the_point),
 }
 
 
@@ -3277,6 +3975,7 @@ class CsvSink:
         self.reason = ""
         self._text = io.StringIO()
         self._writer = csv.writer(self._text, lineterminator="\n")
+        self._point: Mapping[str, str] = {}
         self._header = self._line(list(CSV_COLUMNS))
         taken = "" if append or overwrite else "exists; --append adds to it, --overwrite replaces it"
         if taken and os.path.exists(path):  # never opened: a pipe without a reader would wait for one
@@ -3300,8 +3999,12 @@ class CsvSink:
                 self._out.write(self._continuation())
         self._out.share()
 
-    def begin(self) -> None:
-        """The run is about to measure: now --overwrite drops the old rows. Raises UserError."""
+    def begin(self, **point: str) -> None:
+        """A point is about to be measured, `point` its own columns; now --overwrite drops the old rows.
+
+        Raises UserError.
+        """
+        self._point = point
         if not self._replaces:
             return
         self._replaces = False
@@ -3331,7 +4034,8 @@ class CsvSink:
     def add(self, record: Record) -> None:
         self.rows += 1
         try:
-            self._out.write(self._line([column.cell(record) for column in CSV_COLUMNS.values()]))
+            cells = [self._point.get(name) or column.cell(record) for name, column in CSV_COLUMNS.items()]
+            self._out.write(self._line(cells))
         except OSError as error:
             self.lost += 1
             self.reason = error.strerror or str(error)
@@ -5616,21 +6320,23 @@ class FigureReader:
         self.tool: Any = None
 
     def _read(self, settled: Callable[[Mapping[str, float]], bool] = bool) -> str:
-        """One sample, the first that is settled or the last of METRICS_TRIES; else what was wrong with a page."""
-        for turn in range(METRICS_TRIES):
-            time.sleep(METRICS_RETRY_S if turn else 0.0)
+        """One sample, the first that is settled or that of METRICS_SETTLE_S later; else what was wrong with a page."""
+        until = time.monotonic() + METRICS_SETTLE_S
+        while True:
             at_s, pages = time.perf_counter(), []
             for url in self._urls:
                 try:
                     context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
-                    pages.append(page_figures(fetch(url, {}, METRICS_BYTES, METRICS_TIMEOUT_S, context).decode()))
+                    pages.append(
+                        page_figures(fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context).decode())
+                    )
                 except Exception as error:  # whatever a page may hold, the run goes on without it
                     return f"{Redactor.url(url)}: {_reason(error)}"
             figures = added_up(pages)
-            if not figures or settled(figures):
-                break
-        self._samples += [(at_s, figures)] if figures else []
-        return ""
+            if not figures or settled(figures) or time.monotonic() > until:
+                self._samples += [(at_s, figures)] if figures else []
+                return ""
+            time.sleep(METRICS_RETRY_S)
 
     def before(self) -> str:
         """The sample before the point, as soon as nothing is running any more; what was wrong, if it was asked for."""
@@ -5720,7 +6426,7 @@ class ServerFigures:
         self._asked_gpus = gpus if gpus not in ("worked", "off") else ""
         self.orders = {
             "urls": asked or (sorted(roots) if near and not config.server_metrics else []), "asked": bool(asked),
-            "interval_s": config.metrics_interval, "gpus": gpus, "tool": tool,
+            "interval_s": config.metrics_interval, "timeout_s": METRICS_TIMEOUT_S, "gpus": gpus, "tool": tool,
             "tls": [config.ca_file, config.insecure],
         }  # fmt: skip
         self._process: Optional[asyncio.subprocess.Process] = None
@@ -5824,18 +6530,20 @@ class Breaker:
     by the requests' numbers: those up to the highest that have not ended.
     """
 
-    def __init__(self, tally: Tally, stop: Stop, concurrency: Optional[int], most_errors: Optional[int]) -> None:
+    def __init__(self, tally: Tally, stop: Stop, config: Config, first: int = 0) -> None:
+        """`first`: the number of the first request."""
+        concurrency = config.concurrency
         self._tally = tally
         self._stop = stop
         self._concurrency = concurrency
-        self._most = most_errors
+        self._most = config.stop_after_errors
         self._newest_ns = 0
         self._kind: Optional[str] = None  # of the row
         self._row = 0
         self._since_ns = 0  # when the row began, or went on
         self._heard = 0  # requests under way then that have ended
         self._under_way = concurrency or 0  # then
-        self._begun = self._ended = 0
+        self._begun, self._ended = first, first
 
     def add(self, record: Record) -> None:
         reply, kind = record.reply, record.error_kind
@@ -6144,7 +6852,7 @@ async def _warm_up_once(part: Part, sender: Sender) -> tuple[Tally, Kept]:
     """All at once, as the measured run will be, so that it finds its connections open."""
     tally, kept = Tally(), Kept()
     shard, shards = part.schedule.shard, part.schedule.shards
-    schedule = Schedule(part.warmup * shards).part(shard, shards)
+    schedule = Schedule(part.warmup * shards, first=part.schedule.first).part(shard, shards)
     load = Load(schedule, partial(warmup_request, part.config), sender, [tally, kept], part.concurrency)
     pool = Pool(load, part.stop)
     await pool.prepare()
@@ -6167,10 +6875,17 @@ def start_ns(schedule: Schedule) -> int:
     return time.perf_counter_ns() + int(START_LEAD_S * 1e9) * schedule.is_timed
 
 
-async def measure(part: Part, peers: Peers) -> Optional[Health]:
-    """Warm up, agree on what it taught, prepare, start together; None when stopped before the timed part."""
-    sender = Sender(part.config, part.concurrency, part.schedule.shard)
-    try:
+class Runner:
+    """One process's way to the server, kept from point to point: its connections, and what it has learnt."""
+
+    def __init__(self, config: Config, concurrency: Optional[int], peers: Peers, number: int = 0) -> None:
+        """`concurrency`: the most that any point will have; `number`: of this process."""
+        self._sender = Sender(config, concurrency, number)
+        self._peers = peers
+
+    async def measure(self, part: Part) -> list[Health]:
+        """Warm up, agree on what it taught, prepare, start together; nothing when stopped before the timed part."""
+        sender, peers = self._sender, self._peers
         lesson = await peers.agree(await warm_up(part, sender))
         sender.dialect, part = lesson.dialect, part.after(lesson)
         load = Load(part.schedule, part.workload, sender, part.sinks, part.concurrency, part.config.grace)
@@ -6181,7 +6896,7 @@ async def measure(part: Part, peers: Peers) -> Optional[Health]:
         origin_ns = await peers.start_ns(part.schedule)
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
-            return None
+            return []
         part.begin(origin_ns, part.config, pool.permits.arriving_tokens)
         client = ClientHealth()
         opened_before = sender.transport.connections
@@ -6191,9 +6906,10 @@ async def measure(part: Part, peers: Peers) -> Optional[Health]:
         finally:
             opened = sender.transport.connections - opened_before
             health = client.stop(pool.permits, sender.transport, opened)
-        return health
-    finally:
-        await sender.transport.aclose()
+        return [health]
+
+    async def aclose(self) -> None:
+        await self._sender.transport.aclose()
 
 
 def run_loop(main: Coroutine[Any, Any, Any]) -> Any:
@@ -6289,38 +7005,53 @@ def send_to_parent(message: Mapping[str, Any]) -> None:
         os._exit(1)
 
 
-async def shard_main(shard: int, shards: int) -> None:
+async def shard_main(number: int) -> None:
     """One process of several: its configuration and its orders come on stdin, its records go to stdout."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the parent decides
+    for sign in STOP_SIGNALS:
+        signal.signal(sign, signal.SIG_IGN)  # the parent decides
     orders, pipe = await _stdin_lines()
-    config = Config(**json.loads(await orders.readline()))
-    corpus = None
-    if config.requests_file:
-        corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type, config.history)
-        corpus.open(check=bool(config.corpus.get("sessions")))
-    stop = Stop()
-    schedule = schedule_of(config, corpus).part(shard, shards)
+    stop, siblings = Stop(), Siblings()
+    said = json.loads(await orders.readline())
+    corpus: Optional[Corpus] = None
+    listener = asyncio.ensure_future(follow_orders(orders, stop, siblings))
+    runner: Optional[Runner] = None
+    try:
+        runner = Runner(Config(**said["config"]), said["concurrency"], siblings, number)
+        while True:  # until the end of the orders
+            point = await siblings.points.get()
+            config = Config(**point["config"])
+            if config.requests_file and not corpus:
+                corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type, config.history)
+                corpus.open(check=bool(config.corpus.get("sessions")))
+            await shard_point(runner, corpus, point, stop)
+    except (UserError, RunError) as error:
+        send_to_parent({"fatal": str(error)})
+    finally:
+        if runner:
+            await runner.aclose()
+        if corpus:
+            corpus.close()
+        listener.cancel()
+        pipe.close()
+        await asyncio.sleep(0)  # it closes a turn later
+
+
+async def shard_point(runner: Runner, corpus: Optional[Corpus], point: Mapping[str, Any], stop: Stop) -> None:
+    """One measured point, as the parent has ordered it."""
+    config = Config(**point["config"])
+    schedule = dataclasses.replace(schedule_of(config, corpus), **point["schedule"])
     telling: list[asyncio.Future[None]] = []
 
     def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
         telling.append(asyncio.ensure_future(tell_progress(arriving)))
 
     part = Part(config, workload_of(config, corpus), schedule, [ParentSink()], stop, begin)
-    siblings = Siblings()
-    listener = asyncio.ensure_future(follow_orders(orders, stop, siblings))
     try:
-        health = await measure(part, siblings)
-        send_to_parent({"health": dataclasses.asdict(health) if health else None})
-    except (UserError, RunError) as error:
-        send_to_parent({"fatal": str(error)})
+        health = await runner.measure(part)
     finally:
-        if corpus:
-            corpus.close()
-        for task in (listener, *telling):
+        for task in telling:
             task.cancel()
-        pipe.close()
-        await asyncio.sleep(0)  # it closes a turn later
+    send_to_parent({"health": dataclasses.asdict(health[0]) if health else None})
 
 
 async def tell_progress(arriving: Callable[[], int]) -> None:
@@ -6337,12 +7068,19 @@ async def _stdin_lines() -> tuple[asyncio.StreamReader, asyncio.BaseTransport]:
 
 
 class Siblings(Peers):
-    """The other processes of the same run, by way of the parent."""
+    """The other processes of the same run, by way of the parent; `points` has what it orders."""
 
     def __init__(self) -> None:
+        self.points: asyncio.Queue[Any] = asyncio.Queue()
+        self.begin(None)
+
+    def begin(self, point: Any) -> None:
+        """The next point, for which nothing has been agreed."""
         loop = asyncio.get_running_loop()
         self.agreed: asyncio.Future[Lesson] = loop.create_future()
         self.go: asyncio.Future[int] = loop.create_future()
+        if point is not None:
+            self.points.put_nowait(point)
 
     async def agree(self, lesson: Lesson) -> Lesson:
         send_to_parent({"lesson": dataclasses.asdict(lesson)})
@@ -6358,12 +7096,14 @@ def lesson_from(said: Mapping[str, Any]) -> Lesson:
 
 
 async def follow_orders(orders: asyncio.StreamReader, stop: Stop, siblings: Siblings) -> None:
-    """Orders of the parent: `agreed LESSON`, `go ORIGIN_NS`, `press`, `end`; its end of file ends everything."""
+    """Orders of the parent: `point POINT`, `agreed LESSON`, `go ORIGIN_NS`, `press`, `end`; end of file ends all."""
     while True:
         order, _, value = (await orders.readline()).strip().partition(b" ")
         if not order:
             os._exit(1)
-        if order == b"agreed":
+        if order == b"point":
+            siblings.begin(json.loads(value))
+        elif order == b"agreed":
             siblings.agreed.set_result(lesson_from(json.loads(value)))
         elif order == b"go":
             if not siblings.go.done():
@@ -6379,34 +7119,49 @@ async def follow_orders(orders: asyncio.StreamReader, stop: Stop, siblings: Sibl
 class Shard:
     """The parent's view of one of its processes."""
 
-    def __init__(self, part: Part) -> None:
-        """`part`: what this process has to do, its records going to the parent's own sinks."""
-        self._part = part
+    def __init__(self, number: int, config: Config, concurrency: Optional[int]) -> None:
+        """`config` and `concurrency`: what its connections need to know, for all points."""
+        self._number = number
+        self._said = json.dumps({"config": dataclasses.asdict(config), "concurrency": concurrency})
         self._process: Optional[asyncio.subprocess.Process] = None
-        self.lesson: asyncio.Future[Optional[Lesson]] = asyncio.get_running_loop().create_future()
-        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._listening: Optional[asyncio.Future[None]] = None
+        self.alive = True
+        self._expect()
+
+    def _expect(self) -> None:
+        """What it will tell of a point."""
+        loop = asyncio.get_running_loop()
+        self.lesson: asyncio.Future[Optional[Lesson]] = loop.create_future()
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.over: asyncio.Future[Optional[Health]] = loop.create_future()
         self._seen = bytearray()  # 1: its record has come; by the place among this process's jobs
-        self.health: Optional[Health] = None
         self.done = False
         self.arriving_tokens = 0
         self.fatal = ""
 
     async def start(self) -> None:
-        number, shards = self._part.schedule.shard, self._part.schedule.shards
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 THIS_FILE,
                 "--shard",
-                f"{number}/{shards}",
+                str(self._number),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 start_new_session=True,
                 limit=1 << 26,
             )
         except OSError as error:
-            raise RunError(f"cannot start process {number}: {_reason(error)}; lower --processes") from None
-        self.order(json.dumps(dataclasses.asdict(self._part.config)))
+            raise RunError(f"cannot start process {self._number}: {_reason(error)}; lower --processes") from None
+        self.order(self._said)
+        self._listening = asyncio.ensure_future(self._listen())
+
+    def begin(self, part: Part) -> None:
+        """The next point; `part`: what this process has to do, its records going to the parent's own sinks."""
+        self._expect()
+        self._part = part
+        schedule = {name: getattr(part.schedule, name) for name in ("first", "shard", "shards")}
+        self.order(f"point {json.dumps({'config': dataclasses.asdict(part.config), 'schedule': schedule})}")
 
     def order(self, line: str) -> None:
         """By pipe, never by argv: the key is among it."""
@@ -6414,7 +7169,7 @@ class Shard:
             with contextlib.suppress(OSError, RuntimeError):
                 self._process.stdin.write(line.encode() + b"\n")
 
-    async def listen(self) -> None:
+    async def _listen(self) -> None:
         """Until its end; every record goes to the sinks as if it had been made here."""
         assert self._process is not None
         assert self._process.stdout is not None
@@ -6435,22 +7190,27 @@ class Shard:
                 self.fatal = message["fatal"]
             else:
                 self.done = True
-                self.health = Health(**message["health"]) if message["health"] else None
-        for waiting in (self.lesson, self.ready):
+                self.over.set_result(Health(**message["health"]) if message["health"] else None)
+        self.alive = False
+        for waiting in (self.lesson, self.ready, self.over):
             if not waiting.done():
                 waiting.set_result(None)
         await self._process.wait()
 
     def _take(self, record: Record) -> None:
-        place = self._part.schedule.number(record.job) // self._part.schedule.shards
+        schedule = self._part.schedule
+        place = (schedule.number(record.job) - schedule.start) // schedule.shards
         self._seen.extend(bytes(max(0, place + 1 - len(self._seen))))
         self._seen[place] = 1
         for sink in self._part.sinks:
             sink.add(record)
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
+        """End it, and wait until it has ended."""
         if self._process and self._process.stdin:
             self._process.stdin.close()
+        if self._listening:
+            await asyncio.gather(self._listening, return_exceptions=True)
 
     def kill(self) -> None:
         if self._process and self._process.returncode is None:
@@ -6467,47 +7227,62 @@ class Shard:
         seen = itertools.chain(self._seen, itertools.repeat(0))
         unfinished = [job for job, was in zip(known, seen) if not was]
         why = f"died ({self.fatal})" if self.fatal else "died"
-        note(f"process {self._part.schedule.shard} {why}; its {len(unfinished)} unfinished requests count as errors")
+        note(f"process {self._number} {why}; its {len(unfinished)} unfinished requests count as errors")
         for job in unfinished:
             for sink in self._part.sinks:
                 sink.add(Record(job, Reply(failure=lost), origin_ns))
 
 
-async def measure_sharded(part: Part) -> list[Health]:
-    """The same by several processes, released together. Raises RunError when none could begin."""
-    count = part.config.processes
-    parts = [dataclasses.replace(part, schedule=part.schedule.part(number, count)) for number in range(count)]
-    shards = [Shard(one) for one in parts]
-    listeners: list[asyncio.Future[None]] = []
-    passing_on = asyncio.ensure_future(_pass_on(part.stop, shards))
-    try:
-        for shard in shards:
-            await shard.start()
-            listeners.append(asyncio.ensure_future(shard.listen()))
-        lessons = await asyncio.gather(*(shard.lesson for shard in shards))
-        fatal = next((shard.fatal for shard in shards if shard.fatal), "")
-        if fatal:
-            raise RunError(fatal)
-        lesson = agreed(part.config, [one for one in lessons if one])
-        for shard in shards:
-            shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
-        await asyncio.gather(*(shard.ready for shard in shards))
-        if part.before:
-            await part.before()
-        origin_ns = start_ns(part.schedule)
-        if not part.stop.draining.is_set():
-            part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
-        for shard in shards:
-            shard.order(f"go {origin_ns}")
-        await asyncio.gather(*listeners)
-        for shard in shards:
-            shard.record_lost(origin_ns)
-    finally:
-        passing_on.cancel()
-        for shard in shards:
-            shard.close()
-        await asyncio.gather(*listeners, return_exceptions=True)
-    return [shard.health for shard in shards if shard.health]
+class Crew:
+    """Several processes, kept from point to point; a point of less concurrency has fewer of them."""
+
+    def __init__(self, config: Config) -> None:
+        """`config`: that of the highest level."""
+        self._config = config
+        self._concurrency = config.concurrency and -(-config.concurrency // config.processes)
+        self._shards: list[Shard] = []
+
+    async def _all(self) -> Sequence[Shard]:
+        """All processes, those that have died replaced."""
+        for number in range(self._config.processes):
+            if number < len(self._shards) and self._shards[number].alive:
+                continue
+            self._shards[number : number + 1] = [Shard(number, self._config, self._concurrency)]
+            await self._shards[number].start()
+        return self._shards
+
+    async def measure(self, part: Part) -> list[Health]:
+        """The same as a runner's, by several, released together. Raises RunError when one could not begin."""
+        count = part.config.processes
+        shards = (await self._all())[:count]
+        passing_on = asyncio.ensure_future(_pass_on(part.stop, shards))
+        try:
+            for number, shard in enumerate(shards):
+                shard.begin(dataclasses.replace(part, schedule=part.schedule.part(number, count)))
+            lessons = await asyncio.gather(*(shard.lesson for shard in shards))
+            fatal = next((shard.fatal for shard in shards if shard.fatal), "")
+            if fatal:
+                raise RunError(fatal)
+            lesson = agreed(part.config, [one for one in lessons if one])
+            for shard in shards:
+                shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
+            await asyncio.gather(*(shard.ready for shard in shards))
+            if part.before:
+                await part.before()
+            origin_ns = start_ns(part.schedule)
+            if not part.stop.draining.is_set():
+                part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
+            for shard in shards:
+                shard.order(f"go {origin_ns}")
+            fared = await asyncio.gather(*(shard.over for shard in shards))
+            for shard in shards:
+                shard.record_lost(origin_ns)
+        finally:
+            passing_on.cancel()
+        return [health for health in fared if health]
+
+    async def aclose(self) -> None:
+        await asyncio.gather(*(shard.aclose() for shard in self._shards))
 
 
 async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
@@ -6520,7 +7295,251 @@ async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
         shard.kill()  # it does not follow
 
 
-# === 14. Command line (build pure, run not) ===
+# === 14. Sweep (search pure, run not) ===
+
+
+class Step(NamedTuple):
+    """A point that is to be measured: the load, which repetition, and how many times as many requests as usual."""
+
+    level: float
+    repeat: int = 1
+    factor: int = 1
+
+
+class Answer(NamedTuple):
+    """What a plan is told of its step: whether the limits held, and how many times as many requests would make it sure.
+
+    `needed` is 1 where it is sure already.
+    """
+
+    holds: bool
+    needed: float = 1.0
+
+    @property
+    def sure(self) -> bool:
+        return self.needed <= 1
+
+
+Plan = Generator[Step, Answer, None]  # which points are measured, each in the light of those before
+
+
+def sweep_plan(levels: Sequence[float], repeats: int) -> Plan:
+    """Every level, so many times each; of one level once it is a plain run."""
+    for level in levels:
+        for repeat in range(1, repeats + 1):
+            yield Step(level, repeat)
+
+
+def search_plan(low: float, high: float, whole: bool) -> Plan:
+    """Double from `low` until a level fails, at most to `high`, then bisect. What the end rests on is made sure.
+
+    On the way up a level that holds by its figures alone will do: a higher one that holds settles it. `whole`: levels
+    are whole numbers.
+    """
+    held: list[tuple[float, Answer]] = []
+    fails: Optional[float] = None
+    level: Optional[float] = low
+    while level is not None:
+        answer = yield Step(level)
+        if not (answer.sure or (answer.holds and fails is None)):
+            answer = yield from _made_sure(level, answer)
+        fails = _take(held, fails, level, answer)
+        level = next_level(held[-1][0], fails, high, whole) if held else None
+        while level is None and held and not held[-1][1].sure:
+            best, answer = held.pop()
+            answer = yield from _made_sure(best, answer)
+            fails = _take(held, fails, best, answer._replace(holds=answer.holds and answer.sure))
+            level = next_level(held[-1][0], fails, high, whole) if held else None
+
+
+def _take(held: list[tuple[float, Answer]], fails: Optional[float], level: float, answer: Answer) -> Optional[float]:
+    """File a level under those that hold or as the one that fails; what could not be made sure holds nothing."""
+    if answer.holds and (answer.sure or fails is None):
+        held.append((level, answer))
+        return fails
+    return level
+
+
+def _made_sure(level: float, answer: Answer) -> Generator[Step, Answer, Answer]:
+    """Repeat a level with more requests until its verdict is no chance, or SEARCH_MOST times as many were made."""
+    factor, repeat = 1, 1
+    while not answer.sure and factor < SEARCH_MOST:
+        factor = min(SEARCH_MOST, factor * math.ceil(min(SEARCH_MOST, max(2.0, 1.2 * answer.needed))))
+        repeat += 1
+        answer = yield Step(level, repeat, factor)
+    return answer
+
+
+def next_level(held: float, fails: Optional[float], high: float, whole: bool) -> Optional[float]:
+    """The level to try next; None where those that hold and fail are near enough, or nothing is left above.
+
+    >>> next_level(64, None, 100, True), next_level(64, 100, 100, True), next_level(64, 66, 100, True)
+    (100, 82, None)
+    """
+    if fails is None:
+        return min(high, 2 * held) if held < high else None
+    if fails - held <= max(whole, SEARCH_PRECISION * held):
+        return None
+    middle = (held + fails) / 2
+    return round(middle) if whole else float(f"{middle:.3g}")
+
+
+EXIT_CODES = (130, 2, 1, 3, 0)  # where several apply, the first
+
+
+def exit_code(codes: Iterable[int]) -> int:
+    """
+    >>> exit_code([0, 3, 1]), exit_code([])
+    (1, 0)
+    """
+    found = {0, *codes}
+    return next(code for code in EXIT_CODES if code in found)
+
+
+def answer_of(point: Measured) -> Answer:
+    """What a search is told of a point."""
+    judged = [judge(limit, *point.values) for limit in limits_of(point.config)]
+    unsure = [one.needed or math.inf for one in judged if not one.sure]
+    if any(one.sure and not one.holds for one in judged):
+        return Answer(False)  # whatever the others
+    holds = all(one.holds for one in judged)
+    unsure += [BOUND_REPEATS] if holds and point.client_bound else []  # less load than asked proves nothing
+    return Answer(holds, max(unsure, default=1.0))
+
+
+class Team(Protocol):
+    """Who makes the requests of a point, in one process or in several, and is kept for the next."""
+
+    async def measure(self, part: Part) -> Sequence[Health]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Point:
+    """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
+
+    def __init__(self, config: Config, corpus: Optional[Corpus], step: Step, first: int) -> None:
+        """`first`: the number of its first request."""
+        self.config = config
+        self.step = step
+        self.tally = Tally(corpus.own_tokens if corpus else (), config.goodput)
+        self.health: Sequence[Health] = ()
+        self.origin_ns = 0
+        self.start_unix_s = math.nan
+        self.series: Mapping[str, Any] = {}  # the server's own figures over time
+        self.kept = Kept()
+        self._schedule = dataclasses.replace(schedule_of(config, corpus), first=first)
+        self._workload = workload_of(config, corpus)
+        self._requests_file = corpus.path if corpus else None
+
+    async def measure(self, stop: Stop, csvs: Sequence[CsvSink], team: Team) -> None:
+        """Raises RunError when the warm-up fails."""
+        live: list[LiveLine] = []
+        goal = Goal(self.config.total_requests, self.config.duration)
+
+        def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
+            self.origin_ns = origin_ns
+            self.start_unix_s = time.time() - (time.perf_counter_ns() - origin_ns) / 1e9
+            self.config = dataclasses.replace(config, requests_file=self.config.requests_file)  # as the user named it
+            if not config.requests_file and not config.prompt_calibration and not self._schedule.first:
+                note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
+            level, repeat = "" if self.level is None else f"{self.level:g}", str(self.step.repeat)
+            for csv_sink in csvs:
+                csv_sink.begin(level=level, repeat=repeat, start_unix_s=f"{self.start_unix_s:.6f}")
+            if not self.config.no_progress:
+                live.append(LiveLine(self.tally, goal, time.perf_counter, arriving))
+                live[0].start()
+
+        breaker = Breaker(self.tally, stop, self.config, self._schedule.first)  # after the tally
+        kept = [self.kept] if self.config.save_detailed else []
+        sinks: list[Sink] = [self.tally, *csvs, *kept, breaker]
+        config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
+        figures = ServerFigures(config)
+        part = Part(config, self._workload, self._schedule, sinks, stop, begin, figures.begin)
+        await figures.start()
+        try:
+            self.health = await team.measure(part)
+        finally:
+            for line in live:
+                line.finish()
+            self.tally.server = await figures.stop(self.tally, self.origin_ns)
+            self.series = figures.series()
+
+    @property
+    def level(self) -> Optional[float]:
+        """None of a trace without a cap, whose load is its own."""
+        own = self.config.concurrency is None and math.isinf(self.config.request_rate)
+        return None if own else self.step.level
+
+    @property
+    def made(self) -> int:
+        """The number of the first request of the next point."""
+        return max(self._schedule.first + (self.config.total_requests or 0), self.tally.last_index + 1)
+
+    def measured(self, complete: bool) -> Measured:
+        """What is kept of it: figures, no values of single requests."""
+        wave = min(self.config.concurrency or math.inf, sum(health.peak_in_flight for health in self.health))
+        summary = self.tally.summary(int(wave))
+        return Measured(self.step.level, self.step.repeat, self.config, summary, self.health, complete)
+
+
+class Sweep:
+    """The points of one invocation, one after the other over the same connections; a plain run has one of them."""
+
+    def __init__(self, plan: Plan, config_at: Callable[[Step, int], Config], corpus: Optional[Corpus]) -> None:
+        """`config_at`: the options of a step, and how many requests have warmed the server up at once before."""
+        self._plan = plan
+        self._config_at = config_at
+        self._corpus = corpus
+        self._made = self._warmed = 0  # requests so far; the most that warmed the server up at once
+        self.measured: list[Measured] = []
+        self.failure: Optional[Exception] = None  # what ended it after a measured point
+
+    async def run(
+        self, stop: Stop, csvs: Sequence[CsvSink], team: Team, tell: Callable[[Point, Measured], None]
+    ) -> None:
+        """Until the plan has no more steps, or a stop; `tell` reports each point. Raises as the first point does."""
+        try:
+            step = next(self._plan)
+            while not stop.draining.is_set():
+                point = Point(self._config_of(step), self._corpus, step, self._made)
+                self._announce(point.config, step.level)
+                await point.measure(stop, csvs, team)
+                self._made = point.made
+                if not point.origin_ns:  # stopped in its warm-up
+                    return
+                self.measured.append(point.measured(not stop.draining.is_set()))
+                tell(point, self.measured[-1])
+                step = self._plan.send(answer_of(self.measured[-1]))
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(stop.draining.wait(), point.config.cooldown)
+        except StopIteration:
+            pass
+        except (UserError, RunError) as error:
+            if not self.measured:
+                raise
+            self.failure = error
+
+    def _config_of(self, step: Step) -> Config:
+        """With what the points before have taught."""
+        config = self._config_at(step, self._warmed)
+        self._warmed = max(self._warmed, self._warmed + config.warmup)
+        learnt = self.measured[-1].config.prompt_calibration if self.measured else config.prompt_calibration
+        return dataclasses.replace(config, prompt_calibration=learnt)
+
+    def _announce(self, config: Config, level: float) -> None:
+        prompts, more = self._corpus.requests if self._corpus else 0, config.total_requests
+        if prompts and self._made <= prompts < self._made + (more or math.inf):
+            total = self._made + more if more else "unlimited"
+            note(
+                f"{total} requests cycle through {prompts} prompts: repeated prompts"
+                " are answered from the server's prefix cache and measure that"
+            )
+        if self.measured and not config.no_progress:
+            note(f"point {len(self.measured) + 1}: level {level:g}" + (f", {more} requests" if more else ""))
+
+
+# === 15. Command line (build pure, run not) ===
 
 
 class Parser(argparse.ArgumentParser):
@@ -6554,8 +7573,9 @@ def _checked(kind: Callable[[str], Any], holds: Callable[[Any], bool], wanted: s
 _positive = _checked(int, lambda n: n >= 1, "a whole number, 1 or more")
 _count_or_none = _checked(int, lambda n: n >= 0, "a whole number, 0 or more")
 _seconds = _checked(float, lambda x: 0 < x < math.inf, "a number of seconds above 0")
-_grace = _checked(float, lambda x: 0 <= x < math.inf, "a number of seconds, 0 or more")
+_pause = _checked(float, lambda x: 0 <= x < math.inf, "a number of seconds, 0 or more")
 _above_0 = _checked(float, lambda x: x > 0, "a number above 0, or inf")
+_price_of = _checked(float, lambda x: 0 < x < math.inf, "a price above 0")
 _fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _temperature = _checked(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 _processes = _checked(lambda text: 0 if text == "auto" else int(text), lambda n: 0 <= n <= 256, "a number or auto")
@@ -6665,9 +7685,44 @@ def _engine(text: str) -> str:
     return text
 
 
-def _shard(text: str) -> tuple[int, int]:
-    shard, shards = map(int, text.split("/"))
-    return shard, shards
+def _rates(text: str) -> list[float]:
+    return _each_once(text, [_above_0(word) for word in text.split(",")])
+
+
+def _levels(text: str) -> list[float]:
+    return _each_once(text, [_positive(word) for word in text.split(",")])
+
+
+def _each_once(text: str, levels: list[float]) -> list[float]:
+    if len(set(levels)) < len(levels):
+        raise argparse.ArgumentTypeError(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
+    return levels
+
+
+def _range(text: str) -> list[float]:
+    low, _, high = text.partition(":")
+    with contextlib.suppress(ValueError):
+        if 0 < float(low) < float(high) < math.inf:
+            return [float(low), float(high)]
+    raise argparse.ArgumentTypeError(f"takes the least and the greatest level as in 1:512, not {plain(text, 60)!r}")
+
+
+def _limit(text: str) -> str:
+    try:
+        Limit.of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _goal(text: str) -> tuple[str, float]:
+    name, _, limit = text.partition(":")
+    if name not in GOODPUT_NAMES:
+        raise argparse.ArgumentTypeError(
+            f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}"
+        )
+    value: float = _seconds(limit)
+    return GOODPUT_NAMES[name], value
 
 
 BACKENDS = {"chat": "openai-chat", "completions": "openai"}  # as vLLM's result files name them
@@ -6686,6 +7741,7 @@ def columns_help() -> str:
             "  0    done",
             "  1    nothing succeeded, more errors than --max-error-rate, or the run stopped itself",
             "  2    wrong usage; one line says what to do",
+            "  3    an --assert or --slo does not hold; of a sweep's --slo: at no level",
             "  130  interrupted; what had finished is reported",
         )
     )
@@ -6701,14 +7757,32 @@ examples:
 Results go to stdout; progress, notes and errors to stderr."""
 
 
+def _add_judging(add: Callable[..., Any]) -> None:
+    """Several points, and what is asked of their figures."""
+    add(
+        "--requests-per-slot",
+        type=_positive,
+        metavar="N",
+        help=f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})",
+    )
+    add("--repeat", type=_positive, metavar="N", help="measure each level N times (default: %(default)s)")
+    add("--cooldown", type=_pause, metavar="S", help="seconds between two points (default: %(default)s)")
+    add("--slo", type=_limit, action="append", metavar="LIMIT", help="exit 3 unless a level holds 'p99_ttft_ms<500'")
+    add("--find-max", type=_range, metavar="LOW:HIGH", help="search the highest concurrency that holds every --slo")
+    add("--assert", dest="asserts", type=_limit, action="append", metavar="LIMIT", help="exit 3 where it does not hold")
+    add("--goodput", type=_goal, nargs="+", metavar="NAME:MS", help="count requests within ttft:500 tpot:50 e2el:5000")
+    add("--gpus", type=_positive, metavar="N", help="GPUs of the server: throughput of each")
+    add("--gpu-hour", type=_price_of, metavar="PRICE", help="of one GPU: price of a million tokens")
+
+
 def _add_load(parser: Parser) -> None:
     """How many requests, when, and what for."""
     add = parser.add_argument_group("Load").add_argument
     add(
         "--concurrency",
-        type=_positive,
-        metavar="N",
-        help="requests in flight; with a rate or a trace, at most (default: 128; there, no limit)",
+        type=_levels,
+        metavar="N[,N...]",
+        help="requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep",
     )
     add(
         "--total-requests",
@@ -6717,8 +7791,13 @@ def _add_load(parser: Parser) -> None:
         help="requests to make (default: 1024, or one per prompt given; with --duration, no limit)",
     )
     add("--duration", type=_seconds, metavar="S", help="seconds after which no more requests are sent")
-    add("--grace", type=_grace, metavar="S", help="seconds for what is in flight then (default: until all is done)")
-    add("--request-rate", type=_above_0, metavar="R", help="requests a second, answered or not (default: inf, no rate)")
+    add("--grace", type=_pause, metavar="S", help="seconds for what is in flight then (default: until all is done)")
+    add(
+        "--request-rate",
+        type=_rates,
+        metavar="R[,R...]",
+        help="requests a second, answered or not (default: inf, no rate); a list is a sweep",
+    )
     add(
         "--burstiness",
         type=_above_0,
@@ -6774,6 +7853,8 @@ def _add_output(parser: Parser) -> None:
     add("--metadata", type=_pair, action="append", metavar="K=V", help="add a key to both, such as gpu_type=H100")
     add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
     add("--no-progress", action="store_true", help="do not show the progress line")
+    add("--verbose", action="store_true", help="confidence intervals, and all details of every level")
+    _add_judging(parser.add_argument_group("Sweeps and limits").add_argument)
 
 
 def build_parser() -> Parser:
@@ -6845,9 +7926,10 @@ def build_parser() -> Parser:
     add("--help-columns", action="version", version=columns_help(), help="explain CSV columns and exit codes, and exit")
     add("--debug", action="store_true", help="show the traceback of an internal error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    add("--shard", type=_shard, help=argparse.SUPPRESS)
+    add("--shard", type=int, help=argparse.SUPPRESS)
     add("--figures", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(**{**DEFAULTS, "concurrency": None})  # given with a schedule, it is a cap
+    # Given with a schedule, a concurrency is a cap.
+    parser.set_defaults(**{**DEFAULTS, "concurrency": None, "request_rate": None})
     return parser
 
 
@@ -6861,36 +7943,109 @@ def _told_by_body(options: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
-def build_config(options: argparse.Namespace, prompts: int, trace: bool = False) -> Config:
-    """Options and what follows from them. `prompts`: of the corpus, 0 without one; `trace`: it has timestamps."""
+class Axis(NamedTuple):
+    """What a sweep or a search goes over, and its levels; a plain run has one."""
+
+    by_rate: bool
+    levels: Sequence[float]
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Axis:
+        rates = [rate for rate in options.request_rate or () if rate < math.inf]
+        by_rate = bool(rates) and len(options.concurrency or ()) < 2
+        levels = rates if by_rate else options.concurrency or [DEFAULTS["concurrency"]]
+        return cls(by_rate, options.find_max or levels)
+
+
+def is_several(options: argparse.Namespace) -> bool:
+    """Whether there is more than one point."""
+    return bool(options.find_max) or len(Axis.of(options).levels) > 1 or options.repeat > 1
+
+
+def requests_at(options: argparse.Namespace, prompts: int, trace: bool, level: float) -> Optional[int]:
+    """How many requests a level has; None: as many as --duration has time for. `prompts`: of the corpus."""
+    axis = Axis.of(options)
+    if options.total_requests or (options.duration and not trace):
+        total: Optional[int] = options.total_requests
+        return total
+    sweeping = not axis.by_rate and (len(axis.levels) > 1 or options.requests_per_slot)
+    per_slot = (options.requests_per_slot or REQUESTS_PER_SLOT) * level
+    return max(LEAST_PER_LEVEL, int(per_slot)) if sweeping else prompts or 1024
+
+
+def build_config(
+    options: argparse.Namespace, prompts: int, trace: bool = False, step: Optional[Step] = None, warmed: int = 0
+) -> Config:
+    """Options and what follows from them, at one step of a sweep.
+
+    `prompts`: of the corpus, 0 without one; `trace`: it has timestamps. `warmed`: how many requests have warmed the
+    server up at once before.
+    """
     given = {**vars(options), **_told_by_body(options)}
+    axis, step = Axis.of(options), step or Step(Axis.of(options).levels[-1])
     trace = trace and options.speed < math.inf
-    total = options.total_requests or (None if options.duration and not trace else prompts or 1024)
-    timed = trace or options.request_rate < math.inf
-    concurrency = options.concurrency or (None if timed else DEFAULTS["concurrency"])
-    processes = options.processes or enough_processes(options, concurrency)
+    total = requests_at(options, prompts, trace, step.level)
+    cap = None if axis.by_rate or trace else int(step.level)
+    concurrency = (options.concurrency or [cap])[0] if axis.by_rate or trace else cap
+    total = total and total * step.factor
+    warmup = default_warmup(concurrency, total) if options.warmup is None else options.warmup
+    processes = options.processes or 1
     derived: dict[str, Any] = {
         "concurrency": concurrency,
+        "request_rate": step.level if axis.by_rate else (options.request_rate or [math.inf])[0],
         "timestamp_unit": (options.timestamp_unit or "ms") if trace else None,
-        "corpus": {},
+        "corpus": given.get("corpus") or {},
         "total_requests": total,
+        "duration": options.duration and options.duration * step.factor,
         "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
-        "warmup": default_warmup(concurrency, total) if options.warmup is None else options.warmup,
-        "seed": secrets.randbelow(1 << 32) if options.seed is None else options.seed,
         "metadata": dict(options.metadata) if options.metadata else None,
+        "warmup": max(0, warmup - warmed),
         "processes": min(concurrency or processes, total or processes, processes),
+        "goodput": dict(given["goodput"] or ()),
+        "slo": given["slo"] or [],
+        "asserts": given["asserts"] or [],
     }
     names = [item.name for item in dataclasses.fields(Config)]
     values: dict[str, Any] = {**{name: given.get(name) for name in names}, **derived}
     return Config(**values)
 
 
+def config_of(
+    options: argparse.Namespace, corpus: Optional[Corpus], trace: bool, step: Step, warmed: int = 0
+) -> Config:
+    """The options at a step; of a corpus of sessions the numbers given count these, and become requests."""
+    config = build_config(options, len(corpus) if corpus else 0, trace, step, warmed)
+    if corpus and corpus.sessions and config.total_requests:
+        return dataclasses.replace(config, total_requests=corpus.sessions.first(config.total_requests))
+    return config
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    axis = Axis.of(options)
+    if options.find_max:
+        low, high = axis.levels
+        return search_plan(low, high, not axis.by_rate)
+    return sweep_plan(axis.levels, options.repeat)
+
+
+def loads_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a report says of the load of several points; empty for a plain run."""
+    if not is_several(options):
+        return {}
+    axis = Axis.of(options)
+    levels = (":" if options.find_max else ",").join(f"{level:g}" for level in axis.levels)
+    told = {} if axis.by_rate else {"total_requests": options.total_requests or "by level"}
+    return {"request_rate" if axis.by_rate else "concurrency": levels, "warmup": options.warmup, **told}
+
+
 def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> None:
     """Raises UserError for options that do not go together, or would do nothing."""
-    rated, replayed = options.request_rate < math.inf, trace and options.speed < math.inf
+    rated = math.inf > min(options.request_rate or [math.inf])
+    replayed = trace and options.speed < math.inf
     name, asked = options.requests_file, options.total_requests or 0
     for wrong, why in (
         (replayed and rated, f"--request-rate: {name} has timestamps, which say when; --speed inf leaves them aside"),
+        (replayed and is_several(options), f"{name} has timestamps: it is replayed once, at its own load"),
         (replayed and options.ramp_up, f"--ramp-up: {name} has timestamps, which say when"),
         (replayed and asked > prompts, f"--total-requests {asked}: the trace {name} has {prompts}"),
         (not trace and options.speed != 1, "--speed is that of a trace: --requests-file needs timestamps"),
@@ -6902,14 +8057,13 @@ def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> No
             raise UserError(why)
 
 
-def enough_processes(options: argparse.Namespace, cap: Optional[int]) -> int:
+def enough_processes(config: Config) -> int:
     """What --processes auto means: so many that each needs at most half a core, never more than the cores; said."""
-    read_us = read_cost_us()
-    tokens = options.output_tokens or 1024
-    busy = options.request_rate * tokens / AUTO_TOKENS_PER_S  # in flight by Little's law, where there is a rate
+    read_us, tokens, cap = read_cost_us(), config.output_tokens, config.concurrency
+    busy = config.request_rate * tokens / AUTO_TOKENS_PER_S  # in flight by Little's law, where there is a rate
     concurrency = cap or DEFAULTS["concurrency"] if math.isinf(busy) else math.ceil(min(busy, cap or busy))
     requests_per_s = concurrency * AUTO_TOKENS_PER_S / tokens
-    reads_per_s = requests_per_s * READS_PER_REQUEST + (concurrency * AUTO_TOKENS_PER_S if options.stream else 0)
+    reads_per_s = requests_per_s * READS_PER_REQUEST + (concurrency * AUTO_TOKENS_PER_S if config.stream else 0)
     share_of_core = reads_per_s * read_us / 1e6
     enough = max(1, min(os.cpu_count() or 1, math.ceil(share_of_core / AUTO_CORE_SHARE)))
     costs = f"{read_us:.1f} us a chunk, {read_us * READS_PER_REQUEST:.0f} us a request here"
@@ -6999,13 +8153,8 @@ def need_descriptors(concurrency: Optional[int]) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def notes_before(config: Config, prompts: int) -> Iterator[str]:
+def notes_before(config: Config) -> Iterator[str]:
     """What a user should know before the figures come."""
-    if prompts and (config.total_requests or math.inf) > prompts:
-        yield (
-            f"{config.total_requests or 'unlimited'} requests cycle through {prompts} prompts: repeated prompts"
-            " are answered from the server's prefix cache and measure that"
-        )
     proxy = next(filter(None, map(proxy_for, config.servers)), None)
     if proxy:
         yield f"via proxy {Redactor.url(proxy)}"
@@ -7144,64 +8293,18 @@ class Page:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Point:
-    """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
-
-    def __init__(self, config: Config, corpus: Optional[Corpus]) -> None:
-        self.config = config
-        self.tally = Tally(corpus.own_tokens if corpus else ())
-        self.health: Sequence[Health] = ()
-        self.origin_ns = 0
-        self.series: Mapping[str, Any] = {}  # the server's own figures over time
-        self.origin_unix_s = math.nan
-        self.kept = Kept()
-        self._workload = workload_of(config, corpus)
-        self._schedule = schedule_of(config, corpus)
-        self._requests_file = corpus.path if corpus else None
-
-    async def measure(self, stop: Stop, csvs: Sequence[CsvSink]) -> None:
-        """Raises RunError when the warm-up fails."""
-        live: list[LiveLine] = []
-        goal = Goal(self.config.total_requests, self.config.duration)
-
-        def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
-            self.origin_ns = origin_ns
-            self.origin_unix_s = time.time() - (time.perf_counter_ns() - origin_ns) / 1e9
-            self.config = dataclasses.replace(config, requests_file=self.config.requests_file)  # as the user named it
-            if not config.requests_file and not config.prompt_calibration:
-                note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
-            for csv_sink in csvs:
-                csv_sink.begin()
-            if not self.config.no_progress:
-                live.append(LiveLine(self.tally, goal, time.perf_counter, arriving))
-                live[0].start()
-
-        breaker = Breaker(self.tally, stop, self.config.concurrency, self.config.stop_after_errors)  # after the tally
-        kept = [self.kept] if self.config.save_detailed else []
-        sinks: list[Sink] = [self.tally, *csvs, *kept, breaker]
-        config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
-        part = Part(config, self._workload, self._schedule, sinks, stop, begin)
-        figures = ServerFigures(config)
-        part.before = figures.begin
-        await figures.start()
-        try:
-            if self.config.processes > 1:
-                self.health = await measure_sharded(part)
-            else:
-                health = await measure(part, Peers())
-                self.health = [health] if health else []
-        finally:
-            for line in live:
-                line.finish()
-            self.tally.server = await figures.stop(self.tally, self.origin_ns)
-            self.series = figures.series()
-
-
 class Invocation:
     """One command line: its outputs, opened before any load, its signals, and its exit code."""
 
-    def __init__(self, config: Config, argv: Sequence[str]) -> None:
-        """Raises UserError when an output cannot be opened."""
+    def __init__(self, config: Config, loads: Mapping[str, Any], argv: Sequence[str]) -> None:
+        """`config`: that of the highest level; `loads`: what the report says of all.
+
+        Raises UserError when an output cannot be opened.
+        """
+        self.config = config
+        self._loads = loads
+        self._several = bool(loads)
+        self._unit = "req/s" if "request_rate" in loads else "in flight"
         self._argv = argv
         self._started = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         self._csvs: list[CsvSink] = []
@@ -7214,8 +8317,9 @@ class Invocation:
             raise
 
     def _open(self, config: Config) -> None:
-        facts = self._facts(Point(config, None), Stop())
-        named = summary_json(Tally().summary(), dataclasses.replace(config, metadata=None), (), facts)
+        point = Point(dataclasses.replace(config, metadata=None), None, Step(1.0), 0)
+        blank = point.measured(True)
+        named = summary_json(*blank.values, self._facts(point, blank, Stop()))
         for name in config.metadata or ():
             if name in named or re.match(r"(mean|median|std|max|p\d*|server)_|gpu_(name|driver)$|.*_(count|ms)$", name):
                 raise UserError(f"--metadata {name}: results have keys of such a name; choose another")
@@ -7224,7 +8328,7 @@ class Invocation:
         if config.summary_jsonl:
             self._summaries.append(SummarySink(config.summary_jsonl))
         if config.summary_json:
-            self._summaries.append(SummarySink(config.summary_json, new=True))
+            self._summaries.append(SummarySink(config.summary_json, new=True, points=1 + self._several))
         if config.save_detailed and not (self._summaries or config.report):
             raise UserError("--save-detailed needs --summary-json, --summary-jsonl or --report")
         if config.report:
@@ -7240,40 +8344,77 @@ class Invocation:
         if self._page:
             self._page.close()
 
-    def run(self, point: Point, demo: Optional[DemoServer]) -> int:
+    def run(self, sweep: Sweep, demo: Optional[DemoServer]) -> int:
         """Measure and report; the exit code."""
         with signals_as_before():
-            stop = run_loop(self._measure(point))
+            stop = run_loop(self._measure(sweep, demo))
             finish_on_first_signal(stop)
-            code = self._finish(point, stop, demo)
+            code = self._finish(sweep, stop)
         if self._page and self._csvs[-1].rows:
-            self._page.draw((point.config.metadata or {}).get("label", point.config.model))
+            self._page.draw((self.config.metadata or {}).get("label", self.config.model))
         return code
 
-    async def _measure(self, point: Point) -> Stop:
-        stop = Stop()
+    async def _measure(self, sweep: Sweep, demo: Optional[DemoServer]) -> Stop:
+        stop, config = Stop(), self.config
         on_signals(stop)
-        await point.measure(stop, self._csvs)
+        team: Team = Crew(config) if config.processes > 1 else Runner(config, config.concurrency, Peers())
+        try:
+            await sweep.run(stop, self._csvs, team, partial(self._tell, stop, demo))
+        finally:
+            await team.aclose()
         return stop
 
-    def _finish(self, point: Point, stop: Stop, demo: Optional[DemoServer]) -> int:
-        summary, config = point.tally.summary(), point.config
-        finished = summary.ok + summary.errors
-        if not finished + summary.aborted:
+    def _tell(self, stop: Stop, demo: Optional[DemoServer], point: Point, measured: Measured) -> None:
+        """What a point has given: everything in a plain run; of several points the table is in the JSON."""
+        summary, config = measured.summary, measured.config
+        if summary.ok + summary.errors + summary.aborted:
+            failed = error_warning(summary)
+            notices = [*([failed] if failed else []), *map(ReportWarning, self._notices(summary, config, stop))]
+            truth = self._truth(summary, demo, point.origin_ns) if demo else ""
+            blocks = detail_blocks(*measured.values, notices, truth)
+            details = joined(blocks if config.verbose or not self._several else blocks[:JUDGED_BLOCKS])
+            report(summary_block(summary, config.concurrency))
+            report("\n" + "\n".join(details) + "\n")
+            self._write_summary(point, measured, stop)
+
+    def _finish(self, sweep: Sweep, stop: Stop) -> int:
+        """The table of several points, the configuration, and the exit code."""
+        measured = [one for one in sweep.measured if one.summary.ok + one.summary.errors + one.summary.aborted]
+        if not measured:
             _say("Interrupted before the first measured request had ended: nothing to report.")
             return 130
-        failed = error_warning(summary)
-        notices = [*([failed] if failed else []), *map(ReportWarning, self._notices(summary, config, stop))]
-        truth = self._truth(summary, demo, point.origin_ns) if demo else ""
-        details = detail_lines(summary, config, point.health, notices, truth)
-        report(summary_block(summary, config.concurrency))
-        report("\n" + "\n".join(details) + "\n")
-        report(config_block(config))
-        self._write_summary(summary, point, stop)
+        levels = self._levels(measured)
+        bend = None if self.config.find_max else sweep_knee(levels)
+        if self._several:
+            report(
+                "\n".join([*sweep_table(levels, self._unit, bend), "", *sweep_sentences(levels, self._unit, bend), ""])
+            )
+        report(config_block(measured[-1].config, self._loads))
+        limits = limits_of(self.config)
+        if self._several and limits:
+            report("\n" + capacity_sentence(levels, limits, self._unit))
+        if sweep.failure:
+            _say(f"{Path(__file__).name}: {plain(str(sweep.failure), 500)}")
+        return exit_code(self._codes(sweep, measured, levels, stop))
+
+    def _levels(self, measured: Sequence[Measured]) -> list[Level]:
+        """A search goes by the newest point of each level, and by what chance could not turn."""
+        limits, groups = limits_of(self.config), levels_of(measured)
+        if not self.config.find_max:
+            return [Level(points, limits) for points in groups]
+        return [Level(points[-1:], limits, answer_of(points[-1]).needed) for points in groups]
+
+    def _codes(self, sweep: Sweep, measured: Sequence[Measured], levels: Sequence[Level], stop: Stop) -> Iterator[int]:
+        useless = [one.summary.ok == 0 or one.summary.error_share > one.config.max_error_rate for one in measured]
         if stop.interrupted:
-            return 130
-        useless = summary.ok == 0 or bool(stop.reason) or summary.error_share > config.max_error_rate
-        return 1 if useless else 0
+            yield 130
+        if sweep.failure:
+            yield 2 if isinstance(sweep.failure, UserError) else 1
+        if stop.reason or (all(useless) if self.config.find_max else any(useless)):
+            yield 1
+        judged = (judge(Limit.of(text), *one.values) for one in measured for text in one.config.asserts)
+        if not all(one.holds for one in judged) or (self.config.slo and not any(level.holds for level in levels)):
+            yield 3
 
     def _truth(self, summary: Summary, demo: DemoServer, since_ns: int) -> str:
         try:
@@ -7291,21 +8432,21 @@ class Invocation:
             if sink.gone():
                 yield f"{sink.path} has been removed or replaced: its {sink.rows} rows are lost"
 
-    def _write_summary(self, summary: Summary, point: Point, stop: Stop) -> None:
+    def _write_summary(self, point: Point, measured: Measured, stop: Stop) -> None:
         if not self._summaries:
             return
         lists = {**detail_lists(point.kept), **point.series} if point.config.save_detailed else {}
-        result = {**summary_json(summary, point.config, point.health, self._facts(point, stop)), **lists}
+        result = {**summary_json(*measured.values, self._facts(point, measured, stop)), **lists}
         for sink in self._summaries:
             try:
                 sink.write(result)
             except (OSError, UserError) as error:
                 _say(f"WARNING: the summary could not be written to {sink.path}: {_reason(error)}")
 
-    def _facts(self, point: Point, stop: Stop) -> dict[str, Any]:
+    def _facts(self, point: Point, measured: Measured, stop: Stop) -> dict[str, Any]:
         """What the figures do not say of a point; its times on the wall clock end as far apart as it took."""
-        config, tally = point.config, point.tally
-        times = [point.origin_unix_s + at for at in (tally.first_sent_s, tally.last_done_s)]
+        config, tally = measured.config, point.tally
+        times = [point.start_unix_s + at for at in (tally.first_sent_s, tally.last_done_s)]
         if not all(map(math.isfinite, times)):  # nothing was sent
             times = [time.time()] * 2
         return {
@@ -7315,6 +8456,9 @@ class Invocation:
             "endpoint_type": BACKENDS[config.endpoint_type],
             "backend": BACKENDS[config.endpoint_type],
             "dataset_name": "custom" if config.requests_file else "random",
+            **({} if point.level is None else {"level": point.level}),
+            "repeat": measured.repeat,
+            "start_unix_s": point.start_unix_s,
             **{name: Redactor.config(config)[name] for name in ("request_rate", "burstiness")},
             "interrupted": stop.interrupted,
             "stop_reason": stop.reason,
@@ -7331,6 +8475,7 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise UserError("--demo-engine needs --demo")
     if options.extra_body.get("n") not in (None, 1):
         raise UserError(f"--extra-body: n = {options.extra_body['n']!r:.40} makes {SEVERAL_CHOICES}")
+    check_load(options)
     if options.endpoint_type == "completions" and options.system_prompt:
         raise UserError("--system-prompt is of a chat; /completions takes plain prompts: --endpoint-type chat")
     resolve_server(options, os.environ)
@@ -7351,6 +8496,34 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
             corpus.close()
 
 
+def check_load(options: argparse.Namespace) -> None:
+    """Raises UserError where the options of a sweep, a search, and of judging do not go together."""
+    axis, rates = Axis.of(options), options.request_rate or ()
+    lists = len(options.concurrency or ()) > 1 or len(rates) > 1
+    unseen = [name for name, _ in options.goodput or () if name in STREAMED_METRICS and not options.stream]
+    lasting = options.total_requests or options.duration
+    for wrong, why in (
+        (
+            len(options.concurrency or ()) > 1 < len(rates),
+            "two lists at once: --concurrency or --request-rate, not both",
+        ),
+        (
+            options.find_max and (lists or options.repeat > 1),
+            "--find-max chooses levels and repeats them: no list, no --repeat",
+        ),
+        (options.find_max and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
+        (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
+        (axis.by_rate and is_several(options) and not lasting, "how long is each rate? --total-requests or --duration"),
+        (
+            options.total_requests and options.requests_per_slot,
+            "--total-requests and --requests-per-slot exclude each other",
+        ),
+        (unseen, f"--goodput {' '.join(unseen)} needs --stream: a whole reply does not tell it"),
+    ):
+        if wrong:
+            raise UserError(why)
+
+
 def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
     """The same from where the prompts are known."""
     prompts = len(corpus) if corpus else 0
@@ -7359,27 +8532,28 @@ def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: 
     if corpus:
         options.model = options.model or corpus.own_model
         require_model(options)
-    config = build_config(options, prompts, trace)
-    if corpus:
-        config = dataclasses.replace(config, corpus=corpus.asked(config.model))
-        if corpus.sessions and config.total_requests:  # as yet of sessions
-            config = dataclasses.replace(config, total_requests=corpus.sessions.first(config.total_requests))
+        options.corpus = corpus.asked(options.model)
+    options.seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
+    most = Step(max(Axis.of(options).levels))
+    options.processes = options.processes or enough_processes(config_of(options, corpus, trace, most))
+    config = config_of(options, corpus, trace, most)
     # The simulated server inherits the limit and has every connection; of several servers each may have all.
     sockets = config.concurrency and config.concurrency * len(config.servers)
     need_descriptors(sockets if config.demo or sockets is None else -(-sockets // config.processes))
-    invocation = Invocation(config, argv)
+    invocation = Invocation(config, loads_of(options), argv)
     demo = None
     try:
         if config.demo:
             demo = DemoServer(options.demo_engine)
-            config = dataclasses.replace(config, api_base=demo.api_base, servers=[demo.api_base])
+            options.api_base, options.servers = demo.api_base, [demo.api_base]
+            invocation.config = config = config_of(options, corpus, trace, most)
         if importlib.util.find_spec("openai") is None:  # before any socket is opened
             raise UserError("cannot import openai: pip install openai")
         if config.wait_ready:
             wait_until_ready(config, config.wait_ready)
-        for line in notes_before(config, corpus.requests if corpus else 0):
+        for line in notes_before(config):
             note(line)
-        return invocation.run(Point(config, corpus), demo)
+        return invocation.run(Sweep(plan_of(options), partial(config_of, options, corpus, trace), corpus), demo)
     finally:
         invocation.close()
         if demo:
@@ -7402,8 +8576,8 @@ def run(argv: Sequence[str]) -> int:
     if options.figures:
         figures_main()
         return 0
-    if options.shard:
-        run_loop(shard_main(*options.shard))
+    if options.shard is not None:
+        run_loop(shard_main(options.shard))
         return 0
     return benchmark(options, argv)
 

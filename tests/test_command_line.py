@@ -1,4 +1,4 @@
-"""Section 13, Command line: the script as a user meets it."""
+"""Section 14, Command line: the script as a user meets it."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_without_the_client_the_way_out_is_named(tmp_path: Path) -> None:
 def test_a_defect_of_ours_is_one_line_that_says_how_to_see_more(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "build_config", lambda *_: 1 / 0)
+    monkeypatch.setattr(bench, "build_config", lambda *_, **__: 1 / 0)
     done = cli("--model", "m")
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert "internal error: ZeroDivisionError" in done.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import math
 import random
 import statistics
 import tracemalloc
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import online_bench_openai_async as bench
-from tests.support.records import health, make_config, make_record, summary_of
+from tests.support.records import closed_loop, health, make_config, make_record, summary_of
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
@@ -277,7 +278,9 @@ def test_every_warning_says_what_to_do() -> None:
         tally.add(record)
     tally.server = {"server_mean_queue_ms": 60.0, "server_mean_e2el_ms": 100.0, "server_preemptions": 1}
     config = make_config(output_tokens=50, prompt_tokens=20)
-    found = bench.warnings_of(tally.summary(), config, [health()])
+    drifting = summary_of(*closed_loop([1.0 + n / 50 for n in range(100)], 4), wave=4).steady
+    summary = dataclasses.replace(tally.summary(), steady=drifting)
+    found = bench.warnings_of(summary, config, [health()])
     sound = dataclasses.replace(summary_of(make_record()), server={"server_generated_tokens": 9})  # needs all counted
     found += [warning for warning in bench.warnings_of(sound, config, []) if "somebody else" in warning.text]
     assert len(found) == len(bench.WARNINGS)
@@ -343,14 +346,186 @@ def test_a_report_of_a_histogram_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_request_costs_at_most_100_bytes_of_the_tally() -> None:
     tally, record = bench.Tally(), make_record(gaps_ms=(), due_s=0.5, label="chat", server="a")
-    for _ in range(1_000):
-        tally.add(record)
-    tracemalloc.start()
+    tracemalloc.start()  # arrays that grow count as a whole
     try:
-        before = tracemalloc.get_traced_memory()[0]
-        for _ in range(5_000):
+        for _ in range(6_000):
             tally.add(record)
-        grown = tracemalloc.get_traced_memory()[0] - before
+        grown = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert grown < 100 * 5_000
+    assert grown < 100 * 6_000
+
+
+# --- confidence, the steady window, judging ---
+
+
+def test_the_least_samples_are_where_the_second_largest_bounds_the_percentile() -> None:
+    for rank, told in bench.LEAST_SAMPLES.items():
+        share = rank / 100
+        misses = [n for n in range(2, 8_000) if share**n + n * share ** (n - 1) * (1 - share) > 0.01]
+        assert max(misses) + 1 == told
+
+
+@pytest.mark.parametrize(("rank", "n"), [(95.0, 400), (50.0, 100)])
+def test_a_95_percent_interval_holds_the_truth_in_95_percent_of_the_runs(rank: float, n: int) -> None:
+    """Of 400 runs of a known law."""
+    rng = random.Random(3)
+    truth = -math.log(1 - rank / 100)
+    intervals = [bench.describe(rng.expovariate(1) for _ in range(n)).intervals[rank] for _ in range(400)]
+    assert 0.92 <= sum(low <= truth <= high for low, high in intervals) / 400 <= 0.98
+
+
+def test_the_places_of_an_interval_are_the_binomials() -> None:
+    for n, share in ((10, 0.5), (130, 0.95), (700, 0.99), (20_000, 0.9)):
+        low, high = bench.interval_places(n, share)
+        weights = [math.exp(log_binomial(n, share, k)) for k in range(n + 1)]
+        assert sum(weights[:low]) <= bench.INTERVAL_TAIL < sum(weights[: low + 1])
+        assert sum(weights[high:]) <= bench.INTERVAL_TAIL < sum(weights[high - 1 :])
+
+
+def log_binomial(n: int, share: float, k: int) -> float:
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return ways + k * math.log(share) + (n - k) * math.log(1 - share)
+
+
+def test_too_few_values_have_no_upper_end() -> None:
+    assert bench.describe(range(367)).intervals[99.0][1] == math.inf
+    assert bench.describe(range(368)).intervals[99.0][1] == 367
+
+
+SLOW_START = [3.0] * 8 + [1.0] * 72
+
+
+def test_the_steady_window_leaves_the_opening_burst_out() -> None:
+    summary = summary_of(*closed_loop(SLOW_START, 8), wave=8)
+    steady = summary.steady
+    assert steady is not None
+    assert (steady.start_s, steady.end_s) == (pytest.approx(3.0), pytest.approx(11.0))
+    assert steady.sent == 72
+    assert steady.rates[0] == pytest.approx(8.0)  # eight slots of a second, though the whole run has fewer
+    assert summary.requests_per_s == pytest.approx(80 / 12)
+    assert steady.distributions["latency"].max == pytest.approx(1000)
+    assert steady.opening["latency"].percentiles[50.0] == pytest.approx(3000)
+    assert summary.distributions["latency"].percentiles[99.0] == pytest.approx(3000)
+    assert steady.distributions["ttft"].percentiles[99.0] == pytest.approx(200)
+    assert "gap" not in steady.distributions
+    told = "\n".join(bench.steady_lines(summary))
+    assert "Opening: of the 8 requests before, the median TTFT was 600.0 ms; in steady state it was 200.0 ms" in told
+
+
+@pytest.mark.parametrize("requests", [8, 16, 23])
+def test_a_short_run_has_no_steady_state_and_says_so(requests: int) -> None:
+    summary = summary_of(*closed_loop([1.0] * requests, 8), wave=8)
+    assert summary.steady is None
+    assert "no steady state" in bench.steady_lines(summary)[0]
+    assert summary_of(*closed_loop([1.0] * 24, 8), wave=8).steady is not None
+
+
+def test_the_steady_figures_are_those_of_the_rows_sent_in_the_window() -> None:
+    """Against brute force, with failures, replies without a first token, and what was cut off."""
+    rng = random.Random(5)
+    records = closed_loop([rng.uniform(0.5, 2.0) for _ in range(200)], 10)
+    fates: list[dict[str, Any]] = [{"status": "http_error", "error_kind": "cut"}, {"first_s": None}, {}, {}, {}, {}]
+    records = [make_record(r.job.index, **{**stamps_of(r), **rng.choice(fates)}) for r in records]
+    steady = summary_of(*records, wave=10).steady
+    assert steady is not None
+    good = [record for record in records if record.ok]
+    done = sorted(record.done_s or 0 for record in good)
+    start, end = done[9], max(record.sent_s or 0 for record in records)
+    assert (steady.start_s, steady.end_s) == (pytest.approx(start), pytest.approx(end))
+    inside = [record for record in records if start <= (record.sent_s or 0) <= end]
+    assert steady.sent == len(inside)
+    assert steady.ok == sum(start < (record.done_s or 0) <= end for record in good)
+    for key, metric in bench.METRIC.items():
+        if not metric.pooled:
+            assert close(steady.distributions[key], bench.describe(v for r in inside for v in metric.read(r))), key
+
+
+def stamps_of(record: bench.Record) -> dict[str, Any]:
+    names = ("free", "ready", "sent", "first", "visible", "last", "end")
+    values = {f"{name}_s": getattr(record.reply, f"{name}_ns") for name in names}
+    return {name: None if value is None else value / 1e9 for name, value in values.items()}
+
+
+def close(one: bench.Distribution, other: bench.Distribution) -> bool:
+    """Within the precision of the values kept."""
+    if one.n != other.n or not one.n:
+        return one.n == other.n
+    near = all(one.percentiles[rank] == pytest.approx(value, rel=1e-6) for rank, value in other.percentiles.items())
+    return near and one.mean == pytest.approx(other.mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("latencies", "drifts"),
+    [
+        ([1.0] * 200, set()),
+        ([1.0 + n / 400 for n in range(200)], {"latency", "tpot"}),
+        ([1.0 + n / 4000 for n in range(200)], set()),  # by 5 %
+        ([(1.0, 9.0)[n * 7919 % 13 == 0] for n in range(200)], set()),  # by chance
+    ],
+)
+def test_a_trend_in_the_steady_window_is_said(latencies: list[float], drifts: set[str]) -> None:
+    summary = summary_of(*closed_loop(latencies, 5), wave=5)
+    assert summary.steady is not None
+    assert set(summary.steady.drifts) == drifts
+    assert ("the means moved" in warned(summary)) is bool(drifts)
+
+
+def test_goodput_counts_what_keeps_every_limit_to_the_microsecond() -> None:
+    records = [
+        make_record(0),  # TTFT 100, TPOT 100, latency 500
+        make_record(1, first_s=1.1000004),  # 100 in the CSV as well
+        make_record(2, first_s=1.101),
+        make_record(3, last_s=1.6),
+        make_record(4, completion_tokens=1, first_s=1.05),  # no TPOT that could exceed it
+        make_record(5, first_s=None),  # its TTFT is not known
+        make_record(6, status="http_error", error_kind="cut"),
+    ]
+    summary = summary_of(*records, goodput={"ttft": 100.0, "tpot": 100.0, "latency": 500.0})
+    assert summary.good == {"ttft": 4, "tpot": 4, "latency": 5, "all": 3}
+    told = {name: bench.figure_of(name, summary, make_config(), []) for name in bench.FIGURES if "goodput" in name}
+    assert told["request_goodput"] == pytest.approx(3 / summary.elapsed_s)
+    assert told["goodput_share"] == pytest.approx(3 / 7)
+    assert told["goodput_share_ttft"] == pytest.approx(4 / 7)
+
+
+def test_a_figure_has_one_value_under_each_of_its_names() -> None:
+    summary = summary_of(*closed_loop(SLOW_START, 8), wave=8)
+    for name, value in (("p95", 3000), ("median", 1000), ("steady_p99", 1000), ("max", 3000)):
+        for stem in ("latency_ms", "e2el_ms", "e2e_latency_ms"):
+            figure = bench.figure_of(f"{name}_{stem}", summary, make_config(), [])
+            assert figure == pytest.approx(value, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("p95_latncy_ms<5", "nearest: p95_latency_ms"),
+        ("output_throughputs>5", "nearest: output_throughput"),
+        ("xyzzy<1", "knows no figure 'xyzzy'"),
+        ("p99_ttft_ms", "as in p99_ttft_ms<500"),
+        ("p99_ttft_ms<fast", "as in p99_ttft_ms<500"),
+        ("p99_ttft_ms=5", "as in p99_ttft_ms<500"),
+    ],
+)
+def test_an_unknown_figure_names_its_nearest(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        bench.Limit.of(text)
+
+
+@pytest.mark.parametrize(
+    ("bound", "n", "holds", "sure"),
+    [(500, 400, True, True), (120, 400, False, True), (499, 200, True, False), (396, 400, False, False)],
+)
+def test_a_verdict_is_sure_where_its_whole_interval_is(bound: float, n: int, holds: bool, sure: bool) -> None:
+    summary = summary_of(*(make_record(number, last_s=1.1 + 0.3 * number / n) for number in range(n)))
+    judged = bench.judge(bench.Limit.of(f"p99_latency_ms<{bound}"), summary, make_config(), [])
+    assert (judged.holds, judged.sure) == (holds, sure)
+    assert (judged.needed or 0) > 1 or sure
+
+
+def test_gpus_share_the_throughput_and_bear_the_price() -> None:
+    summary = summary_of(*(make_record(n) for n in range(3)))  # 30 tokens/s out, 60 in
+    config = make_config(gpus=2, gpu_hour=3.6)
+    told = [bench.figure_of(name, summary, config, []) for name in bench.FIGURES if "gpu" in name or "price" in name]
+    assert told == [pytest.approx(value) for value in (15.0, 45.0, 2e-3 / 60 * 1e6, 2e-3 / 30 * 1e6)]

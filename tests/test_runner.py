@@ -147,7 +147,7 @@ def test_a_run_that_only_fails_stops_by_itself() -> None:
 
     async def main() -> tuple[int, str]:
         stop, tally, server = bench.Stop(), bench.Tally(), Refusing(lambda index: 1.0)
-        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 10, None)]
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, make_config(concurrency=10))]
         pool = bench.Pool(bench.Load(bench.Schedule(5000), numbered, server, sinks, 10), stop)
         await pool.prepare()
         await pool.drain(0)
@@ -175,7 +175,7 @@ class Busy(Server):
 def run_broken(server: Server, jobs: int) -> tuple[bench.Tally, str]:
     async def main() -> tuple[bench.Tally, str]:
         stop, tally = bench.Stop(), bench.Tally()
-        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, 64, None)]
+        sinks: list[bench.Sink] = [tally, bench.Breaker(tally, stop, make_config(concurrency=64))]
         pool = bench.Pool(bench.Load(bench.Schedule(jobs), numbered, server, sinks, 64), stop)
         await pool.prepare()
         await pool.drain(0)

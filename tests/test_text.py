@@ -107,9 +107,11 @@ def test_a_placeholder_key_is_shown(key: str) -> None:
 def test_few_samples_star_their_p99() -> None:
     few = "\n".join(bench.distribution_table(summary_of(make_record())))
     assert "500.00*" in few
-    assert "fewer than 100 samples" in few
-    many = "\n".join(bench.distribution_table(summary_of(*(make_record(n) for n in range(100)))))
-    assert "*" not in many
+    assert "* too few values: hardly more than their maximum (least n: p90 64, p95 130, p99 662)" in few
+    assert "--total-requests 662 would" in few
+    for n, starred in ((63, 3), (64, 2), (130, 1), (661, 1), (662, 0)):
+        lines = bench.distribution_table(summary_of(*(make_record(number) for number in range(n))))
+        assert next(line for line in lines if line.startswith("Latency")).count("*") == starred
 
 
 def test_a_gap_is_called_itl_only_where_one_chunk_is_one_token() -> None:
@@ -144,11 +146,11 @@ def test_the_first_visible_token_has_a_line_only_after_reasoning() -> None:
 
 def test_the_verdict_says_whose_the_figures_are() -> None:
     summary = summary_of(*(make_record(n) for n in range(100)))
-    calm = bench.detail_lines(summary, make_config(), [health()])
+    calm = bench.joined(bench.detail_blocks(summary, make_config(), [health()]))
     assert calm[0] == "WARNING: the server counted 10.0 prompt tokens on average, --prompt-tokens asked for 1024"
     assert "Verdict: this client was not the bottleneck (CPU 30 %, kernel clock 100 %)." in calm
     slow = summary_of(*(make_record(n, free_s=0.8) for n in range(100)))
-    starved = bench.detail_lines(slow, make_config(), [health(cpu_s=9.9)])
+    starved = bench.joined(bench.detail_blocks(slow, make_config(), [health(cpu_s=9.9)]))
     assert starved[0].startswith("WARNING: client-bound: it sent requests 200.0 ms after it could have (40 %")
     assert starved[2] == f"{'':9}Cure: {cure_of(starved)}"
     assert "Verdict: client-bound: the figures are the server's, the load was less than asked." in starved
@@ -161,7 +163,9 @@ def cure_of(lines: list[str]) -> str:
 
 def test_without_the_kernels_clock_the_verdict_says_so() -> None:
     summary = summary_of(*(make_record(n, kernel_reads=0) for n in range(100)))
-    lines = bench.detail_lines(summary, make_config(), [health(transport="sdk (httpx)", kernel_clock=False)])
+    lines = bench.joined(
+        bench.detail_blocks(summary, make_config(), [health(transport="sdk (httpx)", kernel_clock=False)])
+    )
     assert not any("not the bottleneck" in line for line in lines)
     assert any(line.startswith("Verdict: this client kept up") and "not by the kernel" in line for line in lines)
     assert any(line == "Clock: kernel 0 %, merged 0 %; transport sdk (httpx)" for line in lines)
@@ -172,7 +176,9 @@ def test_the_report_is_ordered_warnings_verdict_table_circumstances() -> None:
     cut = make_record(101, status="http_error", error_kind="aborted", error="stopped")
     summary = summary_of(*(make_record(n) for n in range(100)), bad, cut)
     notice = bench.ReportWarning("interrupted: 101 of 200 requests were made")
-    lines = bench.detail_lines(summary, make_config(), [health()], [notice], "Measurement error: p50 +0.01 ms")
+    lines = bench.joined(
+        bench.detail_blocks(summary, make_config(), [health()], [notice], "Measurement error: p50 +0.01 ms")
+    )
     starts = ["WARNING: interrupted", "WARNING: the server", "Measurement error", "Verdict", "Latency (ms)",
               "In flight", "Aborted: 1", "Finish reasons", "Clock", "Client",
               "Errors: 1 x http_error/http_503: busy"]  # fmt: skip
@@ -194,7 +200,7 @@ def test_no_line_is_wider_than_100_columns() -> None:
     config = make_config(extra_body=long, system_prompt=long["japanese"], model="m" * 200, requests_file=long["path"])
     summary = summary_of(*records)
     notice = bench.ReportWarning(long["text"], long["japanese"])
-    lines = bench.detail_lines(summary, config, [health()] * 9, [notice], long["text"])
+    lines = bench.joined(bench.detail_blocks(summary, config, [health()] * 9, [notice], long["text"]))
     lines += bench.summary_block(summary, 999_999).splitlines() + bench.config_block(config).splitlines()
     assert max(map(columns, lines)) <= 100
     assert " ".join(lines).count("word") >= 80 + 100 + 60  # wrapped, not cut: the notice, the truth, the error
@@ -243,7 +249,7 @@ def test_the_redactor_knows_every_secret_of_a_run() -> None:
 
 def test_server_text_is_made_harmless() -> None:
     record = make_record(status="http_error", error_kind="http_500", error="\x1b]0;own\x07bad\x1b[2J\nline")
-    lines = bench.detail_lines(summary_of(record), make_config(), [])
+    lines = bench.joined(bench.detail_blocks(summary_of(record), make_config(), []))
     assert all(char.isprintable() for line in lines for char in line)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 import online_bench_openai_async as bench
 
@@ -44,12 +45,26 @@ def make_record(index: int = 0, **changes: Any) -> bench.Record:
     return bench.Record(bench.Job(index, due_s), bench.Reply(failure=failure, **values), 0)
 
 
-def summary_of(*records: bench.Record) -> bench.Summary:
-    """The summary of a run that left these records."""
-    tally = bench.Tally()
+def closed_loop(latencies_s: Sequence[float], concurrency: int, **changes: Any) -> list[bench.Record]:
+    """The records of a closed loop whose requests take so long, one after the other, in order of completion."""
+    free_s = [0.0] * concurrency
+    ends = []
+    for index, latency_s in enumerate(latencies_s):
+        slot = free_s.index(min(free_s))
+        sent_s, free_s[slot] = free_s[slot], free_s[slot] + latency_s
+        end_s = free_s[slot]
+        stamps = {"free_s": sent_s, "ready_s": sent_s, "sent_s": sent_s, "last_s": end_s, "end_s": end_s}
+        first = {"first_s": sent_s + latency_s / 5, "visible_s": sent_s + latency_s / 5}
+        ends.append((end_s, index, make_record(index, **{**stamps, **first, **changes})))
+    return [record for _, _, record in sorted(ends, key=lambda end: end[:2])]
+
+
+def summary_of(*records: bench.Record, wave: int = 0, goodput: Optional[Mapping[str, float]] = None) -> bench.Summary:
+    """The summary of a run that left these records, the first `wave` of them sent at once."""
+    tally = bench.Tally(goodput=goodput)
     for record in records:
         tally.add(record)
-    return tally.summary()
+    return tally.summary(wave)
 
 
 def make_config(**changes: Any) -> bench.Config:
