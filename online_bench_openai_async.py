@@ -2322,11 +2322,12 @@ class Tally:
         if not 0 < wave < len(ends):
             return None
         start, end = ends[wave - 1], max(s for s in sent_s if s == s)
-        rows = [row for row, at in enumerate(sent_s) if start <= at <= end]
+        opened = start - 1e-6  # latencies are kept to a microsecond or less
+        rows = [row for row, at in enumerate(sent_s) if opened <= at <= end]
         if len(rows) < 2 * wave:
             return None
         ended = [row for row, at in done.items() if start < at <= end]
-        before = [row for row in done if sent_s[row] < start]
+        before = [row for row in done if sent_s[row] < opened]
         third = (end - start) / 3
         thirds = ([row for row in rows if sent_s[row] < start + third], [r for r in rows if sent_s[r] >= end - third])
         return Steady(
@@ -3692,7 +3693,9 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
     steady = _flat(_metric_keys(summary.steady.distributions, "steady_")) if summary.steady else {}
     told = ((name, figure_of(name, summary, config, health)) for name in FIGURES)
     requests = {"model_id": config.model, **{name: value for name, value in told if value is not None}}
-    ours = {"connecting": connecting, **_our_keys(summary, config, health)}
+    shares = {name: requests.pop(name) for name in list(requests) if name.startswith("goodput_share_")}
+    nested = {"confidence_95": _intervals(summary.distributions), "goodput_shares": shares, "connecting": connecting}
+    ours = {**nested, **_our_keys(summary, config, health)}  # nested: readers divide by all that has "tpot" in its name
     return {**(config.metadata or {}), **run, **requests, **_flat(figures), **steady, **summary.server, **ours}
 
 
@@ -3742,10 +3745,7 @@ def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") -> dict[str, dict[str, Any]]:
-    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured.
-
-    Confidence intervals are lists, so their names must not end in `_ms`.
-    """
+    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
     found: dict[str, dict[str, Any]] = {}
     for metric, sample in ((metric, distributions.get(metric.key, Distribution(0))) for metric in METRICS):
         values = {"mean": sample.mean, "median": sample.percentiles.get(50.0), "max": sample.max}
@@ -3756,17 +3756,24 @@ def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") ->
             f"{prefix}{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
         }
         keys.update({f"{prefix}{count_key(stem)}": sample.n for stem in metric.stems if sample.n})
-        for rank in INTERVALS_SHOWN if metric.key in WITH_STEADY and not prefix else ():
-            ends = sample.intervals.get(rank, (math.inf,))
-            if not any(map(math.isinf, ends)):
-                keys.update({f"p{rank:g}_{stem}_ci95": list(ends) for stem in metric.stems})
+    return found
+
+
+def _intervals(distributions: Mapping[str, Distribution]) -> dict[str, list[float]]:
+    """Where percentiles lie with 95 % confidence; only those of which both ends are known."""
+    found = {}
+    for key, rank in itertools.product(WITH_STEADY, INTERVALS_SHOWN):
+        ends = distributions[key].intervals.get(rank, (math.inf,))
+        if not any(map(math.isinf, ends)):
+            found[f"p{rank:g}_{METRIC[key].stems[0]}"] = list(ends)
     return found
 
 
 def result_name(result: Mapping[str, Any]) -> str:
     """The name of a result's own file, as vLLM names them: label or backend, rate, concurrency, model, date (UTC)."""
     words = [result.get("label") or result["backend"], f"{result['request_rate']}qps"]
-    words += [f"{w}{result[k]}" for w, k in (("concurrency", "max_concurrency"), ("repeat", "repeat")) if k in result]
+    words += [f"concurrency{result['max_concurrency']}"] if "max_concurrency" in result else []
+    words += [f"repeat{result['repeat']}"] if result["repeat"] > 1 else []
     words += [result["model_id"].rpartition("/")[2], result["date"]]
     return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, words)))[:200]
 
