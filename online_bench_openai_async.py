@@ -3307,8 +3307,7 @@ class Level:
         self.level = points[0].level
         self.needed = needed
         self.failed = [limit for limit in limits if not limit.holds(self.figure(limit.name))]
-        bound = not self.failed and any(point.client_bound for point in points)  # less load than asked proves nothing
-        self.resolved = needed <= 1 and not bound and all(point.complete for point in points)
+        self.resolved = needed <= 1 and all(point.complete for point in points)
         self.holds = self.resolved and not self.failed
 
     def values(self, name: str) -> list[float]:
@@ -3406,7 +3405,7 @@ def capacity_sentence(levels: Sequence[Level], limits: Sequence[Limit], unit: st
 
 def _why_unsure(level: Level) -> str:
     made = level.points[-1].summary.ok + level.points[-1].summary.errors
-    if any(point.client_bound for point in level.points):
+    if level.needed > 1 and any(point.client_bound for point in level.points):
         return f"{level.level:g} is unresolved, this client was the limit there"
     needs = f"needs about {made * level.needed:,.0f} requests" if 1 < level.needed < math.inf else "was not finished"
     return f"{level.level:g} is unresolved, it {needs}"
