@@ -573,9 +573,9 @@ def other_command(programs: Programs, load: Load) -> list[str]:
 def ours_read(folder: Path) -> Findings:
     summary = json.loads((folder / "summary.jsonl").read_text())
     names = {"ttft": "ttft_ms", "latency": "e2el_ms"}
-    found = {name: [summary[f"p{rank:g}_{key}"] for rank in RANKS] for name, key in names.items()}
+    found = {name: [summary.get(f"p{rank:g}_{key}") for rank in RANKS] for name, key in names.items()}  # whole: no TTFT
     health = summary["client"][0]
-    notes = {key: summary[key] for key in ("kernel_stamped_share", "merged_read_share", "new_connections")}
+    notes = {key: summary.get(key) for key in ("kernel_stamped_share", "merged_read_share", "new_connections")}
     notes.update({key: health[key] for key in ("cpu_s", "wall_s", "waiting_s", "lag_p99_ms", "gc_pause_ms")})
     figures = {name: values for name, values in found.items() if None not in values}
     return Findings(figures, summary["completed"], summary["client_bound"] or None, notes)
