@@ -73,7 +73,7 @@ except ImportError:
 
 # === 1. Constants ===
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 RANKS = (50.0, 90.0, 95.0, 99.0, 99.9)
 # The least n at which, with 99 % confidence, the second-largest value bounds the percentile from above.
@@ -121,6 +121,11 @@ class Metric(NamedTuple):
         """The label without its unit."""
         return self.label.partition(" (")[0]
 
+    @property
+    def words(self) -> str:
+        """The same within a sentence."""
+        return self.short if self.short.isupper() else self.short.lower()
+
 
 METRICS = (
     Metric("e2el_ms", "Latency (ms)", "latency_ms"),
@@ -129,6 +134,8 @@ METRICS = (
     Metric("ttft_ms", "TTFT (ms)", "ttft_ms"),
     Metric("tpot_ms", "TPOT (ms)", "tpot_ms"),
     Metric("itl_ms", "Chunk gap (ms)", ""),
+    Metric("ttfv_ms", "First visible token (ms)", ""),
+    Metric("late_send_ms", "Late sends (ms)", ""),
     Metric("connect_ms", "Connect (ms)", "connect_ms"),
     Metric("tail_ms", "Tail (ms)", "tail_ms"),
     Metric("client_queue_time_ms", "Client queue (ms)", "queue_ms"),
@@ -137,7 +144,13 @@ METRICS = (
     Metric("prompt_tokens", "Prompt tokens", "prompt_tokens"),
 )
 BY_STEM = {metric.stem: metric for metric in METRICS}
-HIDDEN_STEMS = ("client_queue_time_ms", "connect_ms", "tail_ms")  # in the table only with --verbose
+HIDDEN_STEMS = (
+    "client_queue_time_ms",
+    "connect_ms",
+    "late_send_ms",
+    "tail_ms",
+    "ttfv_ms",
+)  # in the table only with --verbose
 
 
 @dataclass(eq=False)
@@ -689,7 +702,9 @@ def canonical(name: str) -> str:
 
 def read_flat(result: Mapping[str, Any]) -> Iterator[Point]:
     """A result of flat keys: ours, vLLM's, SGLang's; with the lists of --save-detailed, its requests as well."""
-    figures = {canonical(key): value for key, value in result.items() if value is not None}
+    connecting = result.get("connecting")
+    every = {**result, **(connecting if isinstance(connecting, dict) else {})}
+    figures = {canonical(key): value for key, value in every.items() if value is not None}
     if isinstance(figures.get("request_rate"), str):  # vLLM writes "inf" for a closed loop
         figures["request_rate"] = _finite(figures["request_rate"])
     requests = detailed_requests(result)
@@ -719,11 +734,12 @@ def detailed_requests(result: Mapping[str, Any]) -> Optional[Requests]:
     ok = np.array([not error for error in given.get("errors", [""] * count)], dtype=bool) & (latency > 0)
     if int(ok.sum()) != result.get("completed"):  # which of them failed is not told
         return None
-    columns = {"index": np.arange(count, dtype=float), "latency_ms": latency * 1e3, "ttft_ms": ttft * 1e3}
+    columns = {"index": np.arange(count, dtype=float), "latency_ms": latency * 1e3}
     for name, column in (("input_lens", "prompt_tokens"), ("output_lens", "completion_tokens")):
         if name in given:
             columns[column] = np.array(given[name], dtype=float)
-    columns["ttft_ms"] = np.where(ttft > 0, columns["ttft_ms"], np.nan)
+    ttft = np.where(ttft > 0, ttft, np.nan)  # 0: not known
+    columns["ttft_ms"] = ttft * 1e3
     if "completion_tokens" in columns:
         more = columns["completion_tokens"] - 1
         columns["tpot_ms"] = np.where(more > 0, (latency - ttft) * 1e3 / np.maximum(more, 1), np.nan)
@@ -734,7 +750,7 @@ def detailed_requests(result: Mapping[str, Any]) -> Optional[Requests]:
         sent = np.array(given["start_times"], dtype=float)
         columns["sent_s"] = sent - sent.min()
         if "itls" in given:
-            stamps = [np.cumsum([sent[i] + ttft[i], *itls[i]]) for i in range(count) if ok[i]]
+            stamps = [np.cumsum([sent[i] + ttft[i], *itls[i]]) for i in range(count) if ok[i] and ttft[i] > 0]
             requests.token_s = np.concatenate(stamps or [np.empty(0)]) - sent.min()
     complete_columns(requests)
     order = np.argsort(requests.column("done_s"), kind="stable")
@@ -1175,6 +1191,8 @@ SWEEP_COLUMNS = (
     Column("latency p50", "p50_e2el_ms", 1, "e2el_ms"),
     Column("latency p95", "p95_e2el_ms", 1, "e2el_ms", 95.0),
     Column("latency p99", "p99_e2el_ms", 1, "e2el_ms", 99.0),
+    Column("server queue", "server_mean_queue_ms", 1),
+    Column("J/token", "gpu_energy_per_output_token_j", 3),
 )
 
 
@@ -1409,6 +1427,8 @@ def _limits_kept(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
     """The highest level within all limits, and whether those below are."""
     limits = " and ".join(f"{slo.name} {slo.op} {slo.limit:g}" for slo in slos)
     best = highest_passing(levels, slos)
+    if len(levels) == 1:
+        return f"{limits} {'held' if best else 'not held'}"
     if best is None:
         return f"none holds {limits}"
     unit = "req/s" if best.by_rate else "in flight"
@@ -1707,6 +1727,7 @@ class Picture:
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 HUES = len(SYMBOLS)
+CORNERS = ("top right", "bottom left")  # of a point, where its label stands: clear of its falling line
 SHADES = 10  # of one run's levels, from low to high
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
@@ -1729,7 +1750,9 @@ def trace(mode: str, x: Sequence[Any], y: Sequence[Any], colour: str, hover: str
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
     look = {"gridcolor": "@grid", "linecolor": "@grid", "zerolinecolor": "@grid", "automargin": True}
-    steps = {"dtick": "D2"} if more.get("type") == "log" and "tickvals" not in more else {}  # 1, 2 and 5
+    steps = (
+        {"dtick": "D2", "tickformat": ",~r"} if more.get("type") == "log" and "tickvals" not in more else {}
+    )  # 1, 2, 5
     return {"title": {"text": title, "standoff": 8}, **look, **steps, **more}
 
 
@@ -1754,7 +1777,7 @@ def layout(**more: Any) -> dict[str, Any]:
         "hovermode": "closest",
         "hoverlabel": hover,
         "font": {"color": "@ink", "family": "system-ui, sans-serif", "size": 13},
-        "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+        "margin": {"l": 8, "r": 12, "t": 28, "b": 8},  # the button to save a picture stands above it
         "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
         **more,
     }
@@ -1775,7 +1798,11 @@ def pareto(levels: Sequence[Level]) -> Optional[Picture]:
         hover = f"{shown(name)} at %{{text}}: %{{y:,.0f}} tokens/s in all, %{{x:.1f}} each"
         line = trace("lines+markers+text", x, y, f"@c{place % HUES}", hover)
         line["marker"]["symbol"] = SYMBOLS[place % HUES]
-        words = {"text": [level.label for level in run_levels], "textposition": "top right", "cliponaxis": False}
+        words = {
+            "text": [level.label for level in run_levels],
+            "textposition": CORNERS[place % len(CORNERS)],
+            "cliponaxis": False,
+        }
         data.append({**line, **words, "name": shown(name), "textfont": {"color": f"@c{place % HUES}", "size": 12}})
     user = "1000 / median TPOT" if by_tpot else "median over requests of output tokens / latency"
     load_words = "request rate" if levels[0].by_rate else "requests in flight"
@@ -2014,10 +2041,10 @@ def _ecdf_picture(metric: Metric, curves: Sequence[tuple[Level, Floats]], left_o
     upward = axis(f"% of {'gaps' if metric.stem == 'itl_ms' else 'requests'}", range=[0, 101])
     made = layout(xaxis=across, yaxis=upward, showlegend=len(data) > 1)
     if len(curves) > 1:
-        title = f"How {metric.short} spreads: further left and steeper is better"
+        title = f"How {metric.words} spreads: further left and steeper is better"
     else:
         middle, high = (number(float(value)) for value in np.percentile(curves[0][1], [50, 99]))
-        title = f"How {metric.short} spreads: half within {middle} ms, 99 % within {high} ms"
+        title = f"How {metric.words} spreads: half within {middle} ms, 99 % within {high} ms"
     return Picture(f"ecdf-{metric.stem}", title, caption, data, made)
 
 
@@ -2068,12 +2095,12 @@ STYLE = """
 :root[data-theme=dark] { color-scheme: dark; DARK }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 20px 16px 48px; }
+main { max-width: 1320px; margin: 0 auto; padding: 20px 16px 48px; }
 header { display: flex; gap: 12px; align-items: flex-start; justify-content: space-between; }
 h1, h2, p, li, summary, figcaption { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; }
 h2 { font-size: 1.05rem; line-height: 1.35; margin: 0 0 2px; }
-p { margin: 0 0 8px; } .soft, figcaption { color: var(--soft); font-size: .87rem; }
+p { margin: 4px 0 8px; } .soft, figcaption { color: var(--soft); font-size: .87rem; }
 button { font: inherit; font-size: .85rem; color: var(--ink); background: var(--paper); border: 1px solid var(--grid);
   border-radius: 6px; padding: 4px 10px; cursor: pointer; white-space: nowrap; }
 section, details { background: var(--paper); border: 1px solid var(--grid); border-radius: 8px;
@@ -2096,6 +2123,8 @@ th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { te
 .words td:not(:first-child) { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 8em; }
 .verdict :is(th, td):last-child { white-space: normal; text-align: left; min-width: 8.5em; }
 figure { margin: 0; }
+@media (max-width: 560px) { h1 { font-size: 1.2rem; } main { padding: 14px 10px 32px; }
+  .verdict :is(th, td):last-child { white-space: nowrap; } }
 """
 
 SCRIPT = """
@@ -2183,7 +2212,8 @@ def verdict_html(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
     found = [*findings(levels, slos), *against_the_first(levels)]
     warnings = warning_lines(levels)
     more = f"<h2>Warnings</h2>{list_html(warnings)}" if warnings else ""
-    kind = "bad" if bound or errors else "good"
+    missed = slos and any(highest_passing(run_levels, slos) is None for run_levels in by_run(levels).values())
+    kind = "bad" if bound or errors or missed else "good"
     return f'<section class="{kind}" id="verdict"><h2>{escape(head)}</h2>{list_html(found)}{more}</section>'
 
 
@@ -2273,11 +2303,9 @@ BROWSERS = (
 EXPORT = """
 (async () => {
   const made = [];
-  for (const figure of FIGURES) {
-    const url = await Plotly.toImage(figure, {format: FORMAT, width: figure.layout.width, height: figure.layout.height,
-      scale: FORMAT === "png" ? 2 : 1});
-    made.push(url);
-  }
+  for (const format of FORMATS) for (const figure of FIGURES)
+    made.push(await Plotly.toImage(figure, {format, width: figure.layout.width, height: figure.layout.height,
+      scale: format === "png" ? 2 : 1}));
   document.body.innerHTML = "<pre></pre>";
   document.querySelector("pre").textContent = made.join("\\n") + "\\nEND";
 })();
@@ -2301,24 +2329,28 @@ def light_figure(picture: Picture) -> dict[str, Any]:
     return figure
 
 
-def images(pictures: Sequence[Picture], kind: str, plotly_js: str) -> list[bytes]:
-    """The pictures as PNG or SVG, by an installed browser, else by kaleido. Raises UserError where neither can."""
+def images(pictures: Sequence[Picture], kinds: Sequence[str], plotly_js: str) -> Iterator[bytes]:
+    """The pictures as PNG or SVG, kind by kind, by an installed browser, else by kaleido. Raises UserError where
+    neither can."""
+    told = " and ".join(f"--{kind}" for kind in kinds)
     figures = [light_figure(picture) for picture in pictures]
     browser = find_browser()
     if browser is None:
         try:
             import plotly.io
 
-            return [plotly.io.to_image(figure, format=kind, scale=2 if kind == "png" else 1) for figure in figures]
+            for kind in kinds:
+                yield from (plotly.io.to_image(each, format=kind, scale=2 if kind == "png" else 1) for each in figures)
+            return
         except Exception as error:  # kaleido absent, or without a browser of its own: it raises many kinds
             reason = plain(str(error), 120)
-            raise UserError(f"--{kind} needs a Chromium browser or kaleido (pip install kaleido): {reason}") from None
-    script = f"const FIGURES = {json_in_page(figures)}, FORMAT = {json.dumps(kind)};{EXPORT}"
+            raise UserError(f"{told} needs a Chromium browser or kaleido (pip install kaleido): {reason}") from None
+    script = f"const FIGURES = {json_in_page(figures)}, FORMATS = {json.dumps(kinds)};{EXPORT}"
     page = f"<!doctype html><meta charset=utf-8><body><script>{plotly_js}</script><script>{script}</script>"
     lines = re.search(r"<pre>(.*)\nEND</pre>", in_browser(browser, page), re.DOTALL)
     if lines is None:
-        raise UserError(f"--{kind}: {browser} drew nothing")
-    return [_decoded(url) for url in lines[1].split("\n")]
+        raise UserError(f"{told}: {browser} drew nothing")
+    yield from map(_decoded, lines[1].split("\n"))
 
 
 def _decoded(url: str) -> bytes:
@@ -2465,15 +2497,14 @@ def html_command(options: argparse.Namespace, problems: Problems) -> int:
     title = options.title or f"Benchmark of {', '.join(list(by_run(levels))[:4])}"
     write_whole(options.output, page_html(levels, slos, plain(title), plotly_js).encode("utf-8"))
     say([f"{options.output}: {os.path.getsize(options.output) / 1e6:.1f} MB"])
-    for kind in ("png", "svg"):
-        folder = getattr(options, kind)
-        if folder:
-            pictures, strips = pictures_of(levels, slos)
-            every = [*pictures, *(picture for _, picture in strips)]
-            for picture, data in zip(every, images(every, kind, plotly_js)):
-                os.makedirs(folder, exist_ok=True)
-                write_whole(os.path.join(folder, f"{picture.key}.{kind}"), data)
-            say([f"{folder}: {len(every)} pictures"])
+    folders = {kind: folder for kind, folder in (("png", options.png), ("svg", options.svg)) if folder}
+    pictures, strips = pictures_of(levels, slos) if folders else ([], [])
+    every = [*pictures, *(picture for _, picture in strips)]
+    files = [os.path.join(folder, f"{picture.key}.{kind}") for kind, folder in folders.items() for picture in every]
+    for file, data in zip(files, images(every, list(folders), plotly_js)):
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        write_whole(file, data)
+    say(f"{folder}: {len(every)} pictures" for folder in folders.values())
     return 0
 
 

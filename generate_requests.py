@@ -81,7 +81,7 @@ from typing import Any, NamedTuple, NoReturn, Optional, Protocol
 
 # === 1. Constants ===
 
-__version__ = "1.0.0"
+__version__ = "0.2.0"
 
 PROGRAM = "generate_requests.py"
 TOKEN_VARIABLES = ("HUGGINGFACE_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN")

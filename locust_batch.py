@@ -73,7 +73,7 @@ from locust.exception import RPCError, StopUser
 from locust.runners import WORKER_REPORT_INTERVAL, MasterRunner, WorkerRunner
 from locust.stats import CSV_STATS_INTERVAL_SEC
 
-__version__ = "1.0.0"
+__version__ = "0.2.0"
 
 # === 1. Constants ===
 

@@ -32,10 +32,11 @@ Sections of this file; each uses only sections above it:
      8. Sinks
      9. Stopwatch
     10. Sender
-    11. Runner
-    12. Shards
-    13. Sweep
-    14. Command line
+    11. Server's own figures
+    12. Runner
+    13. Shards
+    14. Sweep
+    15. Command line
 
 --help-columns explains the columns of --results-csv and the exit codes.
 """
@@ -62,6 +63,7 @@ import json
 import math
 import operator
 import os
+import queue
 import random
 import re
 import secrets
@@ -75,6 +77,7 @@ import struct
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 from array import array
@@ -94,7 +97,7 @@ except ImportError:  # Windows
 
 # === 1. Constants ===
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 THIS_FILE = os.path.abspath(__file__)
 
 DEFAULT_API_BASE = "http://127.0.0.1:8000/v1"
@@ -106,8 +109,9 @@ LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 DEFAULTS: Mapping[str, Any] = {
     "concurrency": 128, "repeat": 1, "cooldown": 0.0,
     "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
-    "endpoint_type": "chat", "processes": 1, "transport": "auto", "timeout": 600.0, "connect_timeout": 30.0,
-    "max_error_rate": 0.5, "request_rate": math.inf, "burstiness": 1.0, "speed": 1.0,
+    "endpoint_type": "chat", "history": "server", "processes": 1, "transport": "auto", "timeout": 600.0,
+    "connect_timeout": 30.0, "max_error_rate": 0.5, "request_rate": math.inf, "burstiness": 1.0, "speed": 1.0,
+    "metrics_interval": 1.0,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -130,6 +134,12 @@ READY_POLL_S = 0.5
 REFUSALS = ("http_400", "http_401", "http_403", "http_422")  # of a server that is ready
 IDENTICAL_FAILURES_TO_STOP = 100
 TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
+
+METRICS_BYTES = 8 << 20  # of a metrics page: beyond it is none
+METRICS_TIMEOUT_S = 1.0
+METRICS_TRIES = 10  # until the server's counters stand still
+METRICS_RETRY_S = 0.1
+METRICS_PATIENCE_S = 5.0  # for the process that reads them
 
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
@@ -180,8 +190,8 @@ CLIENT_DELAY_FLOOR_MS = 0.5
 TELLING_RUN_S = 0.25  # a shorter run tells nothing of its client's CPU
 WAITING_SHARE = 0.03  # of the time, runnable but without a core
 LAG_FLOOR_MS = 2.0  # of the event loop, where it holds the clock
-LAG_SHARE = 0.02  # of the median latency
-LATE_SHARE = 0.05  # of the first tokens or the gaps, left out
+LAG_SHARE = 0.02  # of the median latency, or of the mean TTFT
+LATE_SHARE = 0.1  # of the first tokens or the gaps, left out
 HELD_UP_SHARE = 0.01  # of the time, where the event loop holds the clock
 LONG_PAUSE_MS = 250.0
 MERGED_LIMIT = 0.05
@@ -198,8 +208,20 @@ DRIFT = 0.10  # of a mean, from the first to the last third of the steady window
 NORMAL_95 = 1.96  # standard errors to either side of a mean
 DRIFT_ERRORS = 3.0  # in standard errors: what is less may be chance
 KNEE_GROWTH = 0.05  # of throughput, per doubling of the load
+HIT_TOLERANCE = 2.0  # percentage points of prefix cache hits above what the corpus shares
+SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
+KV_CACHE_FULL = 0.99
 
 # === 2. Types ===
+
+
+class SessionTurn(NamedTuple):
+    """What the user says in one turn of a session; the answer is the corpus's own, where it has one."""
+
+    content: Any
+    output_tokens: Optional[int] = None
+    delay_ms: float = 0.0  # think time before it, from the end of the turn before
+    answer: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +237,9 @@ class Request:
     whole: bool = False  # the fields are the body: only a missing model and what streams are added
     label: Optional[str] = None
     unknown: Sequence[str] = ()  # keys of its corpus line that are not sent
+    turns: Sequence[SessionTurn] = ()  # of a session, the first one included
+    session: Optional[int] = None
+    turn: Optional[int] = None  # from 1
 
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]:
@@ -275,6 +300,10 @@ class Reply:
     failure: Optional[Failure] = None
     label: Optional[str] = None  # of the corpus line that asked
     server: Optional[str] = None  # which one was asked, where there are several
+    session: Optional[int] = None
+    turn: Optional[int] = None  # of its session, from 1
+    later_turns: int = 0
+    text: Optional[str] = None  # the answer's content, where the next turn is to hold it
 
 
 @dataclass(frozen=True)
@@ -526,12 +555,15 @@ class Summary:
     new_connections: int
     reconnects: int
     busy_s: float  # sum of all requests' time from sending to their end
+    sessions: int  # that were begun
+    unsent_turns: int  # of them
     held_back: int  # requests that were due before a permit was free
     due_rate: Optional[float]  # requests a second, between the first and the last due time, and as they were sent
     issued_rate: Optional[float]
     first_error_s: Optional[float]  # when the first failure had ended, from the start
     good: Mapping[str, int]  # successes within each limit of --goodput, and "all": within all of them
     steady: Optional[Steady]  # None: too few requests were sent after the first wave
+    server: Mapping[str, Any] = field(default_factory=dict)  # `server_*` and `gpu_*`, as the JSON has them
 
     @property
     def error_share(self) -> float:
@@ -577,12 +609,17 @@ class Config:
     output_tokens: int
     requests_file: Optional[str]
     corpus: Mapping[str, Any]  # what its lines ask for: `Corpus.asked`
+    history: str
     system_prompt: Optional[str]
     prompt_calibration: Optional[Sequence[float]]  # the fields of Calibration: given, or found by the warm-up
     results_csv: Optional[str]
     append: bool
     overwrite: bool
     summary_jsonl: Optional[str]
+    summary_json: Optional[str]
+    save_detailed: bool
+    report: Optional[str]
+    metadata: Optional[Mapping[str, str]]
     warmup: int
     temperature: float
     max_tokens_field: str
@@ -591,6 +628,9 @@ class Config:
     continuous_usage: bool
     processes: int
     transport: str
+    server_metrics: Optional[Sequence[str]]  # URLs, or off; None: of a loopback server
+    metrics_interval: float
+    gpu_metrics: Optional[str]
     ca_file: Optional[str]
     insecure: bool
     seed: int
@@ -641,6 +681,64 @@ class RunError(Exception):
 # === 3. Schedule (when) (pure) ===
 
 
+class Sessions:
+    """Requests that follow from replies: which, when, and with what history.
+
+    Jobs are numbered through: the turns of a session follow each other, and a corpus that is cycled begins anew.
+    """
+
+    def __init__(self, lines: Sequence[Request], starts: Sequence[int], history: str) -> None:
+        """`starts`: how many turns stand before each line, and in all of them; `history`: of whose answers."""
+        self._lines = lines
+        self._starts = starts
+        self._history = history
+        self._open: dict[int, tuple[Request, list[Mapping[str, Any]]]] = {}  # its line, and all that was said
+
+    def first(self, number: int) -> int:
+        """The job that begins a session."""
+        rounds, line = divmod(number, len(self._lines))
+        return rounds * self._starts[-1] + self._starts[line]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(session, turn from 0) of a job."""
+        rounds, at = divmod(index, self._starts[-1])
+        line = bisect.bisect_right(self._starts, at) - 1
+        return rounds * len(self._lines) + line, at - self._starts[line]
+
+    def goes_on(self, index: int) -> bool:
+        """Whether its session has a turn after this one."""
+        return self.place(index + 1)[1] > 0
+
+    def request(self, index: int) -> Request:
+        """The line's own; of a session with all that was said before."""
+        number, turn = self.place(index)
+        if not turn:
+            line = self._lines[number % len(self._lines)]
+            if not line.turns:
+                return line
+            self._open[number] = line, list(line.messages)
+        line, said = self._open[number]
+        content, limit, *_ = line.turns[turn]
+        said += [{"role": "user", "content": content}] if turn else []
+        fields, limit = {**line.fields, "messages": list(said)}, limit or line.output_tokens
+        return dataclasses.replace(line, fields=fields, output_tokens=limit, session=number, turn=turn + 1)
+
+    def after(self, record: Record) -> Optional[Job]:
+        """The next turn; None after the last one, and after one that failed."""
+        number, turn = self.place(record.job.index)
+        line, said = self._open.pop(number, (None, []))
+        if line is None or not record.ok or turn + 1 == len(line.turns):
+            return None
+        answer = line.turns[turn].answer if self._history == "corpus" else record.reply.text
+        sendable = (answer or "").encode("utf-8", "replace").decode()  # no half of a surrogate pair
+        self._open[number] = line, [*said, {"role": "assistant", "content": sendable}]
+        delay_ms = line.turns[turn + 1].delay_ms
+        return Job(record.job.index + 1, (record.ended_s or 0.0) + delay_ms / 1e3 if delay_ms else None)
+
+
+HISTORIES = ("server", "corpus")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which jobs there are and when each is due, in seconds from the start; of several processes, each has its part.
@@ -661,17 +759,19 @@ class Schedule:
     ramp_up_s: float = 0.0
     seed: int = 0
     stamp_s: Callable[[int], float] = float  # the due time of a trace's request
+    sessions: Optional[Sessions] = None  # then `count` is theirs, and times are those of their first turns
     shard: int = 0
     shards: int = 1
     first: int = 0  # number of the first job: the points of a sweep go on counting, so that no prompt comes twice
 
     @classmethod
-    def of(cls, config: Config, stamp: Callable[[int], float] = float) -> Schedule:
+    def of(cls, config: Config, stamp: Callable[[int], float] = float, sessions: Optional[Sessions] = None) -> Schedule:
         """`stamp`: the time of a trace's request, by its number, as the trace has it."""
         kind = "trace" if config.timestamp_unit else "closed" if math.isinf(config.request_rate) else "rate"
         per_s = config.speed * TIMESTAMP_UNITS[config.timestamp_unit or "s"]
+        total = config.total_requests
         return cls(
-            config.total_requests,
+            total if total is None or sessions is None else sessions.place(total)[0],
             kind,
             config.duration or math.inf,
             config.request_rate,
@@ -679,6 +779,7 @@ class Schedule:
             config.ramp_up or 0.0,
             config.seed,
             lambda index: (stamp(index) - stamp(0)) / per_s,
+            sessions,
         )
 
     @property
@@ -695,7 +796,8 @@ class Schedule:
 
     def __iter__(self) -> Iterator[Job]:
         numbers = itertools.count() if self.count is None else range(self.count)
-        jobs = map(Job, map(self.first.__add__, self.own(numbers)), SCHEDULES[self.kind](self))
+        first = self.sessions.first if self.sessions else int
+        jobs = map(Job, map(first, map(self.first.__add__, self.own(numbers))), SCHEDULES[self.kind](self))
         return itertools.takewhile(lambda job: (job.due_s or 0.0) < self.duration_s, jobs)
 
     def permits_s(self, total: int) -> Iterator[float]:
@@ -705,7 +807,15 @@ class Schedule:
 
     def ended(self, record: Record) -> Optional[Job]:
         """Told of each record; the job that follows from it and takes over its place, due later, where there is one."""
-        return None
+        return self.sessions.after(record) if self.sessions else None
+
+    def goes_on(self, job: Job) -> bool:
+        """Whether a job may follow from this one."""
+        return self.sessions is not None and self.sessions.goes_on(job.index)
+
+    def number(self, job: Job) -> int:
+        """Of the job, or of its session: those of a process are every `shards`-th."""
+        return self.sessions.place(job.index)[0] if self.sessions else job.index
 
 
 def rate_times(schedule: Schedule) -> Iterator[float]:
@@ -932,11 +1042,12 @@ BODY_KEYS = frozenset(
     "skip_special_tokens spaces_between_special_tokens stop_regex stop_token_ids stream_reasoning structured_outputs "
     "thinking_token_budget top_k truncate_prompt_tokens use_beam_search vllm_xargs".split()
 )
-PROMPT_KEYS = ("messages", "turns", "text", "prompt")
+PROMPT_KEYS = ("messages", "turns", "conversations", "text", "prompt")
 # Keys that mean something here, or to the scripts that write corpora, and are never sent.
 OWN_KEYS = frozenset(
-    "text prompt messages turns max_tokens max_completion_tokens output_tokens input_tokens prefix_tokens prefix_group "
-    "turn_tokens label custom_id method url body n timestamp input_length output_length hash_ids".split()
+    "text prompt messages turns conversations max_tokens max_completion_tokens output_tokens input_tokens "
+    "prefix_tokens prefix_group turn_tokens label custom_id method url body n timestamp input_length "
+    "output_length hash_ids".split()
 )
 
 
@@ -982,10 +1093,48 @@ def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: En
     if "body" in row and not has_prompt:
         _check_whole(row, body, endpoint)
         return Request(body, whole=True, **said)
+    if next(key for key in (*PROMPT_KEYS, "") if key in row or not key) in ("turns", "conversations"):
+        said["turns"], system = _session_of(row)
+        row = {key: value for key, value in row.items() if key != "system"}
+        row["messages"] = [{"role": "user", "content": said["turns"][0].content}]
+        system_prompt = system or system_prompt
     fields = {**fields, endpoint.prompt_field: _prompt_of(row, system_prompt, endpoint), **body}
     limit = _limit_of(row)
     said["unknown"] = [key for key in row if key not in BODY_KEYS and key not in OWN_KEYS]
     return Request(fields, None if any(name in body for name in OUTPUT_LIMITS) else limit, **said)
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def _session_of(row: Mapping[str, Any]) -> tuple[list[SessionTurn], Optional[str]]:
+    """(turns, system prompt) of `turns`, or of ShareGPT's `conversations`; what an assistant says answers the turn."""
+    turns: list[SessionTurn] = []
+    system, said = row.get("system"), row.get("turns", row.get("conversations"))
+    if not isinstance(said, list) or not all(isinstance(item, dict) for item in said):
+        raise ValueError("turns or conversations are not a list of objects")
+    for item in said:
+        role = ROLES.get(str(item.get("from", item.get("role", "user"))))
+        content = item.get("value", item.get("content"))
+        if role == "user":
+            turns.append(_turn_of(item, content))
+        elif role == "assistant" and turns and isinstance(content, str):
+            turns[-1] = turns[-1]._replace(answer=content)
+        elif role == "system":
+            system = content
+    if not turns:
+        raise ValueError("a session without turns")
+    return turns, system if isinstance(system, str) and system else None
+
+
+def _turn_of(item: Mapping[str, Any], content: Any) -> SessionTurn:
+    delay_ms = item.get("delay_ms") or 0
+    if not content or not isinstance(content, (str, list)):
+        raise ValueError("a turn without content")
+    if isinstance(delay_ms, bool) or not isinstance(delay_ms, (int, float)) or delay_ms < 0:
+        raise ValueError(f"delay_ms is not a number of 0 or more: {delay_ms!r:.40}")
+    limit = _limit_of({key: value for key, value in item.items() if value is not None})
+    return SessionTurn(content, limit, delay_ms)
 
 
 def _check_whole(row: Mapping[str, Any], body: Mapping[str, Any], endpoint: EndpointType) -> None:
@@ -1039,14 +1188,12 @@ def _finite(text: str) -> float:
 
 
 def _prompt_of(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: EndpointType) -> Any:
-    """`messages` comes before `turns`, `text` and `prompt`."""
-    key = next((key for key in PROMPT_KEYS if key in row), None)
+    """`messages` comes before `text` and `prompt`."""
+    key = next((key for key in ("messages", "text", "prompt") if key in row), None)
     if key is None:
         raise ValueError("no prompt: neither 'messages', 'text' nor 'prompt'")
-    if key in ("messages", "turns") and endpoint.prompt_field != "messages":
-        raise ValueError(f"'{key}' is a chat, and {endpoint.path} takes plain prompts: 'text' or 'prompt'")
-    if key == "turns":
-        raise ValueError("'turns' cannot be sent yet: give each prompt a line of its own")
+    if key == "messages" and endpoint.prompt_field != key:
+        raise ValueError(f"messages or turns are a chat, and {endpoint.path} takes plain prompts: 'text' or 'prompt'")
     if key != "messages":
         if not isinstance(row[key], str) or not row[key]:
             raise ValueError("the prompt is not a text, or an empty one")
@@ -1076,7 +1223,9 @@ class Corpus(Sequence[Request]):
     pipe, goes to a temporary file, without a name or removed by `close`; `path` is where another process finds it.
     """
 
-    def __init__(self, name: str, system_prompt: Optional[str], endpoint_type: str = "chat") -> None:
+    def __init__(
+        self, name: str, system_prompt: Optional[str], endpoint_type: str = "chat", history: str = "server"
+    ) -> None:
         """`name`: the file, as the user calls it."""
         self.path = os.path.realpath(name)
         self._name = name
@@ -1084,7 +1233,9 @@ class Corpus(Sequence[Request]):
         self._keys: Counter[str] = Counter()  # of bodies, by the lines that have them
         self._unknown: Counter[str] = Counter()
         self._models: Counter[Optional[str]] = Counter()
-        self._whole = 0
+        self._whole = self._with_turns = self.unanswered = 0
+        self._turn_starts = array("Q", [0])  # how many turns are before each line, and in all of them
+        self._sessions = Sessions(self, self._turn_starts, history)
         self._starts = array("Q")  # of each prompt's line, and where the file ends
         self._timestamps = array("d")
         self.own_tokens = array("Q")  # of each prompt its length and its shared prefix, as the line says; 0: unsaid
@@ -1108,6 +1259,7 @@ class Corpus(Sequence[Request]):
                             asked = self._parse(line)
                             self._note(asked)
                             self.own_tokens.extend((asked.input_tokens or 0, asked.prefix_tokens or 0))
+                            self.own_tokens.extend((0, 0) * (len(asked.turns) - 1))  # with what the server answers
                             self._add_timestamp(asked.timestamp)
                     at += len(raw)
         except UnicodeDecodeError:
@@ -1143,6 +1295,19 @@ class Corpus(Sequence[Request]):
         self._unknown.update(request.unknown)
         self._models[request.fields.get("model")] += 1
         self._whole += request.whole
+        self._with_turns += bool(request.turns)
+        self.unanswered += any(turn.answer is None for turn in request.turns[:-1])
+        self._turn_starts.append(self._turn_starts[-1] + max(1, len(request.turns)))
+
+    @property
+    def requests(self) -> int:
+        """With the later turns of sessions."""
+        return self._turn_starts[-1]
+
+    @property
+    def sessions(self) -> Optional[Sessions]:
+        """Where there are any; known where the lines were checked."""
+        return self._sessions if self._with_turns else None
 
     def asked(self, model: str) -> dict[str, Any]:
         """What the lines put into the bodies: how many which key, those not sent, all models, whether nothing is added.
@@ -1151,12 +1316,8 @@ class Corpus(Sequence[Request]):
         """
         models = [name or model for name in self._models]
         whole = self._whole == len(self)
-        return {
-            "keys": dict(self._keys),
-            "not_sent": [*self._unknown],
-            "models": [*dict.fromkeys(models)],
-            "whole": whole,
-        }
+        named = {"keys": dict(self._keys), "not_sent": [*self._unknown], "models": [*dict.fromkeys(models)]}
+        return {**named, "whole": whole, "sessions": self._with_turns}
 
     @property
     def own_model(self) -> Optional[str]:
@@ -1204,13 +1365,17 @@ class Corpus(Sequence[Request]):
                 os.unlink(copy)
 
 
-def load_requests(path: str, system_prompt: Optional[str], endpoint_type: str = "chat") -> Corpus:
+def load_requests(
+    path: str, system_prompt: Optional[str], endpoint_type: str = "chat", history: str = "server"
+) -> Corpus:
     """Every prompt of a JSONL corpus, checked before any load. Raises UserError naming the line at fault."""
-    corpus = Corpus(path, system_prompt, endpoint_type)
+    corpus = Corpus(path, system_prompt, endpoint_type, history)
     try:
         if not corpus.open():
             keys = "one JSON object per line with 'text', 'prompt' or 'messages'"
             raise UserError(f"{path} holds no prompt; {keys}")
+        if history == "corpus" and corpus.unanswered:
+            raise UserError(f"--history corpus: {corpus.unanswered} sessions of {path} lack the answer to a turn")
         return corpus
     except BaseException:
         corpus.close()
@@ -1221,6 +1386,9 @@ def workload_of(config: Config, corpus: Optional[Sequence[Request]]) -> Workload
     """Job number -> request: from the corpus, cycled, or made up."""
     if not corpus:
         return partial(synthetic_request, config)
+    sessions = corpus.sessions if isinstance(corpus, Corpus) else None
+    if sessions:
+        return sessions.request
     return lambda index: with_text(corpus[index % len(corpus)], config, index)
 
 
@@ -1247,7 +1415,7 @@ def with_text(asked: Request, config: Config, index: int) -> Request:
 
 def schedule_of(config: Config, corpus: Optional[Corpus]) -> Schedule:
     """The whole schedule of a run; a trace's times are those of its lines."""
-    return Schedule.of(config, corpus.timestamp) if corpus else Schedule.of(config)
+    return Schedule.of(config, corpus.timestamp, corpus.sessions) if corpus else Schedule.of(config)
 
 
 # === 5. Replies (pure) ===
@@ -1354,8 +1522,9 @@ def _text_of(delta: Mapping[str, Any]) -> tuple[bool, bool]:
 class WholeReader:
     """Reads a reply that comes as one JSON object."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
         self._reply = reply
+        self._keeps_text = keeps_text
         self._pieces: list[bytes] = []
         self.complete = False
         self.late: set[int] = set()
@@ -1373,14 +1542,14 @@ class WholeReader:
         if not data.strip():
             return _failed("empty_body", "an empty body")
         try:
-            return read_completion(json.loads(data.decode("utf-8")), self._reply)
+            return read_completion(json.loads(data.decode("utf-8")), self._reply, self._keeps_text)
         except UnicodeDecodeError:
             return _failed("not_utf8", "the body is not UTF-8")
         except (ValueError, RecursionError) as error:
             return _failed("bad_json", f"the body is not JSON ({error}): {data[:80].decode('utf-8', 'replace')}")
 
 
-def read_completion(body: Any, reply: Reply) -> Optional[Failure]:
+def read_completion(body: Any, reply: Reply, keeps_text: bool = False) -> Optional[Failure]:
     """Fill in a reply from a chat completion object; the failure where it is not a complete one."""
     message = error_text(body)
     if message:
@@ -1396,6 +1565,7 @@ def read_completion(body: Any, reply: Reply) -> Optional[Failure]:
     if not isinstance(said, dict):
         return _failed("no_choices", "a choice without a message")
     has_text = _text_of(said)[0]
+    reply.text = str(said.get("content") or "") if keeps_text else None
     if has_text and not reply.completion_tokens:
         reply.completion_tokens, reply.has_usage = None, False
     return _verdict(reply.finish_reason, has_text, reply.completion_tokens)
@@ -1422,6 +1592,7 @@ _QUOTE = ord('"')
 _TEXT = re.compile(rb'[^"\\\x00-\x1f]+')  # of a JSON string, free of escapes
 # Texts of JSON strings, none empty, each closed by a byte that none can hold.
 _PLAIN_TEXTS = re.compile(rb'(?:(?!\x01)[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*)*\x01)*')
+_JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*')  # up to the quote that ends it
 PLAIN_RUN = 64  # pieces compared at once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STREAM_HEAD_BYTES = 4096
@@ -1473,8 +1644,10 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class StreamReader:
     """Reads server-sent events, however they are cut into packets; an event bears its last byte's stamp."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
+        """`keeps_text`: what it says is to be known afterwards."""
         self._reply = reply
+        self._texts: Optional[list[bytes]] = [] if keeps_text else None  # as they stand in JSON
         self.complete = False
         self._tail = _NO_TAIL
         self._after_cr = False
@@ -1530,7 +1703,10 @@ class StreamReader:
         if not ending:  # what looked like the last text has no plain end
             texts.pop()
         found = _PLAIN_TEXTS.match(b"\1".join([*texts, b""]))
-        return found[0].count(b"\1") if found else 0
+        count = found[0].count(b"\1") if found else 0
+        if self._texts is not None:
+            self._texts += texts[:count]
+        return count
 
     def _content_run(self, stamps_ns: Sequence[int]) -> None:
         """The same as `_content` for each of them, visible and one token."""
@@ -1605,6 +1781,8 @@ class StreamReader:
         at = text_at(event)
         if at:
             self._learn(event, at)
+            if self._texts is not None:
+                self._texts.append(_JSON_TEXT.match(event, at)[0])  # type: ignore[index]
             self._content(stamp_ns, True)
             return
         data, name = event_fields(event)
@@ -1642,6 +1820,8 @@ class StreamReader:
         delta = _said(choice, "delta")
         if isinstance(delta, dict):
             says, visible = _text_of(delta)
+            if self._texts is not None and isinstance(delta.get("content"), str):
+                self._texts.append(json.dumps(delta["content"])[1:-1].encode())
             if says:
                 tokens = 1 if counted is None or self._counted is None else counted - self._counted
                 self._content(stamp_ns, visible, max(1, tokens))
@@ -1701,6 +1881,9 @@ class StreamReader:
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
         set_fields(reply, self._counts)
+        if self._texts is not None:
+            with contextlib.suppress(ValueError):
+                reply.text = json.loads(b'"%s"' % b"".join(self._texts), strict=False)
         if self._chunks and not reply.completion_tokens:  # none, or a count of 0 beside text
             reply.completion_tokens, reply.has_usage = self._chunks, False
         reply.failure = self._failure or self._ending()
@@ -1734,7 +1917,12 @@ class StreamReader:
         return _failed("not_a_stream", f"no server-sent events but: {error_body_text(self._head)}")
 
 
-READERS: Mapping[bool, Callable[[Reply], Reader]] = {False: WholeReader, True: StreamReader}  # by --stream
+READERS: Mapping[bool, Callable[..., Reader]] = {False: WholeReader, True: StreamReader}  # by --stream
+
+
+def reader_of(config: Config) -> Callable[[Reply], Reader]:
+    keeps_text = bool(config.corpus.get("sessions")) and config.history == "server"
+    return partial(READERS[config.stream], keeps_text=keeps_text)
 
 
 def read_reply(streamed: bool, arrivals: Iterable[tuple[int, bytes]]) -> Reply:
@@ -1816,12 +2004,12 @@ class Sample:
 
     The buckets are HdrHistogram's (hdrhistogram.org): each power of two is cut into 512 equal parts, and a bucket
     stands for its middle, within BUCKET_ERROR of all that it holds. Its number is what a value has in the upper bits
-    as a float of 32. So memory does not grow with the run; mean, deviation, maximum and n stay exact.
+    as a float of 32 bits, as which values are kept, too. So memory does not grow with the run; mean, deviation, maximum
+    and n stay exact.
     """
 
-    def __init__(self, code: str, most: int = EXACT_SAMPLES) -> None:
-        """`code`: the array type of the values kept."""
-        self.exact: array[float] = array(code)
+    def __init__(self, most: int = EXACT_SAMPLES) -> None:
+        self.exact = array("f")
         self._most = most
         self._buckets: Counter[int] = Counter()
         self._n = 0  # of values in the buckets, with their sum, and the largest
@@ -1900,7 +2088,6 @@ class Metric(NamedTuple):
     label: str
     stems: tuple[str, ...]
     read: Callable[[Record], Sequence[float]]
-    code: str = "d"  # array type of the kept sample
     above: tuple[str, float] = ("", 0.0)  # has its line only where its mean is above this share of that metric's
     pooled: bool = False  # many values a request: not in the steady window
 
@@ -1908,25 +2095,23 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("latency", "Latency (ms)", ("e2el_ms", "e2e_latency_ms", "latency_ms"), lambda r: _one(r.latency_ms)),
     Metric("ttft", "TTFT (ms)", ("ttft_ms",), lambda r: _one(r.ttft_ms)),
-    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), "f",
-           ("ttft", 1.0001)),
+    Metric("visible", "First visible token (ms)", ("ttfv_ms",), lambda r: _one(r.visible_ms), ("ttft", 1.0001)),
     Metric("tpot", "TPOT (ms)", ("tpot_ms",), lambda r: _one(r.tpot_ms)),
-    Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), "f", pooled=True),
-    Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), "f", ("latency", 0.01)),
-    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms), "f"),
-    Metric("late", "Late sends (ms)", ("late_send_ms",), lambda r: _one(r.late_ms), "f"),
-    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), "f", ("latency", 1.01)),
-    Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), "f", ("latency", 0.01)),
-    Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None), "f",
+    Metric("gap", "Chunk gap (ms)", ("itl_ms",), lambda r: r.reply.gaps_ms if r.ok else (), pooled=True),
+    Metric("tail", "Tail (ms)", ("tail_ms",), lambda r: _one(r.tail_ms), ("latency", 0.01)),
+    Metric("response", "Response time (ms)", ("response_ms",), lambda r: _one(r.response_ms)),
+    Metric("late", "Late sends (ms)", ("late_send_ms",), lambda r: _one(r.late_ms)),
+    Metric("e2e", "E2E (ms)", ("e2e_ms",), lambda r: _one(r.e2e_ms), ("latency", 1.01)),
+    Metric("connect", "Connect (ms)", ("connect_ms",), lambda r: _one(r.connect_ms), ("latency", 0.01)),
+    Metric("queue", "Client queue (ms)", ("client_queue_time_ms",), lambda r: _one(r.queue_ms if r.ok else None),
            ("latency", 0.01)),
-    Metric("user_rate", "Tokens/s per user", ("tokens_per_s_per_user",), lambda r: _one(r.tokens_per_s), "f"),
-    Metric(
-        "output", "Output tokens", ("output_tokens",), lambda r: _one(r.reply.completion_tokens if r.ok else None), "f"
-    ),
-    Metric("prompt", "Prompt tokens", ("prompt_tokens",), lambda r: _one(r.reply.prompt_tokens if r.ok else None), "f"),
+    Metric("user_rate", "Tokens/s per user", ("tokens_per_s_per_user",), lambda r: _one(r.tokens_per_s)),
+    Metric("output", "Output tokens", ("output_tokens",), lambda r: _one(r.reply.completion_tokens if r.ok else None)),
+    Metric("prompt", "Prompt tokens", ("prompt_tokens",), lambda r: _one(r.reply.prompt_tokens if r.ok else None)),
 )  # fmt: skip
 
 METRIC = {metric.key: metric for metric in METRICS}
+ALIASES = {"latency": ("latency_ms",)}  # stems for --slo and --assert besides
 STREAMED_METRICS = ("ttft", "visible", "tpot", "gap", "tail")
 WITH_STEADY = ("latency", "ttft", "tpot")  # their lines of the steady window stand beside those of the whole run
 # What --goodput sets limits on, in vLLM's words -> key of the metric.
@@ -1950,13 +2135,14 @@ COUNTED = ("reads", "kernel_reads", "content_reads", "merged_reads", "reconnects
 GROUPINGS: Mapping[str, tuple[Callable[[Record], Optional[str]], int]] = {
     "label": (lambda r: r.reply.label, 12),
     "server": (lambda r: r.reply.server, 256),
+    "turn": (lambda r: None if r.reply.turn is None else str(r.reply.turn), 100),
 }
 GROUP_METRICS = ("latency", "ttft", "tpot")
 # What is counted besides, by the summary's field names.
 COUNTED_BESIDES = (
     "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
     "streams", "first_merged", "with_first", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
-    "prefix_tokens", "held_back",
+    "prefix_tokens", "held_back", "sessions", "unsent_turns",
 )  # fmt: skip
 
 
@@ -1981,7 +2167,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample("f") for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample() for metric in METRICS if metric.key in GROUP_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -2012,7 +2198,7 @@ class Tally:
         self._own_tokens = own_tokens
         self._goodput = goodput or {}
         self.good: Counter[str] = Counter()
-        self.sent_s = array("d")  # of each row; NaN: it was not sent
+        self.sent_s, self.done_s = array("d"), array("d")  # of each row; NaN: it was not sent, did not succeed
         self.last_index = -1
         self.ok = 0
         self.errors = 0
@@ -2027,13 +2213,15 @@ class Tally:
         self.counts: Counter[str] = Counter()
         self.finish_reasons: Counter[str] = Counter()
         self.first_error_s: Optional[float] = None
-        self.samples = {metric.key: Sample(metric.code) for metric in METRICS}
+        self.server: Mapping[str, Any] = {}  # what the server said of itself, once it has
+        self.samples = {metric.key: Sample() for metric in METRICS}
         self.groups: dict[str, dict[str, GroupTally]] = {name: {} for name in GROUPINGS}
         self._failures: dict[tuple[str, str], list[Any]] = {}
 
     def add(self, record: Record) -> None:
         row, self.last_index = len(self.sent_s), max(self.last_index, record.job.index)
         self.sent_s.append(math.nan if record.sent_s is None else record.sent_s)
+        self.done_s.append(record.done_s if record.ok and record.done_s is not None else math.nan)
         for metric in METRICS:
             values = metric.read(record)
             if values and metric.pooled:
@@ -2045,8 +2233,12 @@ class Tally:
         self.counts["new_connections"] += bool(record.reply.new_connection)
         self.counts["late_read"] += record.reply.late_gaps > 0
         self.busy_s += (record.busy_ms or 0) / 1e3
-        self.due.add(record.job.due_s)
-        self.issued.add(record.sent_s)
+        if record.reply.turn:  # of those begun, the turns yet to come
+            self.counts["sessions"] += record.reply.turn == 1
+            self.counts["unsent_turns"] += record.reply.later_turns if record.reply.turn == 1 else -1
+        if record.reply.turn in (None, 1):  # a rate is that of sessions
+            self.due.add(record.job.due_s)
+            self.issued.add(record.sent_s)
         self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS
         self._add_to_groups(record)
         if record.aborted:
@@ -2120,8 +2312,8 @@ class Tally:
 
     def steady(self, wave: int) -> Optional[Steady]:
         """The steady window of a run whose first `wave` requests were sent at once; None without one."""
-        sent_s, latency = self.sent_s, self.samples["latency"]
-        done = {row: sent_s[row] + ms / 1e3 for row, ms in enumerate(latency.exact) if ms == ms}
+        sent_s = self.sent_s[:EXACT_SAMPLES]
+        done = {row: at for row, at in enumerate(self.done_s[:EXACT_SAMPLES]) if at == at}
         ends = sorted(done.values())
         if not 0 < wave < len(ends):
             return None
@@ -2170,6 +2362,7 @@ class Tally:
             steady=steady,
             due_rate=self.due.per_s,
             issued_rate=self.issued.per_s,
+            server=self.server,
             **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
 
@@ -2245,11 +2438,12 @@ def _share_within(key: str, summary: Summary, config: Config, health: Fared) -> 
 
 
 FIGURES: Mapping[str, Callable[[Summary, Config, Fared], Optional[float]]] = {
-    "num_prompts": lambda s, c, h: c.total_requests or s.ok + s.errors + s.aborted,
+    "num_prompts": lambda s, c, h: s.ok + s.errors,
     "max_concurrency": lambda s, c, h: c.concurrency,
     "completed": lambda s, c, h: s.ok,
     "failed": lambda s, c, h: s.errors,
     "aborted": lambda s, c, h: s.aborted,
+    "not_sent": lambda s, c, h: max(0, (c.total_requests or 0) - s.ok - s.errors - s.aborted - s.unsent_turns),
     "error_rate": lambda s, c, h: s.error_share,
     "duration": lambda s, c, h: s.elapsed_s,
     "total_input_tokens": lambda s, c, h: s.prompt_tokens,
@@ -2287,6 +2481,7 @@ class Stat(NamedTuple):
     metric: str
     name: str  # mean, median, std, max, n, or a percentile as p99
     steady: bool
+    alias: bool  # another name of what the JSON has already
 
     def sample(self, summary: Summary) -> Distribution:
         whole = summary.steady.distributions if self.steady and summary.steady else summary.distributions
@@ -2317,17 +2512,21 @@ class Stat(NamedTuple):
 def _stats() -> Iterator[tuple[str, Stat]]:
     names = ("mean", "median", "std", "max", "n", *(f"p{rank:g}" for rank in PERCENTILES))
     for steady, metric, name in itertools.product((False, True), METRICS, names):
-        for stem in metric.stems:
+        for stem in (*metric.stems, *ALIASES.get(metric.key, ())):
+            key = f"{re.sub('_ms$', '', stem)}_count" if name == "n" else f"{name}_{stem}"
             if not (steady and metric.pooled):
-                yield f"{'steady_' if steady else ''}{name}_{stem}", Stat(metric.key, name, steady)
+                yield f"{'steady_' * steady}{key}", Stat(metric.key, name, steady, stem not in metric.stems)
 
 
 STATS: Mapping[str, Stat] = dict(_stats())
 
 
 def figure_of(name: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
-    """A figure by its key; None where it was not measured. Raises KeyError."""
-    return STATS[name].of(STATS[name].sample(summary)) if name in STATS else FIGURES[name](summary, config, health)
+    """A figure by its key, also one of the server's own; None where it was not measured."""
+    if name in STATS:
+        return STATS[name].of(STATS[name].sample(summary))
+    value = FIGURES[name](summary, config, health) if name in FIGURES else summary.server.get(name)
+    return value if isinstance(value, (int, float)) else None
 
 
 OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -2353,7 +2552,7 @@ class Limit(NamedTuple):
         if not match:
             raise ValueError("takes a figure, <, <=, > or >=, and a number, as in p99_ttft_ms<500")
         names = [*FIGURES, *STATS]
-        if match[1] not in names:
+        if match[1] not in names and not match[1].startswith(("server_", "gpu_")):
             nearest = ", ".join(difflib.get_close_matches(match[1], names, 4, 0.5)) or "output_throughput, p99_ttft_ms"
             raise ValueError(f"knows no figure {plain(match[1], 60)!r}; nearest: {nearest}")
         return cls(match[1], match[2], float(match[3]))
@@ -2402,6 +2601,10 @@ def limits_of(config: Config) -> list[Limit]:
     return limits
 
 
+def asked_of(config: Config) -> list[tuple[str, list[Limit]]]:
+    return [("Assert", [Limit.of(text) for text in config.asserts]), ("SLO", limits_of(config))]
+
+
 # --- warnings that qualify the figures: each rule looks at the summary and returns one, or None ---
 
 
@@ -2413,11 +2616,13 @@ class ReportWarning(NamedTuple):
 
 
 def _late_reads(summary: Summary, health: Sequence[Health]) -> Optional[str]:
-    gaps = summary.distributions["gap"].n + summary.late_gaps
-    share = max(_rate(summary.late_first, summary.streams), _rate(summary.late_gaps, gaps))
-    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:  # the rest had come together
-        return None
+    """What was left out, but for pauses too short to move a TTFT, and for chunks that come together anyway."""
     pause = max((h.lag_max_ms for h in health), default=0.0)
+    firsts = summary.late_first if pause > LAG_SHARE * (summary.distributions["ttft"].mean or 0.0) else 0
+    gaps = summary.distributions["gap"].n + summary.late_gaps
+    share = max(_rate(firsts, summary.streams), _rate(summary.late_gaps, gaps))
+    if share * (1 - _rate(summary.merged_reads, summary.content_reads)) < LATE_SHARE:
+        return None
     return (
         f"it was held up (for {pause:.0f} ms at most) and read late what had come meanwhile, of {summary.late_read}"
         f" requests: {summary.late_first} TTFTs and {summary.late_gaps} gaps are left out"
@@ -2528,16 +2733,62 @@ def _warn_short_replies(summary: Summary, config: Config, health: Sequence[Healt
 
 
 def _warn_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    server = summary.server.get("server_prefix_cache_hit_rate")
+    if summary.sessions:  # whose histories are cached on purpose
+        text = "the server does not say how much of the sessions' histories it had cached"
+        told = summary.cache_told or server is not None
+        return None if told else ReportWarning(text, "vLLM tells with --enable-prompt-tokens-details")
+    cached = max(summary.cached_tokens, (server or 0.0) * summary.prompt_tokens)
     template = 0.0 if config.requests_file else summary.ok * calibration_of(config).constant_tokens
-    hit = percent(max(0.0, summary.cached_tokens - template), summary.prompt_tokens)
+    hit = percent(max(0.0, cached - template), summary.prompt_tokens)
     shared = percent(summary.prefix_tokens, summary.corpus_tokens)
-    text = f"{hit:.1f} % of the prompt tokens came from the server's prefix cache"
-    if hit < 1 and not summary.cache_told and shared >= 1:
+    if hit < 1 and not summary.cache_told and server is None and shared >= 1:
         text = f"these prompts share {shared:.0f} % of their tokens; the server does not say how much it had cached"
         cure = "vLLM tells with --enable-prompt-tokens-details; or a corpus without a shared prefix"
         return ReportWarning(text, f"{cure}, if the cache is not what is to be measured")
+    if hit < 1 or (shared >= 1 and hit <= shared + HIT_TOLERANCE):  # a corpus made to be found in the cache
+        return None
+    text = (
+        f"{hit:.1f} % of the prompt tokens came from the server's prefix cache: these figures do not show their prefill"
+    )
     cure = "send every prompt of the corpus once only" if config.requests_file else "leave out --seed"
-    return None if hit < 1 else ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+    return ReportWarning(text, f"{cure}, or switch the server's prefix cache off")
+
+
+def _warn_others(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    """Where every request was served and counted, the server has counted the same."""
+    kinds = (("prompt", summary.prompt_tokens), ("generated", summary.completion_tokens))
+    both = [(summary.server.get(f"server_{kind}_tokens", ours), ours, kind) for kind, ours in kinds]
+    off = [f"{theirs} {kind} tokens where this client counted {ours}" for theirs, ours, kind in both if theirs != ours]
+    if not off or summary.errors + summary.aborted + summary.without_usage:
+        return None
+    text = f"the server has counted {' and '.join(off)}"
+    if all(theirs >= ours for theirs, ours, _ in both):
+        return ReportWarning(f"{text}: somebody else used it meanwhile", "a server that nobody else uses")
+    cure = "--server-metrics with the page of each replica, or off"
+    return ReportWarning(f"{text}: not every request went to the server whose figures were read", cure)
+
+
+def _warn_server_queue(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    server = summary.server
+    waited, latency = server.get("server_mean_queue_ms"), server.get("server_mean_e2el_ms")
+    waiting, running = (server.get(f"server_{name}_mean", 0.0) for name in ("waiting", "running"))
+    share = _rate(waiting, waiting + running) if waited is None or latency is None else _rate(waited, latency)
+    if share < SERVER_QUEUE_SHARE:
+        return None
+    text = f"requests waited in the server's queue: {waited:.1f} ms on average" if waited is not None else "it queued"
+    if waiting:
+        text += f", {waiting:.1f} waiting beside {running:.1f} running"
+    return ReportWarning(f"the server queues: {text}", "a lower concurrency or rate; or read TTFT as queueing")
+
+
+def _warn_kv_cache(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    preempted, full = summary.server.get("server_preemptions", 0), summary.server.get("server_kv_cache_peak", 0.0)
+    if not preempted and full < KV_CACHE_FULL:
+        return None
+    what = f"the server's KV cache was {full:.0%} full at its peak" if full else "the server's KV cache was full"
+    text = f"{what}, {preempted} preemptions: what was preempted is computed again, within TPOT and latency"
+    return ReportWarning(text, "a lower concurrency, shorter requests, or more memory for the KV cache")
 
 
 def _warn_corpus(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2645,6 +2896,9 @@ WARNINGS = (
     _warn_short_replies,
     _warn_corpus,
     _warn_cache,
+    _warn_others,
+    _warn_server_queue,
+    _warn_kv_cache,
     _warn_merged,
     _warn_one_piece,
     _warn_backlog,
@@ -2679,7 +2933,7 @@ class Redactor:
         named = [value for name, value in config.headers.items() if not is_harmless(name, value)]
         cls.fields([config.extra_body, {name: value.strip() for name, _, value in from_environ}], found=named)
         proxies = [f"//{value.rpartition('//')[2]}" for name, value in environ.items() if name.lower()[-6:] == "_proxy"]
-        urls = [config.api_base, *config.servers, *proxies]
+        urls = [config.api_base, *config.servers, *(config.server_metrics or []), *proxies]
         logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
         basic = [base64.b64encode(login.encode()).decode() for login in logins]
         queries = [text for url in urls for _, name, text in _QUERY.findall(url) if _SECRET_NAME.search(name)]
@@ -2761,6 +3015,7 @@ class Redactor:
             "api_key": config.api_key if config.api_key in PLAIN_KEYS else "***",
             "headers": {name: v if is_harmless(name, v) else "***" for name, v in config.headers.items()} or None,
             "extra_body": Redactor.fields(config.extra_body),
+            "server_metrics": config.server_metrics and [Redactor.url(url) for url in config.server_metrics],
         }
 
 
@@ -2931,8 +3186,11 @@ def verdict_line(summary: Summary, health: Sequence[Health]) -> str:
 
 def judging_lines(summary: Summary, config: Config, health: Fared) -> list[str]:
     """What was asked of the figures, each limit with its verdict; goodput; what a GPU gave, and what it cost."""
-    asked = [*(("Assert", Limit.of(text)) for text in config.asserts), *(("SLO", one) for one in limits_of(config))]
-    lines = [judged_line(name, judge(limit, summary, config, health), config) for name, limit in asked]
+    lines = [
+        judged_line(name, judge(limit, summary, config, health), config)
+        for name, limits in asked_of(config)
+        for limit in limits
+    ]
     ended = summary.ok + summary.errors
     if config.goodput:
         kept = ", ".join(
@@ -3012,9 +3270,9 @@ SWEEP_COLUMNS = (
     SweepColumn("TTFT", "p99", "p99_ttft_ms"),
     SweepColumn("TPOT", "p50", "p50_tpot_ms"),
     SweepColumn("TPOT", "p99", "p99_tpot_ms"),
-    SweepColumn("latency", "p50", "p50_latency_ms"),
-    SweepColumn("latency", "p95", "p95_latency_ms"),
-    SweepColumn("latency", "p99", "p99_latency_ms"),
+    SweepColumn("latency", "p50", "p50_e2el_ms"),
+    SweepColumn("latency", "p95", "p95_e2el_ms"),
+    SweepColumn("latency", "p99", "p99_e2el_ms"),
 )
 
 
@@ -3261,21 +3519,14 @@ def steady_lines(summary: Summary) -> list[str]:
 
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
     """A row for each group; only what one of them has gets a column."""
-    figures = [
-        (key, rank)
-        for key in GROUP_METRICS
-        for rank in (50.0, 99.0)
-        if any(g.distributions[key].n for g in groups.values())
-    ]
     labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
-    cached = any(group.cached_share is not None for group in groups.values())
-    rows = [
-        [name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), *(["cached"] if cached else [])]
-    ]
+    told = [key for key in GROUP_METRICS if any(got.distributions[key].n for got in groups.values())]
+    figures = [(key, rank) for key in told for rank in (50.0, 99.0)]
+    rows = [[name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), "cached"]]
     for group, got in groups.items():
         cells = [_figure(got.distributions[key].percentiles.get(rank)) for key, rank in figures]
         share = "-" if got.cached_share is None else f"{got.cached_share:.1%}"
-        rows.append([shortened(plain(group)), str(got.ok), str(got.errors), *cells, *([share] if cached else [])])
+        rows.append([shortened(plain(group)), str(got.ok), str(got.errors), *cells, share])
     return table(rows)
 
 
@@ -3294,9 +3545,13 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
     if health:
         lines += wrapped(in_flight_line(summary, health), len("In flight: "))
     if summary.due_rate and summary.issued_rate:
-        asked, rates = config.request_rate, (summary.due_rate, summary.issued_rate, summary.requests_per_s)
+        kind, done = ("Sessions", summary.sessions) if summary.sessions else ("Requests", summary.ok)
+        asked, rates = config.request_rate, (summary.due_rate, summary.issued_rate, _rate(done, summary.elapsed_s))
         told = "" if math.isinf(asked) else f"asked {asked:g}, "
-        lines.append("Requests/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
+        lines.append(kind + "/s: {}due {:.2f}, issued {:.2f}, achieved {:.2f}".format(told, *rates))
+    if summary.sessions:
+        why = ": a turn before them failed, or the run ended" if summary.unsent_turns else ""
+        lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")
     lines += [part for line in steady_lines(summary) for part in wrapped(line, len("Steady: "))]
     if summary.aborted:
         lines.append(
@@ -3305,7 +3560,7 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
-    for line in (clock_line(summary, health), client_line(health)):
+    for line in (clock_line(summary, health), client_line(health), *server_lines(summary)):
         lines += wrapped(line, len("Client: "))
     for group in summary.error_groups[:ERROR_GROUPS_SHOWN]:
         message = plain(group.first_message)
@@ -3353,6 +3608,37 @@ def client_line(health: Sequence[Health]) -> str:
     )
 
 
+# Figures of the server and its GPUs -> how the report says them; those that are not told are left out.
+SERVER_PHRASES = {
+    "server_running_mean": "running mean {:.1f}", "server_running_peak": "peak {:.0f}",
+    "server_waiting_mean": "waiting mean {:.1f}", "server_waiting_peak": "peak {:.0f}",
+    "server_mean_queue_ms": "queue time mean {:.1f} ms", "server_prefix_cache_hit_rate": "prefix cache hits {:.1%}",
+    "server_kv_cache_peak": "KV cache peak {:.1%}", "server_preemptions": "preemptions {}",
+    "server_acceptance_length_mean": "tokens per decoding step {:.2f}",
+    "gpu_name": "{}", "gpu_count": "count {}", "gpu_driver": "driver {}",
+    "gpu_utilization_mean": "utilisation mean {:.0f} %", "gpu_memory_peak_bytes": "memory peak {:.1f} GiB",
+    "gpu_power_mean_w": "power mean {:.0f} W",
+    "gpu_energy_per_output_token_j": "{:.3g} J per output token", "gpu_energy_per_request_j": "{:.3g} J per request",
+}  # fmt: skip
+SERVER_MEANS = (("ttft", "TTFT", "ttft"), ("tpot", "TPOT", "tpot"), ("itl", "ITL", "gap"), ("e2el", "E2E", "latency"))
+
+
+def server_lines(summary: Summary) -> list[str]:
+    """What the server and its GPUs say of themselves; the server's own means beside ours."""
+    said: dict[str, list[str]] = {"server": [], "gpu": [], "means": []}
+    for key, phrase in SERVER_PHRASES.items():
+        if key in summary.server:
+            value = summary.server[key]
+            said[key.partition("_")[0]].append(phrase.format(value / 2**30 if key.endswith("_bytes") else value))
+    for key, name, ours in SERVER_MEANS:
+        if f"server_mean_{key}_ms" in summary.server:
+            here = None if key == "itl" and not gaps_are_of_tokens(summary) else summary.distributions[ours].mean
+            beside = "" if here is None else f" (here {_figure(here)})"
+            said["means"].append(f"{name} {summary.server[f'server_mean_{key}_ms']:.2f} ms{beside}")
+    heads = {"server": "Server", "means": "Server's means", "gpu": "GPU"}
+    return [plain(f"{head}: {', '.join(said[kind])}", 400) for kind, head in heads.items() if said[kind]]
+
+
 # Labels of the founding document's configuration block, spaces included: scripts may read it.
 CONFIG_LABELS = (
     "     api_base", "      api_key", "        model", "   concurrency", " total_requests", " prompt_tokens",
@@ -3398,19 +3684,29 @@ def truth_line(summary: Summary, truth: Mapping[str, Distribution]) -> str:
 
 
 def summary_json(summary: Summary, config: Config, health: Sequence[Health], run: Mapping[str, Any]) -> dict[str, Any]:
-    """One strict-JSON object per run; absent figures are null. `run` adds date, argv, versions and the like."""
-    figures = ((name, figure_of(name, summary, config, health)) for name in FIGURES)
-    requests = {name: value for name, value in figures if value is not None}
-    judged = [judge(Limit.of(text), summary, config, health) for text in config.asserts]
-    kept = [judge(limit, summary, config, health) for limit in limits_of(config)]
-    ours = {
-        "model_id": config.model,
-        "asserts": {str(one.limit): one.holds for one in judged},
-        "slos": {str(one.limit): one.holds for one in kept},
-        "steady_drifts": dict(summary.steady.drifts) if summary.steady else None,
+    """A strict-JSON object; what cannot be measured is left out. `run`: date, argv, versions and the like.
+
+    Readers call float() on all that ends in `_ms`, and refuse repetitions whose keys differ.
+    """
+    figures = _metric_keys(summary.distributions)
+    connecting = figures.pop("connect")  # no keys of its own: whether a connection has to be opened again is chance
+    told = {name: figure_of(name, summary, config, health) for name in FIGURES if not name.startswith("steady_")}
+    requests = {"model_id": config.model, **{name: value for name, value in told.items() if value is not None}}
+    ours = {"connecting": connecting, **_our_keys(summary, config, health)}
+    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **summary.server, **ours}
+
+
+def _our_keys(summary: Summary, config: Config, health: Sequence[Health]) -> dict[str, Any]:
+    """What neither vLLM nor SGLang tells."""
+    rates = {"due_rate": summary.due_rate, "issued_rate": summary.issued_rate} if summary.due_rate else {}
+    judged = {name: [judge(limit, summary, config, health) for limit in asked] for name, asked in asked_of(config)}
+    return {
+        **{f"{name.lower()}s": {str(one.limit): one.holds for one in found} for name, found in judged.items() if found},
+        "steady": _steady_json(summary, config, health),
+        "confidence_95": _intervals(summary.distributions),
         "errors_by_kind": {f"{g.status}/{g.kind}": g.count for g in summary.error_groups},
         "error_messages": {f"{g.status}/{g.kind}": plain(g.first_message) for g in summary.error_groups},
-        **({"due_rate": summary.due_rate, "issued_rate": summary.issued_rate} if summary.due_rate else {}),
+        **{name: rate for name, rate in rates.items() if rate},
         "held_back_requests": summary.held_back,
         "finish_reasons": dict(summary.finish_reasons),
         "replies_without_usage": summary.without_usage,
@@ -3422,42 +3718,83 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
         "repeated_connection_packets": summary.syn_resent,
         "new_connections": summary.new_connections,
         "reconnects": summary.reconnects,
+        "sessions": summary.sessions,
+        "unsent_turns": summary.unsent_turns,
         "groups": {name: _group_json(groups) for name, groups in summary.groups.items()},
-        "client_bound": client_bound(summary, health),
+        "client_bound": client_bound(summary, health) or "",
         "client": [dataclasses.asdict(h) for h in health],
         "warnings": [". Cure: ".join(warning) for warning in warnings_of(summary, config, health)],
-        "config": Redactor.config(config),
+        "config": {name: value for name, value in Redactor.config(config).items() if value is not None},
     }
-    steady = _metric_keys(summary.steady.distributions, steady=True) if summary.steady else {}
-    return {**run, **requests, **_metric_keys(summary.distributions), **steady, **ours}
 
 
 def _group_json(groups: Mapping[str, GroupSummary]) -> dict[str, Any]:
+    told = {}
+    for name, got in groups.items():
+        shares = {} if got.cached_share is None else {"cached_share": got.cached_share}
+        told[name] = {"completed": got.ok, "failed": got.errors, **shares, **_flat(_metric_keys(got.distributions))}
+    return told
+
+
+def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for keys in figures.values() for name, value in keys.items()}
+
+
+def _metric_keys(distributions: Mapping[str, Distribution]) -> dict[str, dict[str, Any]]:
+    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
+    found: dict[str, dict[str, Any]] = {metric.key: {} for metric in METRICS}
+    for name, one in STATS.items():
+        sample = distributions.get(one.metric, Distribution(0))
+        alone = one.name == "std" and sample.n < 2  # of one value there is none, and readers divide by it
+        if sample.n and not (one.steady or one.alias or alone):
+            found[one.metric][name] = one.of(sample)
+    return found
+
+
+def _steady_json(summary: Summary, config: Config, health: Fared) -> dict[str, Any]:
+    """The figures of the steady window by their names without `steady_`; an object, as not every run has them."""
+    if not summary.steady:
+        return {}
+    own = {name[7:]: figure_of(name, summary, config, health) for name in FIGURES if name.startswith("steady_")}
+    return {**own, **_flat(_metric_keys(summary.steady.distributions)), "drifts": dict(summary.steady.drifts)}
+
+
+def _intervals(distributions: Mapping[str, Distribution]) -> dict[str, list[float]]:
+    """The 95 % confidence intervals that both ends are known of."""
     return {
-        name: {
-            "completed": got.ok,
-            "failed": got.errors,
-            "cached_share": got.cached_share,
-            **_metric_keys(got.distributions),
-        }
-        for name, got in groups.items()
+        f"p{rank:g}_{METRIC[key].stems[0]}": list(distributions[key].intervals[rank])
+        for key in WITH_STEADY
+        for rank in INTERVALS_SHOWN
+        if not any(map(math.isinf, distributions[key].intervals.get(rank, (math.inf,))))
     }
 
 
-def _metric_keys(distributions: Mapping[str, Distribution], steady: bool = False) -> dict[str, Any]:
-    """Every number of the distributions, and the 95 % confidence intervals of some; those need names without `_ms`."""
-    keys: dict[str, Any] = {}
-    for name, one in STATS.items():
-        if one.steady is not steady or one.metric not in distributions:
-            continue
-        if one.metric in ("response", "late") and not distributions[one.metric].n:
-            continue  # what a closed loop has not
-        keys[name] = one.of(distributions[one.metric])
-        ends = distributions[one.metric].intervals.get(one.rank or 0.0, (math.inf,))
-        shown = one.metric in WITH_STEADY and one.rank in INTERVALS_SHOWN and one.name != "median"
-        if shown and not steady and not any(map(math.isinf, ends)):
-            keys[f"{name}_ci95"] = list(ends)
-    return keys
+def result_name(result: Mapping[str, Any]) -> str:
+    """The name of a result's own file, as vLLM names them: label or backend, rate, concurrency, model, date (UTC)."""
+    words = [result.get("label") or result["backend"], f"{result['request_rate']}qps"]
+    words += [f"{w}{result[k]}" for w, k in (("concurrency", "max_concurrency"), ("repeat", "repeat")) if k in result]
+    words += [result["model_id"].rpartition("/")[2], result["date"]]
+    return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, words)))[:200]
+
+
+def detail_lists(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """The per-request lists of --save-detailed, named as vLLM and SGLang name them, in order of the requests' numbers.
+
+    Times are seconds, 0 where there is none, as there: readers take no null. What the run's own stop cut off is in
+    none of them, and what only streams have only in those of streams.
+    """
+    kept = sorted((record for record in records if not record.aborted), key=lambda record: record.job.index)
+    lists: dict[str, list[Any]] = {
+        "input_lens": [record.reply.prompt_tokens or 0 for record in kept],
+        "output_lens": [record.reply.completion_tokens or 0 if record.ok else 0 for record in kept],
+        "start_times": [round(record.sent_s or 0.0, 6) for record in kept],
+        "latencies": [round((record.latency_ms or 0.0) / 1e3, 6) for record in kept],
+        "errors": [plain(record.error or record.error_kind) for record in kept],
+    }
+    if any(record.ttft_ms for record in kept):
+        lists["ttfts"] = [round((record.ttft_ms or 0.0) / 1e3, 6) for record in kept]
+        lists["itls"] = [[round(gap / 1e3, 6) for gap in record.reply.gaps_ms if record.ok] for record in kept]
+    return lists
 
 
 # === 8. Sinks (the only writers) ===
@@ -3529,6 +3866,8 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "new_connection": Column("1 when a connection was opened for it", lambda r: _count(r.reply.new_connection)),
     "http_status": Column("the HTTP status; blank when none came", lambda r: _count(r.reply.http_status)),
     "label": Column("`label` or `custom_id` of its corpus line", lambda r: _cell(r.reply.label)),
+    "session": Column("number of its session, from 0", lambda r: _count(r.reply.session)),
+    "turn": Column("number of its turn in the session, from 1", lambda r: _count(r.reply.turn)),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
     "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
     "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
@@ -3636,6 +3975,7 @@ class CsvSink:
 
     def __init__(self, path: str, append: bool, overwrite: bool) -> None:
         """Checks everything before any load; rows that are to be replaced stay until `begin`. Raises UserError."""
+        self.path = path
         self.rows = 0
         self.lost = 0
         self.reason = ""
@@ -3725,22 +4065,47 @@ class CsvSink:
 
 
 class SummarySink:
-    """One line appended per run; opened before any load, so that nobody waits an hour for an error."""
+    """A line of JSON for each point; opened before any load, so that nobody waits an hour for an error."""
 
-    def __init__(self, path: str) -> None:
-        self._out = OutputFile(path, "--summary-jsonl")
-        self._out.share()
+    def __init__(self, path: str, new: bool = False, points: int = 1) -> None:
+        """`new`: the file must not exist and takes one point; a directory takes a file for each. Raises UserError."""
+        option = "--summary-json" if new else "--summary-jsonl"
+        self.path = path
+        self._out: Optional[OutputFile] = None
+        self._ours = not os.path.isdir(path)
+        if new and (path.endswith(("/", os.sep)) or not self._ours):
+            with _writing(option, path):
+                os.makedirs(path, exist_ok=True)
+                os.rmdir(tempfile.mkdtemp(dir=path))
+        elif points > 1 and new:
+            raise UserError(f"{option} {path}: {points} points take a directory, {path}/")
+        else:
+            self._out = OutputFile(path, option, f"{option} {path} exists; name another or a directory" if new else "")
+            self._out.share()
 
     def write(self, summary: Mapping[str, Any]) -> None:
-        """Raises OSError."""
+        """Raises OSError or UserError."""
+        out = self._out or self._next(os.path.join(self.path, result_name(summary)))
         line = json.dumps(summary, ensure_ascii=False, allow_nan=False) + "\n"
-        self._out.write(line.encode("utf-8", "replace"))
-        if self._out.gone():
+        out.write(line.encode("utf-8", "replace"))
+        if not self._out:
+            out.close()
+        elif out.gone():
             raise FileNotFoundError(2, "it has been removed or replaced meanwhile")
 
+    @staticmethod
+    def _next(path: str) -> OutputFile:
+        names = itertools.chain(("",), (f"-{number}" for number in itertools.count(2)))
+        free = next(name for name in (f"{path}{end}.json" for end in names) if not os.path.lexists(name))
+        return OutputFile(free, "--summary-json", f"{free} exists")
+
     def close(self) -> None:
-        """A run that measured nothing leaves no file of its own."""
-        self._out.close(unused_bytes=0)
+        """A run that measured nothing leaves no file and no directory of its own."""
+        if self._out:
+            self._out.close(unused_bytes=0)
+        elif self._ours:
+            with contextlib.suppress(OSError):  # it holds results
+                os.rmdir(self.path)
 
 
 class LiveLine:
@@ -3933,7 +4298,8 @@ class Permits:
         self._clock = clock
         self._origin_ns = 0
         self._numbers = itertools.count()
-        self._early: list[tuple[float, int, Grant]] = []  # a heap of those not yet due: due time, arrival, grant
+        # A heap of those not yet due: due time, arrival, grant, since when it holds a permit.
+        self._early: list[tuple[float, int, Grant, Optional[int]]] = []
         self.under_way: set[Call] = set()  # sent and unanswered
         self.peak_in_flight = 0
         self.in_flight_ns = 0  # their number, summed up over the time
@@ -3944,18 +4310,18 @@ class Permits:
         self._waiting: deque[Grant] = deque()
         self._enough: Optional[tuple[int, asyncio.Future[None]]] = None
 
-    def acquire(self, grant: Grant, due_s: Optional[float] = None) -> None:
+    def acquire(self, grant: Grant, due_s: Optional[float] = None, held_ns: Optional[int] = None) -> None:
         """Call `grant` with the time at which its permit became free: now, or later; with None after `close`.
 
-        `due_s`: not before so many seconds after the start of the run.
+        `due_s`: not before so many seconds after the start of the run. `held_ns`: it has a permit, since then.
         """
         if self._closed:
             grant(None)
             return
         if due_s is None:
-            self._queue(grant)
+            self._queue(grant, held_ns)
         else:
-            heapq.heappush(self._early, (due_s, next(self._numbers), grant))
+            heapq.heappush(self._early, (due_s, next(self._numbers), grant, held_ns))
             if self._early[0][2] is grant:
                 self._call_due()
         self._count_waiting()
@@ -3965,12 +4331,14 @@ class Permits:
             return
         now_s = (self._clock.now_ns() - self._origin_ns) / 1e9
         while self._early and self._early[0][0] <= now_s:
-            self._queue(heapq.heappop(self._early)[2])
+            self._queue(*heapq.heappop(self._early)[2:])
         if self._early:
             self._alarm.set(self._origin_ns + math.ceil(self._early[0][0] * 1e9))
 
-    def _queue(self, grant: Grant) -> None:
-        if self.total is None and self.is_open:
+    def _queue(self, grant: Grant, held_ns: Optional[int]) -> None:
+        if held_ns is not None:
+            grant(held_ns)
+        elif self.total is None and self.is_open:
             self._give(grant, self._origin_ns)
         elif self._free:
             self._give(grant, self._free.popleft())
@@ -4047,7 +4415,7 @@ class Permits:
         self._call_due()
         self._closed = True
         self._alarm.cancel()
-        waiting = [*self._waiting, *(grant for *_, grant in self._early)]
+        waiting = [*self._waiting, *(grant for _, _, grant, _ in self._early)]
         self._waiting, self._early = deque(), []
         for grant in waiting:
             grant(None)
@@ -4056,12 +4424,15 @@ class Permits:
 class Turn:
     """When one request may go: with a permit, and not before it is due. What is under way with it is the permits'."""
 
-    def __init__(self, permits: Permits, due_s: Optional[float] = None) -> None:
+    def __init__(self, permits: Permits, due_s: Optional[float] = None, held_ns: Optional[int] = None) -> None:
+        """`held_ns`: since when it holds a permit, where a turn of the same session has left one."""
         self.permits = permits
+        self.held_ns = held_ns
+        self.keeps = False  # the permit stays with the session, which goes on
         self._due_s = due_s
 
     def acquire(self, grant: Grant) -> None:
-        self.permits.acquire(grant, self._due_s)
+        self.permits.acquire(grant, self._due_s, self.held_ns)
 
     async def wait(self) -> int:
         """The same for a coroutine. Raises NotSent."""
@@ -4081,7 +4452,9 @@ class Turn:
 
     def release(self, free_ns: int) -> None:
         """The request has ended; its permit is free since then."""
-        self.permits.release(free_ns)
+        self.held_ns = free_ns if self.keeps else None
+        if not self.keeps:
+            self.permits.release(free_ns)
 
 
 class Call:
@@ -4698,6 +5071,8 @@ KEPT_HEADERS = (b"content-encoding", b"retry-after", b"location")
 
 
 def _reason(error: BaseException) -> str:
+    wrapped = getattr(error, "reason", None)  # by urllib
+    error = wrapped if isinstance(wrapped, BaseException) else error
     return f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
 
@@ -5215,6 +5590,10 @@ class Dialect:
         limit_field = "max_tokens" if config.max_tokens_field == "auto" else config.max_tokens_field
         return cls(limit_field, continuous_usage=config.continuous_usage)
 
+    def __str__(self) -> str:
+        usage = "usage in every chunk" if self.continuous_usage else "usage" if self.include_usage else "no usage"
+        return f"{self.limit_field}, {usage}"
+
 
 def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str, Any]:
     """The JSON that is sent: what was asked for, and no field beyond; of two output limits only the nearer one."""
@@ -5328,24 +5707,26 @@ class Sdk:
         api_base, query = split_query(api_base)
         # `Omit` leaves a field out; before openai 1.98 it has no public name.
         omit = getattr(openai, "Omit", None) or importlib.import_module("openai._types").Omit
-        no_key = {} if config.api_key else {"Authorization": omit()}
+        own_headers = {"Accept-Encoding": "identity", **login, **config.headers}
         self.client = client_class(openai)(
             api_key=config.api_key or "none",
             base_url=api_base,
             max_retries=0,  # retries would be hidden inside a latency
             timeout=config.timeout,
             http_client=http_client,
-            default_headers={"Accept-Encoding": "identity", **no_key, **login, **config.headers},
+            default_headers=own_headers,
             default_query=dict(parse_qsl(query, keep_blank_values=True)),
         )
         endpoint = ENDPOINT_TYPES[config.endpoint_type]
         self._absent = {"model": omit(), endpoint.prompt_field: omit()}  # the prepared body has them
         self._left_out = {} if config.stream else {"stream": omit()}
+        keyed = config.api_key or "Authorization" in own_headers
+        self._no_key = {} if keyed else {"extra_headers": {"Authorization": omit()}}
         self._create = endpoint.create(self.client)
 
     async def create(self, body: Mapping[str, Any]) -> Any:
         """The SDK's stream object; `stream=True` is the SDK's way to leave the reply unparsed."""
-        return await self._create(**self._absent, stream=True, extra_body={**body, **self._left_out})
+        return await self._create(**self._absent, stream=True, extra_body={**body, **self._left_out}, **self._no_key)
 
 
 def client_class(openai: Any) -> Any:
@@ -5363,8 +5744,6 @@ def client_class(openai: Any) -> Any:
             return kept[url]
 
         def _build_headers(self, options: Any, **more: Any) -> Any:
-            if options.headers:
-                return super()._build_headers(options, **more)
             kept = self.__dict__.setdefault("_kept", {})
             if "headers" not in kept:
                 kept["headers"] = super()._build_headers(options, **more)
@@ -5377,7 +5756,7 @@ class StopwatchTransport:
     """Sends what the SDK has built over sockets of our own, whose arrivals the kernel stamps."""
 
     def __init__(self, config: Config) -> None:
-        self._reader = READERS[config.stream]
+        self._reader = reader_of(config)
         self._stopwatch = Stopwatch(origin_of(config), timeouts_of(config), config.stream)
         self._sdk = Sdk(config, self._http_client())
         self.kernel_clock = sys.platform == "linux"
@@ -5453,7 +5832,7 @@ class SdkTransport:
 
     def __init__(self, config: Config, concurrency: Optional[int], trust_env: bool) -> None:
         self.connections = 0
-        self._reader = READERS[config.stream]
+        self._reader = reader_of(config)
         self._timeouts = timeouts_of(config)
         origin = origin_of(config)
         _, httpx = import_sdk()
@@ -5613,33 +5992,33 @@ def is_loopback(host: str) -> bool:
 class RoundRobin:
     """Several servers, asked in turn, each through a transport of its own."""
 
-    def __init__(self, transports: Mapping[str, Transport], first: int) -> None:
-        """`first`: whose turn is the first one, so that several processes do not all begin at the same server."""
-        self._transports = transports
+    def __init__(self, transports: Sequence[tuple[str, Transport]], first: int) -> None:
+        """`first`: whose turn is first, so that several processes do not all begin at the same server."""
+        self._transports = [transport for _, transport in transports]
         self._turn = itertools.islice(itertools.cycle(transports), first, None)
-        self.kernel_clock = all(transport.kernel_clock for transport in transports.values())
-        self.name = "/".join(sorted({transport.name for transport in transports.values()}))
+        self.kernel_clock = all(transport.kernel_clock for transport in self._transports)
+        self.name = "/".join(sorted({transport.name for transport in self._transports}))
 
     @property
     def connections(self) -> int:
-        return sum(transport.connections for transport in self._transports.values())
+        return sum(transport.connections for transport in self._transports)
 
     async def exchange(self, body: Mapping[str, Any], turn: Turn) -> Reply:
-        server = next(self._turn)
-        reply = await self._transports[server].exchange(body, turn)
-        reply.server = Redactor.url(server)
+        name, transport = next(self._turn)
+        reply = await transport.exchange(body, turn)
+        reply.server = name
         return reply
 
     async def aclose(self) -> None:
-        for transport in self._transports.values():
+        for transport in self._transports:
             await transport.aclose()
 
 
 def open_transport(config: Config, concurrency: Optional[int], first: int = 0) -> Transport:
     """The transport in force. Raises UserError when the one asked for cannot run here."""
     if len(config.servers) > 1:
-        each = {url: dataclasses.replace(config, api_base=url, servers=[url]) for url in config.servers}
-        return RoundRobin({url: open_transport(one, concurrency) for url, one in each.items()}, first)
+        each = [dataclasses.replace(config, api_base=url, servers=[url]) for url in config.servers]
+        return RoundRobin([(Redactor.url(one.api_base), open_transport(one, concurrency)) for one in each], first)
     proxy = proxy_for(config.api_base)
     missing = f"a direct way: {Redactor.url(proxy)} is the proxy" if proxy else Stopwatch.missing()
     if config.transport == "stopwatch" and missing:
@@ -5680,23 +6059,444 @@ class Sender:
     async def __call__(self, request: Request, turn: Turn) -> Reply:
         body = request_body(self._config, self.dialect, request)
         reply = await self.transport.exchange(body, turn)
-        reply.label = request.label
+        reply.label, reply.session, reply.turn = request.label, request.session, request.turn
+        reply.later_turns = len(request.turns) - (request.turn or 0)
         if reply.failure:
             reply.failure = reply.failure._replace(message=self._explained(reply.failure, body))
-        if reply.finish_reason:
-            reply.finish_reason = self._redactor.text(plain(reply.finish_reason, 40))
+        if reply.finish_reason and reply.finish_reason not in ("stop", "length", "tool_calls"):
+            reply.finish_reason = self._without_secrets(plain(reply.finish_reason, 40), body)
         return reply
+
+    def _without_secrets(self, text: str, body: Mapping[str, Any]) -> str:
+        named: list[str] = []
+        Redactor.fields(body, found=named)
+        return Redactor([*named, *(word.rpartition(" ")[2] for word in named)]).text(self._redactor.text(text))
 
     def _explained(self, failure: Failure, body: Mapping[str, Any]) -> str:
         """Without secrets, as some servers say which key they did not like; the cure behind, where there is one."""
-        secrets_in_body: list[str] = []
-        Redactor.fields(body, found=secrets_in_body)
-        message = Redactor(secrets_in_body).text(self._redactor.text(failure.message))
-        cure = advice(failure, self._config, os.environ)
+        message, cure = self._without_secrets(failure.message, body), advice(failure, self._config, os.environ)
         return f"{message[: ERROR_TEXT_CHARS - len(cure) - 2]}; {cure}" if cure else message
 
 
-# === 11. Runner ===
+# === 11. Server's own figures (parse pure, fetch not) ===
+
+# What each server calls its figures on its metrics page, newest name first. Of counters the growth over the point
+# counts, of gauges the value, of durations the growth of `_sum` over that of `_count`.
+SERVER_DIALECTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "vLLM": ("vllm:", {  # demo_server.py speaks it, too
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prefix_cache_queries_total gpu_prefix_cache_queries_total",
+        "cache_hits": "prefix_cache_hits_total gpu_prefix_cache_hits_total", "preemptions": "num_preemptions_total",
+        "drafts": "spec_decode_num_drafts_total", "accepted": "spec_decode_num_accepted_tokens_total",
+        "running": "num_requests_running", "waiting": "num_requests_waiting",
+        "kv_cache": "kv_cache_usage_perc gpu_cache_usage_perc",
+        "queue": "request_queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "tpot": "request_time_per_output_token_seconds",
+        "itl": "inter_token_latency_seconds time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "SGLang": ("sglang:", {
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prompt_tokens_total", "cache_hits": "cached_tokens_total",
+        "preemptions": "num_retracted_requests_total", "acceptance_length": "spec_accept_length",
+        "running": "num_running_reqs", "waiting": "num_queue_reqs", "kv_cache": "token_usage",
+        "queue": "queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "itl": "inter_token_latency_seconds time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "TGI": ("tgi_", {
+        "prompt_tokens": "request_input_length_sum", "generated_tokens": "request_generated_tokens_sum",
+        "running": "batch_current_size", "waiting": "queue_size", "queue": "request_queue_duration",
+        "tpot": "request_mean_time_per_token_duration", "e2el": "request_duration",
+    }),
+    "llama.cpp": ("llamacpp:", {
+        "computed_prompt_tokens": "prompt_tokens_total",  # without those that its cache had
+        "generated_tokens": "tokens_predicted_total", "kv_cache": "kv_cache_usage_ratio",
+        "drafts": "spec_decode_num_drafts_total", "accepted": "spec_decode_num_accepted_tokens_total",
+        "running": "requests_processing", "waiting": "requests_deferred",
+    }),
+    "TensorRT-LLM": ("trtllm_ trtllm:", {
+        "prompt_tokens": "prompt_tokens_total", "generated_tokens": "generation_tokens_total",
+        "cache_queries": "prompt_tokens_total", "cache_hits": "prompt_cached_tokens_total",
+        "acceptance_length": "spec_decode_acceptance_length", "kv_cache": "kv_cache_utilization",
+        "running": "num_requests_running", "waiting": "num_requests_waiting",
+        "queue": "request_queue_time_seconds", "ttft": "time_to_first_token_seconds",
+        "tpot": "time_per_output_token_seconds", "e2el": "e2e_request_latency_seconds",
+    }),
+    "Dynamo": ("dynamo_frontend_", {  # what it calls queued includes the prefill, so it is no waiting
+        "prompt_tokens": "input_sequence_tokens_sum", "cache_queries": "input_sequence_tokens_sum",
+        "generated_tokens": "output_tokens_total output_sequence_tokens_sum", "cache_hits": "cached_tokens_sum",
+        "running": "active_requests inflight_requests", "ttft": "time_to_first_token_seconds",
+        "itl": "inter_token_latency_seconds", "e2el": "request_duration_seconds",
+    }),
+}  # fmt: skip
+SERVER_COUNTS = ("prompt_tokens", "computed_prompt_tokens", "generated_tokens", "preemptions")
+SERVER_GAUGES = ("running", "waiting", "kv_cache", "acceptance_length")
+SERVER_DURATIONS = ("queue", "ttft", "tpot", "itl", "e2el")
+SERVER_SERIES = ("running", "waiting", "kv_cache", "acceptance_length", "generated_tokens")  # kept during the point
+NOT_ADDED_UP = ("kv_cache", "acceptance_length")  # over engines and replicas: the greatest
+
+_SAMPLE_LINE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?\s*')
+_OTHER_RANK = re.compile(r'\b[tp]p_rank="[1-9]')  # of one engine: it repeats what rank 0 says
+
+
+def parse_metrics(text: str) -> dict[str, list[float]]:
+    """Every sample of a page in Prometheus's text format, by name: a value per set of labels. Raises ValueError.
+
+    Strict, so that no other page passes for one; small, so that nothing has to be installed for it.
+
+    >>> parse_metrics('# TYPE a counter\\na_total{model="x}",rank="0"} 2\\na_total{model="y"} 3 1700000000000')
+    {'a_total': [2.0, 3.0]}
+    """
+    found: dict[str, list[float]] = {}
+    for line in text.split("\n"):
+        if line.strip() and not line.startswith("#"):
+            match = _SAMPLE_LINE.fullmatch(line)
+            if not match:
+                raise ValueError(f"no Prometheus text: {plain(line, 40)!r}")
+            value = float(match[3])
+            if math.isfinite(value) and not _OTHER_RANK.search(match[2] or ""):
+                found.setdefault(match[1], []).append(value)
+    return found
+
+
+def page_figures(text: str) -> tuple[str, dict[str, float]]:
+    """(the dialect of a metrics page, its figures). Raises ValueError where none is known."""
+    samples = parse_metrics(text)
+    for dialect, (prefixes, figures) in SERVER_DIALECTS.items():
+        found = {}
+        for figure, names in figures.items():
+            for part in ("_sum", "_count") if figure in SERVER_DURATIONS else ("",):
+                known = (f"{prefix}{name}{part}" for name in names.split() for prefix in prefixes.split())
+                values = next((samples[name] for name in known if name in samples), [])
+                if values:
+                    found[figure + part] = max(values) if figure in NOT_ADDED_UP else math.fsum(values)
+        if found:
+            return dialect, found
+    raise ValueError(f"it has no figures of {', '.join(SERVER_DIALECTS)}")
+
+
+def added_up(pages: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Several pages as one. Pages of one dialect are replicas; those of another count the same requests again (a
+    router and its engines), so a figure is taken from the dialect of the first page that has it."""
+    dialects: dict[str, str] = {}
+    total: dict[str, float] = {}
+    for dialect, figures in pages:
+        for figure, value in figures.items():
+            if dialects.setdefault(figure, dialect) == dialect:
+                before = total.get(figure, 0.0)
+                total[figure] = max(before, value) if figure in NOT_ADDED_UP else before + value
+    return total
+
+
+def server_figures(samples: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The `server_*` figures of a point: the first sample was taken before it, the last one after it."""
+    if len(samples) < 2:
+        return {}
+    grown = {name: samples[-1][name] - samples[0].get(name, 0.0) for name in samples[-1] if name not in SERVER_GAUGES}
+    if min(grown.values(), default=0.0) < 0:  # it was started anew in between
+        return {}
+    found: dict[str, Any] = {f"server_{name}": round(grown[name]) for name in SERVER_COUNTS if name in grown}
+    if grown.get("cache_queries"):
+        found["server_prefix_cache_hit_rate"] = grown.get("cache_hits", 0.0) / grown["cache_queries"]
+    if grown.get("drafts"):
+        found["server_acceptance_length_mean"] = 1 + grown.get("accepted", 0.0) / grown["drafts"]
+    for name in SERVER_DURATIONS:
+        if grown.get(f"{name}_count"):
+            found[f"server_mean_{name}_ms"] = 1e3 * grown[f"{name}_sum"] / grown[f"{name}_count"]
+    for name in SERVER_GAUGES:
+        during = [sample[name] for sample in samples[1:-1] if name in sample]
+        if during:
+            found[f"server_{name}_mean"], found[f"server_{name}_peak"] = math.fsum(during) / len(during), max(during)
+    return found
+
+
+NVIDIA_QUERY = "index,name,driver_version,utilization.gpu,memory.used,memory.total,power.draw"
+ROCM_QUERY = "--showuse --showmeminfo vram --showpower --showproductname --showdriverversion --json"
+GPU_FACTS = ("utilization", "memory", "memory_total", "power")  # percent, bytes, bytes, W
+
+
+class GpuSample(NamedTuple):
+    """What one GPU said at one time (seconds from the start); of GPU_FACTS what it tells."""
+
+    at_s: float
+    gpu: str
+    name: str
+    driver: str
+    facts: Mapping[str, float]
+
+
+def gpu_sample(at_s: float, words: tuple[str, str, str], cells: Iterable[Any], unit: float = 1.0) -> GpuSample:
+    """`words`: number, name, driver; `cells`: GPU_FACTS, `unit` being that of memory; [N/A] and its like are absent."""
+    facts: dict[str, float] = {}
+    for name, cell in zip(GPU_FACTS, cells):
+        with contextlib.suppress(ValueError, TypeError):
+            facts[name] = float(cell) * (unit if name.startswith("memory") else 1.0)
+    return GpuSample(at_s, *words, facts)
+
+
+def nvidia_samples(text: str, at_s: float) -> list[GpuSample]:
+    """One line of nvidia-smi's CSV. Raises ValueError."""
+    number, name, driver, *cells = map(str.strip, text.split(","))
+    return [gpu_sample(at_s, (number, name, driver), cells, 2.0**20)]
+
+
+def rocm_samples(text: str, at_s: float) -> list[GpuSample]:
+    """What `rocm-smi --json` says: an object for each card, and one for the system. Raises ValueError."""
+    told, found = json.loads(text), []
+    for key, card in told.items():
+        if key.startswith("card"):
+            power = next((value for name, value in card.items() if "Graphics Package Power (W)" in name), None)
+            cells = [card.get(name) for name in ("GPU use (%)", "VRAM Total Used Memory (B)", "VRAM Total Memory (B)")]
+            name = card.get("Card Series") or card.get("Card series") or card.get("Card model") or "AMD GPU"
+            driver = told.get("system", {}).get("Driver version", "-")
+            found.append(gpu_sample(at_s, (key[len("card") :], str(name), str(driver)), [*cells, power]))
+    return found
+
+
+def integral(points: Sequence[tuple[float, float]], begin: float, end: float) -> float:
+    """Under a line through points (time, value); level before the first and after the last.
+
+    >>> integral([(-1.0, 100.0), (1.0, 200.0), (9.0, 200.0)], 0.0, 2.0)
+    350.0
+    """
+    held = [(begin, points[0][1]), *((min(max(at, begin), end), value) for at, value in points), (end, points[-1][1])]
+    return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(held, held[1:]))
+
+
+def gpu_figures(rows: Sequence[GpuSample], begin: float, end: float) -> dict[str, Any]:
+    """The `gpu_*` figures between two times; memory, power and energy are those of all these GPUs together."""
+    gpus = [[row for row in rows if row.gpu == gpu] for gpu in sorted({row.gpu for row in rows})]
+    if not gpus or end <= begin:
+        return {}
+    names, drivers = ({getattr(row, word) for row in rows} for word in ("name", "driver"))
+    found: dict[str, Any] = {"gpu_count": len(gpus), "gpu_name": ", ".join(names), "gpu_driver": ", ".join(drivers)}
+    told = {name: [[(r.at_s, r.facts[name]) for r in some if name in r.facts] for some in gpus] for name in GPU_FACTS}
+    used = [value for some in told["utilization"] for at, value in some if begin <= at <= end]
+    if used:
+        found["gpu_utilization_mean"] = math.fsum(used) / len(used)
+    for name, key in (("memory", "gpu_memory_peak_bytes"), ("memory_total", "gpu_memory_total_bytes")):
+        if all(told[name]):
+            found[key] = round(sum(max(value for _, value in some) for some in told[name]))
+    if all(told["power"]):
+        found["gpu_energy_j"] = math.fsum(integral(some, begin, end) for some in told["power"])
+        found["gpu_power_mean_w"] = found["gpu_energy_j"] / (end - begin)
+    return found
+
+
+def figures_over_time(
+    samples: Sequence[tuple[float, Mapping[str, float]]], rows: Sequence[GpuSample]
+) -> dict[str, Any]:
+    """Lists of [seconds, value] for a picture, by result key; power is that of all GPUs, utilisation their mean."""
+    found: dict[str, list[list[float]]] = {}
+    for name in SERVER_SERIES[:-1]:
+        found[f"server_{name}"] = [[at, figures[name]] for at, figures in samples if name in figures]
+    made = [(at, figures[SERVER_SERIES[-1]]) for at, figures in samples if SERVER_SERIES[-1] in figures]
+    steps = zip(made, made[1:])
+    found["server_generated_tokens_per_s"] = [[b[0], _rate(b[1] - a[1], b[0] - a[0])] for a, b in steps]
+    gpus = [[row for row in rows if row.gpu == gpu] for gpu in sorted({row.gpu for row in rows})]
+    for name, key, share in (("power", "gpu_power_w", 1), ("utilization", "gpu_utilization", len(gpus))):
+        told = [[(row.at_s, row.facts[name]) for row in some if name in row.facts] for some in gpus]
+        found[key] = [[some[0][0], math.fsum(value for _, value in some) / share] for some in zip(*told)]
+    return {name: values for name, values in found.items() if values}
+
+
+def fetch(url: str, headers: Mapping[str, str], most_bytes: int, timeout_s: float, context: Any = None) -> bytes:
+    """GET with the standard library alone; no redirect is followed. Raises OSError, ValueError or HTTPException."""
+    request = importlib.import_module("urllib.request")
+    url, login = split_login(url)
+    proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
+    straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
+    handlers = [request.ProxyHandler(proxies), straight, request.HTTPSHandler(context=context)]
+    asked, body, until = request.Request(url, headers={**login, **headers}), bytearray(), time.monotonic() + timeout_s
+    with request.build_opener(*handlers).open(asked, timeout=timeout_s) as response:
+        for piece in iter(lambda: response.read1(READ_BUFFER_BYTES), b""):
+            body += piece
+            if len(body) > most_bytes or time.monotonic() > until:
+                raise ValueError(f"more than {most_bytes >> 20} MB, or {timeout_s:g} s")
+    return bytes(body)
+
+
+class FigureReader:
+    """Reads metrics pages and a GPU tool at intervals, by the orders of ServerFigures, whose process this is."""
+
+    def __init__(self, orders: Mapping[str, Any]) -> None:
+        self._orders = orders
+        self._urls: Sequence[str] = orders["urls"]
+        self._samples: list[tuple[float, Mapping[str, float]]] = []  # (seconds of perf_counter, figures)
+        self._gpu_rows: list[GpuSample] = []
+        self.tool: Any = None
+
+    def _read(self, settled: Callable[[Mapping[str, float]], bool] = bool) -> str:
+        """One sample, the first that is settled or the last of METRICS_TRIES; else what was wrong with a page."""
+        for turn in range(METRICS_TRIES):
+            time.sleep(METRICS_RETRY_S if turn else 0.0)
+            at_s, pages = time.perf_counter(), []
+            for url in self._urls:
+                try:
+                    context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
+                    pages.append(page_figures(fetch(url, {}, METRICS_BYTES, METRICS_TIMEOUT_S, context).decode()))
+                except Exception as error:  # whatever a page may hold, the run goes on without it
+                    return f"{Redactor.url(url)}: {_reason(error)}"
+            figures = added_up(pages)
+            if not figures or settled(figures):
+                break
+        self._samples += [(at_s, figures)] if figures else []
+        return ""
+
+    def before(self) -> str:
+        """The sample before the point, as soon as nothing is running any more; what was wrong, if it was asked for."""
+        wrong = self._read(lambda figures: not figures.get("running"))
+        self._urls = [] if wrong else self._urls
+        return wrong if self._orders["asked"] else ""
+
+    def during(self, said: queue.SimpleQueue[str]) -> str:
+        """A sample at every interval, until something is said."""
+        due = time.monotonic()
+        while True:
+            due = max(due + self._orders["interval_s"], time.monotonic())
+            with contextlib.suppress(queue.Empty):
+                return said.get(timeout=due - time.monotonic())
+            if self._urls and not self._read():  # a line over time needs only some of it
+                at_s, figures = self._samples[-1]
+                self._samples[-1] = (at_s, {name: value for name, value in figures.items() if name in SERVER_SERIES})
+
+    def after(self, point: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """[the figures of the point, those over time]; counters as soon as they are at what the client counted."""
+
+        def caught_up(figures: Mapping[str, float]) -> bool:
+            counted, start = point["counted"].items(), self._samples[0][1]
+            return all(figures.get(name, math.inf) - start.get(name, 0.0) >= count for name, count in counted)
+
+        if self._samples and self._read(caught_up):
+            self._samples.clear()
+        zero, chosen = point["origin_s"], self._orders["gpus"]
+        worked = {row.gpu for row in self._gpu_rows if row.facts.get("utilization")}
+        gpus = (
+            worked
+            if chosen == "worked"
+            else {row.gpu for row in self._gpu_rows if chosen == "all"} or chosen.split(",")
+        )
+        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus]
+        samples = [(at_s - zero, figures) for at_s, figures in self._samples]
+        found = {**server_figures([figures for _, figures in samples]), **gpu_figures(rows, *point["between_s"])}
+        for name, count in point["per"].items():
+            if count and "gpu_energy_j" in found:
+                found[f"gpu_energy_per_{name}_j"] = found["gpu_energy_j"] / count
+        return [found, figures_over_time(samples[1:-1], rows)]
+
+    def watch_gpus(self) -> None:
+        """Rows of the GPU tool for as long as this process lives and the tool works."""
+        subprocess = importlib.import_module("subprocess")
+        name, interval_s = self._orders["tool"], self._orders["interval_s"]
+        words, parse = [name, *ROCM_QUERY.split()], rocm_samples
+        if name == "nvidia-smi":
+            words, parse = [name, f"--query-gpu={NVIDIA_QUERY}", "--format=csv,noheader,nounits"], nvidia_samples
+            words.append(f"--loop-ms={round(interval_s * 1e3)}")
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            while name:
+                pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+                self.tool = subprocess.Popen(words, stdin=nothing, stdout=pipe, stderr=nothing, text=True)
+                for piece in self.tool.stdout if name == "nvidia-smi" else [self.tool.stdout.read()]:
+                    self._gpu_rows += parse(piece, time.perf_counter())
+                time.sleep(interval_s)
+
+
+def figures_main() -> None:
+    """The process that reads: its orders on stdin, then `begin`, then how the point went."""
+    reader = FigureReader(json.loads(sys.stdin.readline()))
+    threading.Thread(target=reader.watch_gpus, daemon=True).start()
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    if sys.stdin.readline():
+        print(json.dumps(reader.before()), flush=True)
+        threading.Thread(target=lambda: said.put(sys.stdin.readline()), daemon=True).start()
+        point = reader.during(said)
+        told = reader.after(json.loads(point)) if point else None
+        if reader.tool:
+            reader.tool.kill()
+        print(json.dumps(told), flush=True)
+
+
+class ServerFigures:
+    """What the server and its GPUs say of one point, read by a process of its own.
+
+    So neither a slow page, nor the parsing of a large one, nor starting a tool takes a turn from this event loop.
+    """
+
+    def __init__(self, config: Config) -> None:
+        asked, bases = [url for url in config.server_metrics or [] if url != "off"], map(urlsplit, config.servers)
+        roots = {urlunsplit((b.scheme, b.netloc.rpartition("@")[2], "/metrics", "", "")) for b in bases}
+        near = all(is_loopback(urlsplit(root).hostname or "") for root in roots)
+        gpus = config.gpu_metrics or ("worked" if near else "off")
+        tool = next((name for name in ("nvidia-smi", "rocm-smi") if gpus != "off" and shutil.which(name)), "")
+        self._asked_gpus = gpus if gpus not in ("worked", "off") else ""
+        self.orders = {
+            "urls": asked or (sorted(roots) if near and not config.server_metrics else []), "asked": bool(asked),
+            "interval_s": config.metrics_interval, "gpus": gpus, "tool": tool,
+            "tls": [config.ca_file, config.insecure],
+        }  # fmt: skip
+        self._process: Optional[asyncio.subprocess.Process] = None
+        self._series: dict[str, list[list[float]]] = {}
+
+    async def start(self) -> None:
+        """Let the process start, to be ready when the warm-up is over."""
+        if self.orders["urls"] or self.orders["tool"]:
+            pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+            streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": nothing, "limit": 1 << 28}
+            command = (sys.executable, THIS_FILE, "--figures")
+            with contextlib.suppress(OSError):
+                self._process = await asyncio.create_subprocess_exec(*command, start_new_session=True, **streams)
+            self._say(self.orders)
+
+    async def begin(self) -> None:
+        """The figures before the timed part, which waits for them, at most METRICS_PATIENCE_S."""
+        self._say("begin")
+        wrong = await self._answer() if self._process else ""
+        if wrong or (wrong is None and self.orders["asked"]):
+            note(f"--server-metrics {plain(wrong or 'cannot be read')}: measuring without")
+
+    async def stop(self, tally: Tally, origin_ns: int) -> dict[str, Any]:
+        """The figures after it, and all that follows from them, under the keys that the JSON has."""
+        counted = {"prompt_tokens": tally.prompt_tokens, "generated_tokens": tally.completion_tokens}
+        begun, between_s = bool(origin_ns and self._process), (tally.first_sent_s, tally.last_done_s)
+        if begun:
+            self._say({
+                "origin_s": origin_ns / 1e9, "between_s": between_s if tally.elapsed_s else (0.0, 0.0),
+                "counted": {} if tally.errors + tally.aborted else counted,
+                "per": {"output_token": tally.completion_tokens, "request": tally.ok},
+            })  # fmt: skip
+        found, self._series = (await self._answer() if begun else None) or ({}, {})
+        await self._end()
+        if origin_ns and self._asked_gpus and "gpu_name" not in found:
+            note(f"--gpu-metrics {self._asked_gpus}: neither nvidia-smi nor rocm-smi tells of it here")
+        return found
+
+    def series(self) -> dict[str, list[list[float]]]:
+        """How the figures went: by result key, lists of [seconds from the start of the timed part, value]."""
+        return self._series
+
+    def _say(self, what: Any) -> None:
+        """By pipe, never by argv: a URL may hold a login."""
+        if self._process and self._process.stdin:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._process.stdin.write(json.dumps(what).encode() + b"\n")
+
+    async def _answer(self) -> Any:
+        """The process's next line; None if it does not come in time, which ends the process."""
+        if self._process and self._process.stdout:
+            with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):
+                return json.loads(await asyncio.wait_for(self._process.stdout.readline(), METRICS_PATIENCE_S))
+            await self._end()
+        return None
+
+    async def _end(self) -> None:
+        if self._process and self._process.stdin:
+            self._process.stdin.close()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+
+# === 12. Runner ===
 
 
 class Stop:
@@ -5876,15 +6676,20 @@ class Pool:
         waiting.cancel()
 
     async def _work(self, job: Optional[Job]) -> None:
+        held_ns: Optional[int] = None
         while job is not None:
+            turn = Turn(self.permits, job.due_s, held_ns)
+            turn.keeps = self._load.schedule.goes_on(job)
             try:
-                reply = await self._load.send(self._load.workload(job.index), Turn(self.permits, job.due_s))
+                reply = await self._load.send(self._load.workload(job.index), turn)
             except NotSent:
                 self._abort(job)
                 return
             if reply.free_ns is None:  # it failed before its turn, which begins no other
                 self._begin_next()
-            job = self._record(Record(job, reply, self._origin_ns))
+            job, held_ns = self._record(Record(job, reply, self._origin_ns)), turn.held_ns
+        if held_ns is not None:
+            self.permits.release(held_ns)
 
     def _record(self, record: Record) -> Optional[Job]:
         """Tell everybody; the job that takes over its place, where one does."""
@@ -5995,6 +6800,7 @@ class Part:
     stop: Stop
     # Told the start of the timed part, in ns of perf_counter, its options, and how to ask for the tokens on their way.
     begin: Callable[[int, Config, Callable[[], int]], None]
+    before: Optional[Callable[[], Awaitable[None]]] = None  # awaited when all stand ready, before that start
 
     @property
     def concurrency(self) -> Optional[int]:
@@ -6016,7 +6822,7 @@ class Part:
 
 
 class Kept(list[Record]):
-    """A sink that keeps its records: for the few of a warm-up."""
+    """A sink that keeps its records: the few of a warm-up, or, for --save-detailed, all."""
 
     add = list.append
 
@@ -6089,6 +6895,8 @@ class Runner:
         load = Load(part.schedule, part.workload, sender, part.sinks, part.concurrency, part.config.grace)
         pool = Pool(load, part.stop)
         await pool.prepare()
+        if part.before:
+            await part.before()
         origin_ns = await peers.start_ns(part.schedule)
         if part.stop.draining.is_set():
             await pool.drain(origin_ns)
@@ -6160,7 +6968,7 @@ def signals_as_before() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-# === 12. Shards ===
+# === 13. Shards ===
 
 _REPLY_FIELDS = [item.name for item in dataclasses.fields(Reply)]
 
@@ -6168,6 +6976,7 @@ _REPLY_FIELDS = [item.name for item in dataclasses.fields(Reply)]
 def record_line(record: Record) -> list[Any]:
     """A record as JSON values, for the way from one process to another."""
     reply = {name: getattr(record.reply, name) for name in _REPLY_FIELDS}
+    reply["text"] = None  # of no use there
     reply["gaps_ms"] = base64.b64encode(array("f", record.reply.gaps_ms).tobytes()).decode()
     return [record.job.index, record.job.due_s, record.origin_ns, list(reply.values())]
 
@@ -6216,7 +7025,8 @@ async def shard_main(number: int) -> None:
             point = await siblings.points.get()
             config = Config(**point["config"])
             if config.requests_file and not corpus:
-                corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type).open(check=False)
+                corpus = Corpus(config.requests_file, config.system_prompt, config.endpoint_type, config.history)
+                corpus.open(check=bool(config.corpus.get("sessions")))
             await shard_point(runner, corpus, point, stop)
     except (UserError, RunError) as error:
         send_to_parent({"fatal": str(error)})
@@ -6354,7 +7164,7 @@ class Shard:
         """The next point; `part`: what this process has to do, its records going to the parent's own sinks."""
         self._expect()
         self._part = part
-        schedule = {name: getattr(part.schedule, name) for name in ("first", "shard", "shards")}
+        schedule = {name: getattr(part.schedule, name) for name in ("count", "first", "shard", "shards")}
         self.order(f"point {json.dumps({'config': dataclasses.asdict(part.config), 'schedule': schedule})}")
 
     def order(self, line: str) -> None:
@@ -6392,7 +7202,8 @@ class Shard:
         await self._process.wait()
 
     def _take(self, record: Record) -> None:
-        place = (record.job.index - self._part.schedule.first) // self._part.schedule.shards
+        schedule = self._part.schedule
+        place = (schedule.number(record.job) - schedule.first) // schedule.shards
         self._seen.extend(bytes(max(0, place + 1 - len(self._seen))))
         self._seen[place] = 1
         for sink in self._part.sinks:
@@ -6460,6 +7271,8 @@ class Crew:
             for shard in shards:
                 shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
             await asyncio.gather(*(shard.ready for shard in shards))
+            if part.before:
+                await part.before()
             origin_ns = start_ns(part.schedule)
             if not part.stop.draining.is_set():
                 part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
@@ -6486,7 +7299,7 @@ async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
         shard.kill()  # it does not follow
 
 
-# === 13. Sweep (search pure, run not) ===
+# === 14. Sweep (search pure, run not) ===
 
 
 class Step(NamedTuple):
@@ -6609,45 +7422,51 @@ class Team(Protocol):
 class Point:
     """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
 
-    def __init__(self, config: Config, corpus: Optional[Corpus], step: Step, first: int) -> None:
-        """`first`: the number of its first request."""
+    def __init__(self, config: Config, corpus: Optional[Corpus], step: Step, schedule: Schedule) -> None:
         self.config = config
         self.step = step
         self.tally = Tally(corpus.own_tokens if corpus else (), config.goodput)
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
-        self.start_unix_s = 0.0
-        self._schedule = dataclasses.replace(schedule_of(config, corpus), first=first)
+        self.series: Mapping[str, Any] = {}  # the server's own figures over time
+        self.origin_unix_s = math.nan
+        self.kept = Kept()
+        self._schedule = schedule
         self._workload = workload_of(config, corpus)
         self._requests_file = corpus.path if corpus else None
 
-    async def measure(self, stop: Stop, csv_sink: Optional[CsvSink], team: Team) -> None:
+    async def measure(self, stop: Stop, csvs: Sequence[CsvSink], team: Team) -> None:
         """Raises RunError when the warm-up fails."""
         live: list[LiveLine] = []
         goal = Goal(self.config.total_requests, self.config.duration)
 
         def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
             self.origin_ns = origin_ns
-            self.start_unix_s = time.time() - (time.perf_counter_ns() - origin_ns) / 1e9
+            self.origin_unix_s = time.time() - (time.perf_counter_ns() - origin_ns) / 1e9
             self.config = dataclasses.replace(config, requests_file=self.config.requests_file)  # as the user named it
             if not config.requests_file and not config.prompt_calibration and not self._schedule.first:
                 note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
-            if csv_sink:
-                level, repeat = "" if self.level is None else f"{self.level:g}", str(self.step.repeat)
-                csv_sink.begin(level=level, repeat=repeat, start_unix_s=f"{self.start_unix_s:.6f}")
+            level, repeat = "" if self.level is None else f"{self.level:g}", str(self.step.repeat)
+            for csv_sink in csvs:
+                csv_sink.begin(level=level, repeat=repeat, start_unix_s=f"{self.origin_unix_s:.6f}")
             if not self.config.no_progress:
                 live.append(LiveLine(self.tally, goal, time.perf_counter, arriving))
                 live[0].start()
 
         breaker = Breaker(self.tally, stop, self.config, self._schedule.first)  # after the tally
-        sinks: list[Sink] = [self.tally, *([csv_sink] if csv_sink else []), breaker]
+        kept = [self.kept] if self.config.save_detailed else []
+        sinks: list[Sink] = [self.tally, *csvs, *kept, breaker]
         config = dataclasses.replace(self.config, requests_file=self._requests_file)  # where all processes find it
-        part = Part(config, self._workload, self._schedule, sinks, stop, begin)
+        figures = ServerFigures(config)
+        part = Part(config, self._workload, self._schedule, sinks, stop, begin, figures.begin)
+        await figures.start()
         try:
             self.health = await team.measure(part)
         finally:
             for line in live:
                 line.finish()
+            self.tally.server = await figures.stop(self.tally, self.origin_ns)
+            self.series = figures.series()
 
     @property
     def level(self) -> Optional[float]:
@@ -6657,8 +7476,9 @@ class Point:
 
     @property
     def made(self) -> int:
-        """The number of the first request of the next point."""
-        return max(self._schedule.first + (self.config.total_requests or 0), self.tally.last_index + 1)
+        """The number of the first request, or session, of the next point."""
+        schedule, last = self._schedule, self.tally.last_index
+        return max(schedule.first + (schedule.count or 0), schedule.number(Job(last)) + 1 if last >= 0 else 0)
 
     def measured(self, complete: bool) -> Measured:
         """What is kept of it: figures, no values of single requests."""
@@ -6680,15 +7500,14 @@ class Sweep:
         self.failure: Optional[Exception] = None  # what ended it after a measured point
 
     async def run(
-        self, stop: Stop, csv_sink: Optional[CsvSink], team: Team, tell: Callable[[Point, Measured], None]
+        self, stop: Stop, csvs: Sequence[CsvSink], team: Team, tell: Callable[[Point, Measured], None]
     ) -> None:
         """Until the plan has no more steps, or a stop; `tell` reports each point. Raises as the first point does."""
         try:
             step = next(self._plan)
             while not stop.draining.is_set():
-                point = Point(self._config_of(step), self._corpus, step, self._made)
-                self._announce(point.config, step.level)
-                await point.measure(stop, csv_sink, team)
+                point = self._point(step)
+                await point.measure(stop, csvs, team)
                 self._made = point.made
                 if not point.origin_ns:  # stopped in its warm-up
                     return
@@ -6704,26 +7523,35 @@ class Sweep:
                 raise
             self.failure = error
 
-    def _config_of(self, step: Step) -> Config:
-        """With what the points before have taught."""
-        config = self._config_at(step, self._warmed)
+    def _point(self, step: Step) -> Point:
+        """The next, with what the points before have taught; its requests are numbered on."""
+        config, corpus, first = self._config_at(step, self._warmed), self._corpus, self._made
         self._warmed = max(self._warmed, self._warmed + config.warmup)
         learnt = self.measured[-1].config.prompt_calibration if self.measured else config.prompt_calibration
-        return dataclasses.replace(config, prompt_calibration=learnt)
+        config = dataclasses.replace(config, prompt_calibration=learnt)
+        schedule = dataclasses.replace(schedule_of(config, corpus), first=first)
+        count, sessions = config.total_requests, corpus.sessions if corpus else None
+        if sessions and count:  # it is one of sessions as yet
+            schedule = dataclasses.replace(schedule, count=count)
+            count = sessions.first(first + count) - sessions.first(first)
+            config = dataclasses.replace(config, total_requests=count)
+        if corpus:
+            self._warn_of_cycles(sessions.first(first) if sessions else first, count, corpus.requests)
+        if self.measured and not config.no_progress:
+            note(f"point {len(self.measured) + 1}: level {step.level:g}" + (f", {count} requests" if count else ""))
+        return Point(config, corpus, step, schedule)
 
-    def _announce(self, config: Config, level: float) -> None:
-        prompts, more = len(self._corpus or ()), config.total_requests
-        if prompts and self._made <= prompts < self._made + (more or math.inf):
-            total = self._made + more if more else "unlimited"
+    @staticmethod
+    def _warn_of_cycles(made: int, more: Optional[int], prompts: int) -> None:
+        """Once, at the point at which it happens."""
+        if made <= prompts < made + (more or math.inf):
             note(
-                f"{total} requests cycle through {prompts} prompts: repeated prompts"
+                f"{made + more if more else 'unlimited'} requests cycle through {prompts} prompts: repeated prompts"
                 " are answered from the server's prefix cache and measure that"
             )
-        if self.measured and not config.no_progress:
-            note(f"point {len(self.measured) + 1}: level {level:g}" + (f", {more} requests" if more else ""))
 
 
-# === 14. Command line (build pure, run not) ===
+# === 15. Command line (build pure, run not) ===
 
 
 class Parser(argparse.ArgumentParser):
@@ -6789,6 +7617,17 @@ def _url(text: str) -> str:
     return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
 
 
+def _metrics_page(text: str) -> str:
+    url = text if text == "off" else _url(text)
+    return url if text == "off" or urlsplit(url).path else f"{url}/metrics"
+
+
+def _gpus(text: str) -> str:
+    if not re.fullmatch(r"off|all|\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"takes all, off, or numbers of GPUs like 0,1, not {plain(text, 60)!r}")
+    return text
+
+
 def _api_key(text: str) -> str:
     if not text.isascii() or not text.isprintable():
         raise argparse.ArgumentTypeError("takes printable ASCII characters only")
@@ -6843,6 +7682,13 @@ def _calibration(text: str) -> list[float]:
     raise argparse.ArgumentTypeError(
         f"takes two numbers, tokens per word and tokens besides, as a report shows them, not {plain(text, 60)!r}"
     )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = _text(text).partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {plain(text, 60)!r}")
+    return name, value
 
 
 def _engine(text: str) -> str:
@@ -6992,6 +7838,36 @@ def _add_load(parser: Parser) -> None:
     add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
 
 
+def _add_output(parser: Parser) -> None:
+    """What is read of the server beside the replies, and where results go."""
+    add = parser.add_argument_group("Server's own figures").add_argument
+    add(
+        "--server-metrics",
+        type=_metrics_page,
+        action="append",
+        metavar="URL",
+        help="read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
+    )
+    add("--metrics-interval", type=_seconds, metavar="S", help="seconds between two readings (default: %(default)s)")
+    add(
+        "--gpu-metrics",
+        type=_gpus,
+        metavar="GPUS",
+        help="read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)",
+    )
+    add = parser.add_argument_group("Output").add_argument
+    add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
+    add("--append", action="store_true", help="add to an existing --results-csv")
+    add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
+    add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
+    add("--summary-json", type=_path, metavar="PATH", help="write them to a new file; DIR/: to a new file in it")
+    add("--save-detailed", action="store_true", help="add the per-request lists of vLLM and SGLang to both")
+    add("--metadata", type=_pair, action="append", metavar="K=V", help="add a key to both, such as gpu_type=H100")
+    add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
+    add("--no-progress", action="store_true", help="do not show the progress line")
+    add("--verbose", action="store_true", help="confidence intervals, and all details of every level")
+
+
 def build_parser() -> Parser:
     """Every option, in the order of the README's table."""
     parser = Parser(
@@ -7016,20 +7892,9 @@ def build_parser() -> Parser:
         metavar="KEY",
         help="bearer token, never shown (default: $OPENAI_API_KEY, else vllm)",
     )
-    add(
-        "--header",
-        dest="headers",
-        type=_header,
-        metavar="NAME:VALUE",
-        action="append",
-        help="a further header of every request, shown masked; repeatable",
-    )
+    add("--header", dest="headers", type=_header, metavar="N:V", action="append", help="sent with every request")
     add("--model", type=_text, help="model name; required unless --demo is given or every corpus line has one")
-    add(
-        "--endpoint-type",
-        choices=tuple(ENDPOINT_TYPES),
-        help="chat, or completions of plain prompts (default: %(default)s)",
-    )
+    add("--endpoint-type", choices=[*ENDPOINT_TYPES], help="completions: plain prompts (default: %(default)s)")
     add("--wait-ready", type=_seconds, metavar="S", help="wait up to so long until every server answers")
     add("--ca-file", type=_path, metavar="FILE", help="trust the certificate authority in this PEM file")
     add("--insecure", action="store_true", help="do not check the server's TLS certificate")
@@ -7042,12 +7907,8 @@ def build_parser() -> Parser:
         help="length of generated prompts, by the server's count (default: %(default)s)",
     )
     add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
-    add(
-        "--requests-file",
-        type=_path,
-        metavar="FILE",
-        help="JSONL: text, prompt or messages, and any body field per line",
-    )
+    add("--requests-file", type=_path, metavar="FILE", help="JSONL: text, prompt, messages or turns; body fields")
+    add("--history", choices=HISTORIES, help="whose answers a later turn of a session holds (default: %(default)s)")
     add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
     add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
     add(
@@ -7056,13 +7917,7 @@ def build_parser() -> Parser:
         metavar="A,B",
         help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
     )
-    add = parser.add_argument_group("Output").add_argument
-    add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
-    add("--append", action="store_true", help="add to an existing --results-csv")
-    add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
-    add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
-    add("--no-progress", action="store_true", help="do not show the progress line")
-    add("--verbose", action="store_true", help="confidence intervals, and all details of every level")
+    _add_output(parser)
     _add_judging(parser.add_argument_group("Sweeps and limits").add_argument)
     add = parser.add_argument_group("Client").add_argument
     add("--processes", type=_processes, metavar="N", help="client processes, or auto (default: %(default)s)")
@@ -7084,6 +7939,7 @@ def build_parser() -> Parser:
     add("--debug", action="store_true", help="show the traceback of an internal error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--shard", type=int, help=argparse.SUPPRESS)
+    add("--figures", action="store_true", help=argparse.SUPPRESS)
     # Given with a schedule, a concurrency is a cap.
     parser.set_defaults(**{**DEFAULTS, "concurrency": None, "request_rate": None})
     return parser
@@ -7155,6 +8011,7 @@ def build_config(
         "duration": options.duration and options.duration * step.factor,
         "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
         "warmup": max(0, warmup - warmed),
+        "metadata": dict(options.metadata) if options.metadata else None,
         "processes": min(concurrency or processes, total or processes, processes),
         "goodput": dict(given["goodput"] or ()),
         "slo": given["slo"] or [],
@@ -7271,7 +8128,7 @@ def require_model(options: argparse.Namespace) -> None:
 def keep_files_apart(options: argparse.Namespace) -> None:
     """Raises UserError when one file is named twice: the corpus would be overwritten, or results mixed."""
     named: dict[str, str] = {}
-    for option in ("--requests-file", "--results-csv", "--summary-jsonl"):
+    for option in ("--requests-file", "--results-csv", "--summary-jsonl", "--summary-json", "--report"):
         path = getattr(options, option[2:].replace("-", "_"))
         other = named.setdefault(os.path.realpath(path), option) if path else option
         if other != option and os.path.realpath(path) != os.devnull:
@@ -7324,18 +8181,10 @@ def versions() -> dict[str, str]:
 def fetch_json(
     url: str, api_key: Optional[str], timeout_s: float = 5.0, headers: Optional[Mapping[str, str]] = None
 ) -> Any:
-    """GET with the standard library alone; no redirect is followed, the key is for this server only.
-
-    Raises OSError, ValueError or http.client.HTTPException.
-    """
-    request = importlib.import_module("urllib.request")
-    url, login = split_login(url)
-    proxies: Optional[dict[str, str]] = None if proxy_for(url) else {}
-    straight = type("Straight", (request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
-    opener = request.build_opener(request.ProxyHandler(proxies), straight)
-    own = {**({"Authorization": f"Bearer {api_key}"} if api_key else {}), **login, **(headers or {})}
-    with opener.open(request.Request(url, headers=own), timeout=timeout_s) as response:
-        return json.loads(response.read(ERROR_BODY_BYTES * 1024))
+    """What a page of the server says; the key is for this server only. Raises what `fetch` raises."""
+    own = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    own = {**own, **split_login(url)[1], **(headers or {})}
+    return json.loads(fetch(url, own, ERROR_BODY_BYTES * 1024, timeout_s))
 
 
 async def one_token(config: Config) -> Optional[Failure]:
@@ -7402,7 +8251,7 @@ class DemoServer:
 
     def truth(self, since_ns: int) -> dict[str, Distribution]:
         """Latency and TTFT as the server saw them, of the requests that arrived from `since_ns` on."""
-        said = fetch_json(f"{self.api_base[: -len('/v1')]}/truth?since_ns={since_ns}", None)
+        said = fetch_json(f"{self.api_base[: -len('/v1')]}/truth?since_ns={since_ns}", None, timeout_s=60.0)
         measured = [dict(zip(said["fields"], row)) for row in said["requests"]]
         streamed = [row for row in measured if row["streamed"]]
         return {
@@ -7414,6 +8263,36 @@ class DemoServer:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+class Page:
+    """--report: what is measured, kept in a folder until bench_report.py, beside this file, has drawn it."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UserError when the page cannot be written, or would replace another file."""
+        with _writing("--report", path):
+            if os.path.exists(path) and b'content="bench_report.py"' not in Path(path).read_bytes()[:400]:
+                raise UserError(f"--report {path} exists and is no report; name another file")
+            os.rmdir(tempfile.mkdtemp(dir=os.path.dirname(path) or "."))
+            self.folder = tempfile.mkdtemp(prefix="report-")
+        self._path = path
+
+    def draw(self, name: str) -> None:
+        """A page that cannot be drawn costs one line, which says how to draw it later."""
+        script = os.path.join(os.path.dirname(THIS_FILE), "bench_report.py")
+        subprocess = importlib.import_module("subprocess")
+        command = [sys.executable, script, "html", f"{name.replace('=', ' ')}={self.folder}", "-o", self._path]
+        why = f"copy bench_report.py to {os.path.dirname(script)}"
+        if os.path.exists(script):
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+            if done.returncode == 0:
+                return note(f"report {done.stdout}")
+            why = (done.stderr.strip() or "it was killed").splitlines()[-1]
+        _say(f"WARNING: no --report: {plain(why)}; then: bench_report.py html {self.folder} -o {self._path}")
+        self.folder = ""  # it stays
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Invocation:
@@ -7429,37 +8308,60 @@ class Invocation:
         self._several = bool(loads)
         self._unit = "req/s" if "request_rate" in loads else "in flight"
         self._argv = argv
-        self._csv: Optional[CsvSink] = None
-        self._jsonl: Optional[SummarySink] = None
-        self._started = time.strftime("%Y%m%d-%H%M%S")
-        if config.results_csv:
-            self._csv = CsvSink(config.results_csv, config.append, config.overwrite)
+        self._started = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        self._csvs: list[CsvSink] = []
+        self._summaries: list[SummarySink] = []
+        self._page: Optional[Page] = None
         try:
-            if config.summary_jsonl:
-                self._jsonl = SummarySink(config.summary_jsonl)
+            self._open(config)
         except UserError:
             self.close()
             raise
 
+    def _open(self, config: Config) -> None:
+        facts = self._facts(Point(config, None, Step(0.0), Schedule()), Stop())
+        named = summary_json(Tally().summary(), dataclasses.replace(config, metadata=None), (), facts)
+        for name in config.metadata or ():
+            if name in named or re.match(r"(mean|median|std|max|p\d*|server)_|gpu_(name|driver)$|.*_(count|ms)$", name):
+                raise UserError(f"--metadata {name}: results have keys of such a name; choose another")
+        if config.results_csv:
+            self._csvs.append(CsvSink(config.results_csv, config.append, config.overwrite))
+        if config.summary_jsonl:
+            self._summaries.append(SummarySink(config.summary_jsonl))
+        if config.summary_json:
+            self._summaries.append(SummarySink(config.summary_json, new=True, points=1 + self._several))
+        if config.save_detailed and not (self._summaries or config.report):
+            raise UserError("--save-detailed needs --summary-json, --summary-jsonl or --report")
+        if config.report:
+            self._page = Page(config.report)
+            self._csvs.append(CsvSink(os.path.join(self._page.folder, "results.csv"), append=False, overwrite=False))
+            self._summaries.append(SummarySink(os.path.join(self._page.folder, "results.jsonl")))
+
     def close(self) -> None:
-        if self._csv:
-            self._csv.discard_if_empty()
-        if self._jsonl:
-            self._jsonl.close()
+        for csv_sink in self._csvs:
+            csv_sink.discard_if_empty()
+        for sink in self._summaries:
+            sink.close()
+        if self._page:
+            self._page.close()
 
     def run(self, sweep: Sweep, demo: Optional[DemoServer]) -> int:
         """Measure and report; the exit code."""
         with signals_as_before():
             stop = run_loop(self._measure(sweep, demo))
             finish_on_first_signal(stop)
-            return self._finish(sweep, stop)
+            code = self._finish(sweep, stop)
+        if self._page and self._csvs[-1].rows:
+            config = sweep.measured[-1].config
+            self._page.draw((config.metadata or {}).get("label", config.model))
+        return code
 
     async def _measure(self, sweep: Sweep, demo: Optional[DemoServer]) -> Stop:
         stop, config = Stop(), self.config
         on_signals(stop)
         team: Team = Crew(config) if config.processes > 1 else Runner(config, config.concurrency, Peers())
         try:
-            await sweep.run(stop, self._csv, team, partial(self._tell, stop, demo))
+            await sweep.run(stop, self._csvs, team, partial(self._tell, stop, demo))
         finally:
             await team.aclose()
         return stop
@@ -7526,36 +8428,43 @@ class Invocation:
         if stop.interrupted or stop.reason:
             why, made = stop.reason or "interrupted", summary.ok + summary.errors + summary.aborted
             yield f"{why}: {made} of {config.total_requests or 'as many as possible'} requests were made"
-        if self._csv and self._csv.lost:
-            yield f"{self._csv.lost} rows could not be written to {config.results_csv}: {self._csv.reason}"
-        if self._csv and self._csv.gone():
-            yield f"{config.results_csv} has been removed or replaced: its {self._csv.rows} rows are lost"
+        for sink in self._csvs:
+            if sink.lost:
+                yield f"{sink.lost} rows could not be written to {sink.path}: {sink.reason}"
+            if sink.gone():
+                yield f"{sink.path} has been removed or replaced: its {sink.rows} rows are lost"
 
     def _write_summary(self, point: Point, measured: Measured, stop: Stop) -> None:
-        if not self._jsonl:
+        if not self._summaries:
             return
-        config = measured.config
-        run = {
+        lists = {**detail_lists(point.kept), **point.series} if point.config.save_detailed else {}
+        result = {**summary_json(*measured.values, self._facts(point, stop)), **lists}
+        for sink in self._summaries:
+            try:
+                sink.write(result)
+            except (OSError, UserError) as error:
+                _say(f"WARNING: the summary could not be written to {sink.path}: {_reason(error)}")
+
+    def _facts(self, point: Point, stop: Stop) -> dict[str, Any]:
+        """What the figures do not say of a point; its times on the wall clock end as far apart as it took."""
+        config, tally = point.config, point.tally
+        times = [point.origin_unix_s + at for at in (tally.first_sent_s, tally.last_done_s)]
+        if not all(map(math.isfinite, times)):  # nothing was sent
+            times = [time.time()] * 2
+        return {
             "date": self._started,
+            "benchmark_start_time_unix": times[0],
+            "benchmark_end_time_unix": times[1],
             "endpoint_type": BACKENDS[config.endpoint_type],
             "backend": BACKENDS[config.endpoint_type],
-            "label": None,
-            "tag": None,
-            "tokenizer_id": None,
             "dataset_name": "custom" if config.requests_file else "random",
-            **({} if point.level is None else {"level": point.level}),
-            "repeat": measured.repeat,
-            "start_unix_s": point.start_unix_s,
+            **({"level": point.step.level, "repeat": point.step.repeat} if self._several else {}),
             **{name: Redactor.config(config)[name] for name in ("request_rate", "burstiness")},
             "interrupted": stop.interrupted,
-            "stop_reason": stop.reason or None,
+            "stop_reason": stop.reason,
             "versions": versions(),
             "argv": Redactor.of(config, os.environ).argv(self._argv),
         }
-        try:
-            self._jsonl.write(summary_json(*measured.values, run))
-        except OSError as error:
-            _say(f"WARNING: the summary could not be written to {config.summary_jsonl}: {_reason(error)}")
 
 
 def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -7579,7 +8488,7 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     keep_files_apart(options)
     corpus = None
     if options.requests_file:
-        corpus = load_requests(options.requests_file, options.system_prompt, options.endpoint_type)
+        corpus = load_requests(options.requests_file, options.system_prompt, options.endpoint_type, options.history)
     try:
         return benchmark_with(corpus, options, argv)
     finally:
@@ -7665,6 +8574,9 @@ def run(argv: Sequence[str]) -> int:
     """Raises UserError and RunError."""
     fill_standard_places()
     options = build_parser().parse_args(argv)
+    if options.figures:
+        figures_main()
+        return 0
     if options.shard is not None:
         run_loop(shard_main(options.shard))
         return 0

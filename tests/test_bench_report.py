@@ -20,7 +20,8 @@ from typing import Any, Callable, Optional
 
 import pytest
 
-from tests.support.program import ROOT, Outcome, run_script
+from tests.support import program
+from tests.support.program import ROOT, Outcome
 
 np = pytest.importorskip("numpy")
 import bench_report as report  # noqa: E402  (it needs numpy)
@@ -133,7 +134,7 @@ def test_figures_are_numpys_over_the_successes(tmp_path: Path, cli: Callable[...
 def test_the_benchmarks_own_files_give_its_own_seven_lines(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
     results, lines = str(tmp_path / "r.csv"), str(tmp_path / "s.jsonl")
     options = ["--demo", "--stream", "--concurrency", "4", "--total-requests", "12", "--output-tokens", "8"]
-    measured = run_script(*options, "--results-csv", results, "--summary-jsonl", lines)
+    measured = program.cli(*options, "--results-csv", results, "--summary-jsonl", lines)
     assert measured.code == 0, measured.err
     own = measured.out[measured.out.index("Requests (ok/err)") :].splitlines()[:7]
     both = cli("show", results, lines)
@@ -283,6 +284,16 @@ def test_vllm_with_its_details(tmp_path: Path, cli: Callable[..., Outcome]) -> N
     assert point.figure("p90_itl_ms") == pytest.approx(np.percentile([100, 200, 100, 100, 300, 100], 90))
     assert point.figure("p50_ttft_ms") == 20.0  # the tool's own figure stands
     assert "vLLM counts otherwise" in cli("show", path, "--slo", "p99_ttft_ms<30").out
+
+
+def test_a_first_token_that_is_not_known_gives_no_tpot(tmp_path: Path) -> None:
+    """As --save-detailed has it of a reply that was read late; of its connections, `connecting` tells."""
+    detail = {**DETAIL, "ttfts": [0.0, 0.02, 0.03, 0.0], "latencies": [0.31, 0.22, 0.43, 0.0]}
+    ours = summary(**detail, completed=3, connecting={"p99_connect_ms": 2.5, "connect_count": 1})
+    point = report.read_json(write_json(tmp_path / "s.jsonl", ours), report.Problems())[0]
+    assert point.requests is not None
+    assert sorted(point.requests.sample("tpot_ms")) == pytest.approx([100, 200])
+    assert point.figure("p99_connect_ms") == 2.5
 
 
 def test_sglang_line_with_infinity(tmp_path: Path) -> None:
@@ -721,7 +732,8 @@ class Browser:
     def __init__(self, program: str, folder: Path) -> None:
         inward, self._write = os.pipe()
         self._read, outward = os.pipe()
-        options = ["--headless", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
+        options = ["--headless", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe", "--no-first-run"]
+        options += ["--disable-extensions", "--disable-background-networking", "--disable-component-update"]
         options += ["--no-sandbox"] if os.geteuid() == 0 else []
         places = f'exec "$0" "$@" 3<&{inward} 4>&{outward}'  # it reads descriptor 3 and writes 4
         self._process = subprocess.Popen(
@@ -833,9 +845,10 @@ def test_pictures_as_files(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
     if report.find_browser() is None:
         pytest.skip("no Chromium browser is installed")
     source = write_csv(tmp_path / "r.csv", simulated(1, 60))
+    folders = ("--png", str(tmp_path / "png"), "--svg", str(tmp_path / "svg"))
+    done = cli("html", source, "-o", str(tmp_path / "r.html"), *folders)
+    assert done.code == 0, done.err
     for kind, head in (("png", b"\x89PNG"), ("svg", b"<svg")):
-        done = cli("html", source, "-o", str(tmp_path / "r.html"), f"--{kind}", str(tmp_path / kind))
-        assert done.code == 0, done.err
         made = sorted((tmp_path / kind).iterdir())
         assert [path.stem for path in made] == ["ecdf-e2el_ms", "ecdf-tpot_ms", "ecdf-ttft_ms", "time-0"]
         assert all(path.read_bytes().startswith(head) for path in made)

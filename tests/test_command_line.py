@@ -1,4 +1,4 @@
-"""Section 14, Command line: the script as a user meets it."""
+"""Section 15, Command line: the script as a user meets it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import online_bench_openai_async as bench
 from tests.support.demo import Demo
 from tests.support.program import ROOT, SCRIPT, Outcome, run_script
 from tests.support.replies import ANSWER, GOOD_EVENTS, reply
-from tests.support.server import Call, ScriptedServer, says
+from tests.support.server import Call, ScriptedServer, closed_port, says
 from tests.support.tables import rows_of
 
 SMALL = ["--concurrency", "4", "--total-requests", "12", "--prompt-tokens", "32", "--output-tokens", "5"]
@@ -428,3 +428,34 @@ def test_processes_auto_says_what_it_reckons_with(cli: Callable[..., Outcome], d
     assert said, done.err
     assert 1 <= int(said[1]) <= (os.cpu_count() or 1)
     assert f"Client: {said[1]} process" in done.out
+
+
+# --- waiting for a server ---
+
+
+def test_a_server_that_is_still_loading_is_waited_for(
+    cli: Callable[..., Outcome], script: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it lists its models, and then until it answers."""
+    monkeypatch.setattr(bench, "READY_POLL_S", 0.01)
+    loading, listed, good = reply("503 Loading", b"loading"), reply("200 OK", b'{"data": []}'), reply("200 OK", ANSWER)
+    server = script(*map(says, (loading, listed, loading, listed, good, good)))
+    words = ["--api-base", server.api_base, "--model", "m", "--concurrency", "1", "--total-requests", "1"]
+    done = cli(*words, "--warmup", 0, "--wait-ready", 30)
+    assert done.code == 0, done.err
+    waits = [line for line in done.err.splitlines() if "waiting for" in line]
+    assert len(waits) == 2
+    assert "503" in waits[0]
+    assert "503" in waits[1]
+    bodies = [json.loads(body) for body in server.bodies if body]
+    assert [body["max_tokens"] for body in bodies] == [1, 1, 1024]
+
+
+def test_who_waits_in_vain_is_told_the_last_cause(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    with closed_port() as port:
+        words = ["--api-base", f"http://127.0.0.1:{port}/v1", "--model", "m", "--wait-ready", "0.05"]
+        done = cli(*words, "--results-csv", tmp_path / "r.csv")
+    assert (done.code, done.out) == (1, "")
+    assert f"http://127.0.0.1:{port}/v1 was not ready within 0.05 s: " in done.err
+    assert "refused" in done.err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -235,6 +236,21 @@ def test_the_fast_scan_tells_only_what_json_would(choices: list[Any], more: dict
         said = bench.read_reply(True, [(1, event + b"\n\n")])
     assert (said.chunks, said.finish_reason, said.has_usage) == (1, None, False)
     assert said.visible_ns == 1
+
+
+@settings
+@hypothesis.given(texts=st.lists(st.text(max_size=6), max_size=12), ascii_only=st.booleans(), data=st.data())
+def test_what_a_stream_says_is_kept_whole_however_it_is_cut(texts: list[str], ascii_only: bool, data: Any) -> None:
+    dump = functools.partial(json.dumps, ensure_ascii=ascii_only, separators=(",", ":"))
+    body = b"".join(b"data: %s\n\n" % dump({"choices": delta(content=text)}).encode() for text in texts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=6)))
+    pieces = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)])]
+    said = bench.Reply()
+    reader = bench.StreamReader(said, keeps_text=True)
+    for pieces_at_once in (pieces, [FINISH]):
+        reader.feed(list(range(len(pieces_at_once))), pieces_at_once)
+    reader.finish()
+    assert said.text == "".join(texts)
 
 
 def test_the_fast_scan_is_used_at_all() -> None:

@@ -20,7 +20,7 @@ from tests.support.program import ROOT, SCRIPT
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 PURE = re.compile(r"# === (\d+)\. .*\(pure\) ===")
-BANNER = re.compile(r"^# === (\d+)\. ([A-Z][\w ]*?)(?: \(.*\))? ===$", re.MULTILINE)
+BANNER = re.compile(r"^# === (\d+)\. ([A-Z][\w' ]*?)(?: \(.*\))? ===$", re.MULTILINE)
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def bound_in(node: ast.AST) -> set[str]:
 
 
 def test_the_banners_number_the_sections_in_order() -> None:
-    assert [number for number, _, _ in sections()] == list(range(1, 15))
+    assert [number for number, _, _ in sections()] == list(range(1, 16))
 
 
 def test_a_section_uses_only_sections_above_it() -> None:
@@ -92,7 +92,8 @@ def test_the_docstring_lists_the_sections_as_the_banners_do() -> None:
 
 def test_every_section_but_the_constants_has_its_test_file() -> None:
     for _, name, _ in sections()[1:]:
-        assert (ROOT / "tests" / f"test_{name.lower().replace(' ', '_')}.py").exists(), name
+        words = name.lower().replace("'", "").split()
+        assert (ROOT / "tests" / f"test_{'_'.join(words)}.py").exists(), name
 
 
 def test_pure_sections_touch_nothing() -> None:
@@ -179,12 +180,12 @@ def test_the_benchmark_imports_nothing_but_the_standard_library_at_its_top() -> 
 # --- the documents ---
 
 
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 def fenced(name: str) -> list[str]:
-    return re.findall(r"^```.*?^```$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-def test_both_readmes_have_the_same_code_blocks() -> None:
-    assert fenced("README.md") == fenced("README.ja.md")
+    return re.findall(r"^```.*?^```$", read(name), re.MULTILINE | re.DOTALL)
 
 
 def option_rows(text: str) -> dict[str, str]:
@@ -231,3 +232,44 @@ def test_the_method_defines_every_metric_and_every_column() -> None:
         assert metric.label.partition(" (")[0].lower() in text.lower(), metric.label
     for column in bench.CSV_COLUMNS:
         assert f"`{column}`" in text, column
+
+
+# --- working on it ---
+
+
+def test_make_does_what_ci_and_the_readme_do() -> None:
+    """`make check` are the linters of .ci/run, `make test` is the README's test command."""
+    rules = {}
+    for rule in re.split(r"\n(?=[.\w]+:)", (ROOT / "Makefile").read_text(encoding="utf-8")):
+        name, _, recipe = rule.partition(":")
+        rules[name] = re.findall(r"^\t(.+)$", recipe, re.MULTILINE)
+    linters = re.findall(r"^\.venv/bin/(?:ruff|mypy) .+$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert rules["check"] == linters
+    (command,) = rules["test"]
+    assert any(command in block.splitlines() for block in fenced("README.md"))
+
+
+def test_contributing_lists_every_section_with_its_tests() -> None:
+    rows = re.findall(r"^\| [^|]+ \| ([A-Z][\w' ]+?)(?: \(.*?\))? \| (.+?) \|$", read("CONTRIBUTING.md"), re.MULTILINE)
+    tests = {section: cell.strip("`") for section, cell in rows}
+    names = [name for _, name, _ in sections()]
+    assert [name for name in tests if name in names] == names
+    assert all((ROOT / tests[name]).exists() for name in names[1:]), tests
+    for table in re.findall(r"the table `(\w+)`", read("CONTRIBUTING.md")):
+        assert hasattr(bench, table), table
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_the_shell_scripts_are_clean() -> None:
+    scripts = [str(path) for path in (ROOT / "examples").rglob("*.sh")]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_scripts_have_the_version_of_the_change_log() -> None:
+    newest = re.search(r"^## (\S+)$", read("CHANGELOG.md"), re.MULTILINE)
+    texts = [script.read_text(encoding="utf-8") for script in SCRIPTS]
+    assert newest
+    assert {version for text in texts for version in re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)} == {
+        newest[1]
+    }

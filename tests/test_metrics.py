@@ -130,6 +130,13 @@ def test_the_verdict_judges_by_effect_in_two_halves(
     assert bench.verdict_line(summary, fared).startswith("Verdict: client-bound") is (figures or load)
 
 
+@pytest.mark.parametrize(("pause_ms", "doubted"), [(1.9, False), (30.0, True)])
+def test_first_tokens_left_out_count_where_the_pause_could_have_moved_them(pause_ms: float, doubted: bool) -> None:
+    """A tenth of the first tokens, of 100 ms, came late with one gap: 1 in 40."""
+    records = [make_record(n, **({"late_gaps": 1, "first_s": None} if n % 10 == 0 else {})) for n in range(40)]
+    assert bool(bench.client_doubts(summary_of(*records), [health(lag_max_ms=pause_ms)], "figures")) is doubted
+
+
 def test_failures_do_not_bind_the_client() -> None:
     bad = [make_record(n, free_s=0.0, status="http_error", error_kind="timeout") for n in range(10)]
     assert bench.client_bound(summary_of(*bad, *(make_record(n) for n in range(10, 20))), [health()]) is None
@@ -205,7 +212,10 @@ def test_the_corpus_own_count_is_compared_with_the_servers(counted: int, warns: 
     assert (f"server counted {6 * counted}" in said) is warns
 
 
-@pytest.mark.parametrize(("cached", "said"), [(None, "these prompts share 90 %"), (0, ""), (5, "50.0 % of the prompt")])
+@pytest.mark.parametrize(
+    ("cached", "said"),
+    [(None, "these prompts share 90 %"), (0, ""), (9, ""), (10, "100.0 % of the prompt tokens")],  # 9 are shared
+)
 def test_a_cache_that_the_server_does_not_tell_is_inferred_from_the_corpus(cached: Any, said: str) -> None:
     tally = bench.Tally([10, 9])
     tally.add(make_record(cached_tokens=cached))
@@ -266,18 +276,21 @@ def test_every_warning_says_what_to_do() -> None:
     tally = bench.Tally([5, 0])
     for record in (bad, at_once, dead):
         tally.add(record)
+    tally.server = {"server_mean_queue_ms": 60.0, "server_mean_e2el_ms": 100.0, "server_preemptions": 1}
     config = make_config(output_tokens=50, prompt_tokens=20)
     drifting = summary_of(*closed_loop([1.0 + n / 50 for n in range(100)], 4), wave=4).steady
     summary = dataclasses.replace(tally.summary(), steady=drifting)
     found = bench.warnings_of(summary, config, [health()])
+    sound = dataclasses.replace(summary_of(make_record()), server={"server_generated_tokens": 9})  # needs all counted
+    found += [warning for warning in bench.warnings_of(sound, config, []) if "somebody else" in warning.text]
     assert len(found) == len(bench.WARNINGS)
     assert all(warning.cure for warning in found)
 
 
 def sample_of(values: list[float], most: int) -> bench.Sample:
-    sample = bench.Sample("d", most)
+    sample = bench.Sample(most)
     for at in range(0, len(values), 100):
-        sample.extend(array("d", values[at : at + 100]))
+        sample.extend(array("f", values[at : at + 100]))
     sample.extend(())  # a request without this metric
     return sample
 
@@ -285,7 +298,7 @@ def sample_of(values: list[float], most: int) -> bench.Sample:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e7])
 def test_beyond_the_values_kept_percentiles_are_within_their_error(scale: float) -> None:
     rng = random.Random(1)
-    values = [scale * rng.lognormvariate(0, 2) for _ in range(50_000)]
+    values = list(array("f", [scale * rng.lognormvariate(0, 2) for _ in range(50_000)]))
     exact, told = bench.describe(values), sample_of(values, 1_000).describe()
     assert told.n == exact.n
     assert told.max == exact.max
@@ -311,7 +324,7 @@ def test_up_to_the_values_kept_everything_is_exact() -> None:
 def test_memory_ends_with_the_values_kept() -> None:
     """Ten times as many gaps, no more memory; the report says that percentiles are of a histogram then."""
     rng = random.Random(2)
-    sample, gaps = bench.Sample("f", 10_000), array("f", [rng.uniform(1, 50) for _ in range(10_000)])
+    sample, gaps = bench.Sample(10_000), array("f", [rng.uniform(1, 50) for _ in range(10_000)])
     tracemalloc.start()
     try:
         sizes = []

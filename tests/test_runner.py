@@ -1,4 +1,4 @@
-"""Section 11, Runner: the pool in virtual time, then real servers' views of it."""
+"""Section 12, Runner: the pool in virtual time, then real servers' views of it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.support.demo import Demo
 from tests.support.program import Outcome, Running, run_script, words_of
 from tests.support.program import cli as bench_cli
 from tests.support.records import make_config, summary_of
-from tests.support.replies import as_json, completion, reply
-from tests.support.server import Call, ScriptedServer, says
+from tests.support.replies import FINISH, as_json, completion, delta, head, piece, reply
+from tests.support.server import Call, HttpServer, ScriptedServer, says
 from tests.support.virtual_time import in_virtual_time, virtual_clock
 
 
@@ -524,3 +524,121 @@ def test_several_answers_to_one_request_are_refused_with_the_reason(cli: Callabl
     assert done.code == 2
     assert "takes no n but 1" in done.err
     assert "cannot be told apart" in done.err
+
+
+# --- sessions ---
+
+
+@pytest.mark.parametrize("rate", [math.inf, 100.0])
+def test_a_session_holds_its_permit_while_it_thinks(rate: float) -> None:
+    """Two at once, three turns of a second each, a second of thought between: 5 s a session, one after the other."""
+    turns = [bench.SessionTurn("1", None, 1000.0 * (turn > 0)) for turn in range(3)]
+    line = bench.Request({"messages": [{"role": "user", "content": "1"}]}, turns=turns)
+    talk = bench.Sessions([line], [0, 3], "server")
+    kind = "closed" if math.isinf(rate) else "rate"
+    schedule = bench.Schedule(4, kind, rate=rate, burstiness=math.inf, sessions=talk)
+    server = Server(lambda index: 1.0)
+    records, took = run_load(bench.Load(schedule, talk.request, server, [], 2))
+    assert took == pytest.approx(10.0, abs=0.05)
+    assert server.peak == 2
+    assert sorted(record.job.index for record in records) == list(range(12))
+    first = sorted(record.sent_s for record in records if record.job.index in (0, 3, 6, 9))
+    assert first == pytest.approx([0, 0, 5, 5], abs=0.05)
+
+
+def test_a_stop_ends_sessions_after_the_turn_under_way() -> None:
+    turns = [bench.SessionTurn("2")] * 100
+    line = bench.Request({"messages": [{"role": "user", "content": "2"}]}, turns=turns)
+    talk = bench.Sessions([line], [0, 100], "server")
+    load = bench.Load(bench.Schedule(4, sessions=talk), talk.request, Server(lambda index: 2.0), [], 2)
+    records, took = run_load(load, at(3.0, "press"))
+    assert (len(records), took) == (4, pytest.approx(4.0))
+
+
+def test_the_end_of_the_duration_ends_sessions_after_the_turn_under_way() -> None:
+    turns = [bench.SessionTurn("1", None, 1000.0 * (turn > 0)) for turn in range(9)]
+    line = bench.Request({"messages": [{"role": "user", "content": "1"}]}, turns=turns)
+    talk = bench.Sessions([line], [0, 9], "server")
+    schedule = bench.Schedule(None, duration_s=4.5, sessions=talk)
+    records, took = run_load(bench.Load(schedule, talk.request, Server(lambda index: 1.0), [], 2))
+    assert sorted(record.job.index for record in records) == [0, 1, 2, 9, 10, 11]
+    assert took == pytest.approx(5.0, abs=0.05)
+
+
+ANSWERED = 'say "\u00e9\\n" \U0001f600 to '
+
+
+class Talker(HttpServer):
+    """Answers what it was asked with a text that JSON has to escape, some reasoning before it; knows all requests."""
+
+    def __init__(self) -> None:
+        self.said: list[list[dict[str, Any]]] = []
+        super().__init__(self._reply)
+
+    def _reply(self, call: Call) -> None:
+        body = json.loads(call.body)
+        self.said.append(body["messages"])
+        text = ANSWERED + str(body["messages"][-1]["content"])
+        if text.endswith("fails"):
+            call.send(reply("500 No", b"no"))
+        elif body.get("stream"):
+            words = [text[at : at + 3] for at in range(0, len(text), 3)]
+            chunks = [piece(delta(reasoning_content="hm")), *(piece(delta(content=word)) for word in words)]
+            call.send(head("200 OK", "Connection: close"), b"".join([*chunks[:4]]), *chunks[4:], FINISH, gap_s=0)
+            call.close()
+        else:
+            message = {"role": "assistant", "content": text, "reasoning_content": "hm"}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            call.send(reply("200 OK", as_json(completion(choices=[choice]))))
+
+
+SESSION_LINES: list[dict[str, Any]] = [
+    {"turns": [{"content": f"{name}{turn}", "delay_ms": 5} for turn in range(4)], "system": f"be {name}", "label": name}
+    for name in "abc"
+]
+SESSION_LINES += [
+    {"id": "x", "conversations": [{"from": "human", "value": "d0"}, {"from": "gpt", "value": "A"},
+                                  {"from": "human", "value": "d1"}]},
+    {"text": "alone"},
+    {"turns": [{"content": "e0"}, {"content": "e1 fails"}, {"content": "never"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("transport", "processes"), [("stopwatch", 1), ("sdk", 1), ("stopwatch", 2)])
+def test_the_server_sees_each_history_complete_and_in_order(
+    tmp_path: Path, transport: str, processes: int, streamed: bool
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in SESSION_LINES))
+    with Talker() as server:
+        words = ["--api-base", server.api_base, "--model", "m", "--requests-file", corpus, "--warmup", "0"]
+        words += ["--transport", transport, "--processes", processes, "--concurrency", 4]
+        done = bench_cli(*words, *(["--stream"] if streamed else []), "--results-csv", tmp_path / "r.csv")
+    assert done.code == 0, done.err
+    wanted = []
+    for line in SESSION_LINES:
+        said = [{"role": "system", "content": line["system"]}] if "system" in line else []
+        texts = [item.get("value", item.get("content")) for item in line.get("turns", line.get("conversations", ()))]
+        for text in [text for text in texts if text not in ("A", "never")] or [line["text"]]:
+            said = [*said, {"role": "user", "content": text}]
+            wanted.append(said)
+            said = [*said, {"role": "assistant", "content": ANSWERED + text}]
+    assert sorted(map(json.dumps, server.said)) == sorted(map(json.dumps, wanted))
+    rows = [(row["session"], row["turn"], row["label"], row["status"]) for row in done.rows]
+    assert rows[:4] == [("0", str(turn), "a", "success") for turn in range(1, 5)]
+    assert rows[-3:] == [("", "", "", "success"), ("5", "1", "", "success"), ("5", "2", "", "http_error")]
+    assert "Sessions: 5 begun; 1 of their turns were not sent: a turn before them failed" in done.out
+
+
+def test_a_history_of_the_corpus(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps(SESSION_LINES[3]))
+    with Talker() as server:
+        words = ["--api-base", server.api_base, "--model", "m", "--requests-file", corpus, "--concurrency", 1]
+        assert bench_cli(*words, "--history", "corpus", "--warmup", 0).code == 0
+        corpus.write_text(json.dumps(SESSION_LINES[0]))
+        refused = bench_cli(*words, "--history", "corpus")
+    assert [message["content"] for message in server.said[-1]] == ["d0", "A", "d1"]
+    assert refused.code == 2
+    assert "--history corpus: 1 sessions of" in refused.err

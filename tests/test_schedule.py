@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
 import online_bench_openai_async as bench
-from tests.support.records import make_config
+from tests.support.records import make_config, make_record, summary_of
 
 
 def poisson(count: int = 20_000, **changes: Any) -> bench.Schedule:
@@ -103,3 +103,60 @@ def test_a_traces_times_count_from_its_first_line_in_its_unit_and_at_its_speed()
     assert due(bench.Schedule.of(config, [5_000.0, 6_000.0, 9_000.0].__getitem__)) == [0.0, 0.1, 0.4]
     config = make_config(timestamp_unit="s", total_requests=2)
     assert due(bench.Schedule.of(config, [5.0, 6.5].__getitem__)) == [0.0, 1.5]
+
+
+# --- sessions ---
+
+
+def session(*delays_ms: float, **fields: Any) -> bench.Request:
+    """A line whose turns are named by their numbers, each after its think time."""
+    turns = [bench.SessionTurn(str(turn), None, delay, f"own {turn}") for turn, delay in enumerate(delays_ms)]
+    return bench.Request({"messages": [{"role": "user", "content": "0"}], **fields}, turns=turns)
+
+
+def sessions(*lines: bench.Request, history: str = "server") -> bench.Sessions:
+    starts = list(itertools.accumulate((max(1, len(line.turns)) for line in lines), initial=0))
+    return bench.Sessions(lines, starts, history)
+
+
+def test_the_turns_of_a_session_are_numbered_one_after_the_other() -> None:
+    three = sessions(session(0, 0, 0), bench.Request({}), session(0, 0))
+    assert [three.first(number) for number in range(5)] == [0, 3, 4, 6, 9]
+    assert [three.place(index) for index in range(7)] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1), (3, 0)]
+    assert [index for index in range(12) if three.goes_on(index)] == [0, 1, 4, 6, 7, 10]
+    schedule = bench.Schedule(5, sessions=three)
+    assert [job.index for shard in range(2) for job in schedule.part(shard, 2)] == [0, 4, 9, 3, 6]
+
+
+@pytest.mark.parametrize("history", ["server", "corpus"])
+def test_a_turn_follows_from_the_reply_before_it(history: str) -> None:
+    talk = sessions(session(0, 0, 250), history=history)
+    said = []
+    job: Optional[bench.Job] = bench.Job(0)
+    while job:
+        request = talk.request(job.index)
+        said.append([message["content"] for message in request.messages])
+        record = make_record(job.index, end_s=2.0, text=f"reply {job.index}" + ("\ud83d" if job.index else ""))
+        job = talk.after(record)
+        if job and job.index == 2:
+            assert job.due_s == 2.25
+    answers = ["own 0", "own 1"] if history == "corpus" else ["reply 0", "reply 1?"]
+    assert said == [["0"], ["0", answers[0], "1"], ["0", answers[0], "1", answers[1], "2"]]
+
+
+def test_a_turn_that_failed_ends_its_session() -> None:
+    talk = sessions(session(0, 0))
+    talk.request(0)
+    assert talk.after(make_record(0, status="http_error", error_kind="http_500")) is None
+
+
+def test_the_turns_that_were_not_sent_are_counted() -> None:
+    done = [make_record(turn, session=0, turn=turn + 1, later_turns=2 - turn) for turn in range(3)]
+    failed = make_record(3, session=1, turn=1, later_turns=2, status="http_error", error_kind="http_500")
+    summary = summary_of(*done, failed)
+    assert (summary.sessions, summary.unsent_turns) == (2, 2)
+    assert list(summary.groups["turn"]) == ["1", "2", "3"]
+    assert summary.groups["turn"]["1"].errors == 1
+    assert any(
+        "how much of the sessions' histories" in told.text for told in bench.warnings_of(summary, make_config(), [])
+    )

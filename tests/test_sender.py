@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.support.faults import ACTS, SUCCESS, FaultServer, fault_prompt
 from tests.support.program import Outcome
 from tests.support.records import make_config
 from tests.support.replies import ANSWER, reply
-from tests.support.server import Call, ScriptedServer, says
+from tests.support.server import Call, ScriptedServer, closed_port, says
 from tests.support.tables import json_lines
 
 
@@ -41,6 +42,7 @@ def test_a_refusal_teaches_the_dialect() -> None:
     newer = bench.concede(dialect, config, refusal("'max_tokens' is not supported, use 'max_completion_tokens'"))
     assert newer is not None
     assert newer.limit_field == "max_completion_tokens"
+    assert str(newer) == "max_completion_tokens, usage"  # as the user is told
     silent = bench.concede(dialect, config, refusal("stream_options is not allowed"))
     assert silent is not None
     assert not silent.include_usage
@@ -210,3 +212,152 @@ def test_unannounced_closes_cost_no_request_and_none_is_served_twice(
         got = run(server.api_base, [fault_prompt(name)] * 200, transport=transport, concurrency=8, **PATIENT)
         assert server.seen[name] == 200
     assert got.fates == {SUCCESS}
+
+
+# --- corpus lines as requests, several servers, headers ---
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+SECRET, HEADER = "canary-in-a-body", "canary-in-a-header"
+TOOL = {"type": "mcp", "server_label": "s", "headers": {"Authorization": f"Bearer {SECRET}"}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+LINES: list[dict[str, Any]] = [
+    {"text": "a", "tools": [TOOL], "tool_choice": "auto", "model": "one", "label": "tools", "id": 7},
+    {"text": "b", "response_format": SCHEMA, "temperature": 0.5, "max_completion_tokens": 9, "label": "schema"},
+    {"messages": [{"role": "user", "content": [IMAGE]}], "model": "two", "label": "image", "body": {"x_own": [1]}},
+    {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user"}]}},
+]
+WANTED = [
+    {"model": "one", "messages": [{"role": "user", "content": "a"}], "tools": [TOOL], "tool_choice": "auto",
+     "top_k": 5, "temperature": 0.0, "max_tokens": 16},
+    {"model": "m", "messages": [{"role": "user", "content": "b"}], "response_format": SCHEMA,
+     "top_k": 5, "temperature": 0.5, "max_tokens": 9},
+    {"model": "two", "messages": [{"role": "user", "content": [IMAGE]}], "x_own": [1],
+     "top_k": 5, "temperature": 0.0, "max_tokens": 16},
+    {"model": "m", "messages": [{"role": "user"}]},
+]  # fmt: skip
+
+
+def echo_of(call: Call) -> bytes:
+    """A refusal that says back all that was sent, for the first line; else an answer."""
+    if b"canary-in-a-body" in call.body:
+        return reply("500 No", b"denied: " + call.head[-400:] + call.body)
+    return reply("200 OK", ANSWER)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("transport", ["stopwatch", "sdk"])
+def test_each_body_arrives_as_its_line_says_and_no_secret_is_shown(
+    cli: Callable[..., Outcome], script: Callable[..., ScriptedServer], tmp_path: Path, transport: str, processes: int
+) -> None:
+    calls: list[tuple[int, Call]] = []
+
+    def answer(at: int, call: Call) -> None:
+        calls.append((at, call))
+        call.send(echo_of(call))
+
+    servers = [script(functools.partial(answer, at)) for at in range(2)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    words: list[Any] = [word for server in servers for word in ("--api-base", server.api_base)]
+    words += ["--model", "m", "--requests-file", corpus, "--transport", transport, "--processes", processes]
+    words += ["--concurrency", 2, "--output-tokens", 16, "--extra-body", '{"top_k": 5}', "--warmup", 1]
+    words += ["--header", f"X-Gate: {HEADER}", "--header", "X-Tier=a1", "--api-key", ""]
+    done = cli(*words, "--results-csv", tmp_path / "out.csv", "--summary-jsonl", tmp_path / "out.jsonl")
+    assert done.code == 0, done.err
+
+    def sorted_bodies(bodies: list[Any]) -> list[str]:
+        return sorted(json.dumps(body, sort_keys=True) for body in bodies)
+
+    measured = [body for _, call in calls for body in [json.loads(call.body)] if body in WANTED]
+    assert sorted_bodies(measured) == sorted_bodies(WANTED)
+    warm_up = [(at, json.loads(call.body)["model"]) for at, call in calls if json.loads(call.body) not in WANTED]
+    assert sorted(warm_up) == sorted([(at, model) for at in range(2) for model in ("one", "m", "two")] * processes)
+    heads = [call.head.lower() for _, call in calls]
+    assert all(b"x-gate: canary-in-a-header" in head and b"x-tier: a1" in head for head in heads)
+    assert not any(b"authorization" in head for head in heads)
+    written = done.out + done.err + "".join(path.read_text() for path in tmp_path.glob("out*"))
+    assert "canary" not in written
+    assert "denied: ***" in written or "denied: " in written
+    assert [row["label"] for row in done.rows] == ["tools", "schema", "image", "r-1"]
+    assert {row["server"] for row in done.rows} == {server.api_base for server in servers}
+    assert "not sent: id" in done.out
+    assert '"X-Gate": "***", "X-Tier": "a1"' in done.out
+
+
+def test_a_server_that_refuses_everything_is_named_and_others_are_measured(
+    cli: Callable[..., Outcome], script: Callable[..., ScriptedServer]
+) -> None:
+    good = script(says(reply("200 OK", ANSWER)))
+    with closed_port() as port:
+        dead = f"http://127.0.0.1:{port}/v1"
+        words = ["--api-base", good.api_base, "--api-base", dead, "--model", "m", "--concurrency", 2]
+        done = cli(*words, "--total-requests", 8, "--max-error-rate", 1)
+    assert f"requests failed, all of those to {dead}" in done.err
+    warnings = " ".join(done.out.split("\n\n")[1].split())
+    assert f"WARNING: {dead}: 4 requests, none answered: " in warnings
+    rows = {line.split()[0]: line.split()[1:3] for line in done.out.splitlines() if line.startswith("http://")}
+    assert rows == {good.api_base: ["4", "0"], dead: ["0", "4"]}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+def test_plain_completions(
+    cli: Callable[..., Outcome], demo: Callable[..., Any], tmp_path: Path, streamed: bool
+) -> None:
+    server = demo(ttft_ms=1, gap_ms=2)
+    words = [*server.target, "--endpoint-type", "completions", "--concurrency", 2, "--total-requests", 6]
+    words += ["--output-tokens", 8, "--prompt-tokens", 40, "--summary-jsonl", tmp_path / "s.jsonl"]
+    done = cli(*words, *(["--stream"] if streamed else []), "--results-csv", tmp_path / "out.csv")
+    assert done.code == 0, done.err
+    assert {row["completion_tokens"] for row in done.rows} == {"8"}
+    (told,) = json_lines(tmp_path / "s.jsonl")
+    assert told["endpoint_type"] == "openai"
+    assert abs(told["mean_prompt_tokens"] - 40) <= 1
+    if streamed:
+        assert {row["chunks"] for row in done.rows} == {"8"}
+        assert told["median_tpot_ms"] > 1
+
+
+def test_a_chunk_of_a_plain_completion_is_told_without_json() -> None:
+    chunk = b'data: {"id":"c","choices":[{"index":0,"text":" word","logprobs":null,"finish_reason":null}]}'
+    assert bench.text_at(chunk)
+    assert not bench.text_at(chunk.replace(b" word", b""))
+    assert not bench.text_at(chunk.replace(b"null}]}", b'"stop"}]}'))
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--header", "no colon"], "--header: takes 'Name: value' or Name=value"),
+        (["--header", "Na me: x"], "--header: takes 'Name: value' or Name=value"),
+        (["--header", "Host: x"], "--header: takes no Host: HTTP itself sets it"),
+        (["--api-base", "http://a/v1", "--api-base", "nowhere"], "--api-base: takes a URL like"),
+        (["--endpoint-type", "completions", "--system-prompt", "x"], "--system-prompt is of a chat"),
+        (["--wait-ready", "-1"], "--wait-ready: takes a number of seconds above 0"),
+        (["--extra-body", '{"prompt": "x"}'], "--extra-body: takes no prompt"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_in_one_line(
+    cli: Callable[..., Outcome], words: list[str], complaint: str
+) -> None:
+    done = cli("--model", "m", *words)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert complaint in done.err
+
+
+@pytest.mark.parametrize("line", ['{"messages": [{"role": "user", "content": "x"}]}', '{"turns": [{"content": "x"}]}'])
+def test_a_chat_is_no_plain_prompt(cli: Callable[..., Outcome], tmp_path: Path, line: str) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(line)
+    done = cli("--model", "m", "--endpoint-type", "completions", "--requests-file", corpus)
+    assert done.code == 2
+    assert "a chat, and /completions takes plain prompts: 'text' or 'prompt'" in done.err
+
+
+def test_no_model_is_needed_where_every_line_has_one(
+    cli: Callable[..., Outcome], script: Callable[..., ScriptedServer], tmp_path: Path
+) -> None:
+    server = script(says(reply("200 OK", ANSWER)))
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "x", "model": "lora"}\n')
+    assert cli("--api-base", server.api_base, "--requests-file", corpus, "--concurrency", 1).code == 0
+    assert {json.loads(body)["model"] for body in server.bodies if body} == {"lora"}

@@ -4,7 +4,8 @@
 - `Running(...)`: a process of its own that the test talks to while it runs. For signals, rows on the way, children.
 - `cli(...)`: the same command line in this process: a tenth of the cost. Wherever a process is not the point.
 
-All three end in an `Outcome`.
+All three end in an `Outcome`. Unless told otherwise, they read no metrics page: it costs a process, and a server that
+answers by script would take the question for its next request.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ def words_of(**options: Any) -> list[str]:
     return words
 
 
+def alone(words: Sequence[str]) -> list[str]:
+    """The same command line, reading no metrics page unless it names one or asks for an interval."""
+    quiet = not any(word.startswith(("--server-metrics", "--metrics-interval")) for word in words)
+    return [*words, *(["--server-metrics", "off"] if quiet and {"--model", "--demo"} & set(words) else [])]
+
+
 def results_of(argv: Sequence[str], folder: Optional[Path] = None) -> list[dict[str, str]]:
     """The rows that a command line has left in its --results-csv, in order of index."""
     if "--results-csv" not in argv:
@@ -75,7 +82,7 @@ def run_script(
     words = [str(word) for word in argv]
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, *flags, str(SCRIPT), *words],
+        [sys.executable, *flags, str(SCRIPT), *alone(words)],
         capture_output=True,
         env={**os.environ, **(env or {})},
         cwd=cwd,
@@ -96,7 +103,7 @@ def cli(*argv: Any) -> Outcome:
     started = time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = bench.main(words)
+            code = bench.main(alone(words))
         except SystemExit as end:  # --help and --version
             code = int(end.code or 0)
     seconds = time.monotonic() - started
@@ -119,7 +126,7 @@ class Running:
         self.words = words
         self.csv = Path(words[words.index("--results-csv") + 1])
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        self.process = subprocess.Popen([sys.executable, str(SCRIPT), *words], **{**pipes, **popen})
+        self.process = subprocess.Popen([sys.executable, str(SCRIPT), *alone(words)], **{**pipes, **popen})
 
     @property
     def pid(self) -> int:
