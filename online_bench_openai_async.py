@@ -107,11 +107,10 @@ LEAST_SECRET_CHARS = 4  # nobody is kept out by less, and words would be blanked
 
 # Defaults of the options; one that is not here is off, absent, or worked out from others.
 DEFAULTS: Mapping[str, Any] = {
-    "concurrency": 128, "repeat": 1, "cooldown": 0.0,
-    "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
+    "concurrency": 128, "prompt_tokens": 1024, "temperature": 0.0, "max_tokens_field": "auto", "extra_body": {},
     "endpoint_type": "chat", "history": "server", "processes": 1, "transport": "auto", "timeout": 600.0,
     "connect_timeout": 30.0, "max_error_rate": 0.5, "request_rate": math.inf, "burstiness": 1.0, "speed": 1.0,
-    "metrics_interval": 1.0,
+    "metrics_interval": 1.0, "repeat": 1, "cooldown": 0.0,
 }  # fmt: skip
 
 WARMUP_OUTPUT_TOKENS = 8
@@ -136,10 +135,10 @@ IDENTICAL_FAILURES_TO_STOP = 100
 TELLING_ERROR_SHARE = 0.01  # from here on errors are the first thing that a report says
 
 METRICS_BYTES = 8 << 20  # of a metrics page: beyond it is none
-METRICS_TIMEOUT_S = 1.0
-METRICS_TRIES = 10  # until the server's counters stand still
+METRICS_TIMEOUT_S = 3.0
+METRICS_SETTLE_S = 1.0  # for the server's counters to catch up with what it has answered
 METRICS_RETRY_S = 0.1
-METRICS_PATIENCE_S = 5.0  # for the process that reads them
+METRICS_PATIENCE_S = 10.0  # for the process that reads them
 
 PROGRESS_TTY_S = 0.5
 PROGRESS_PIPE_S = 10.0
@@ -201,6 +200,9 @@ TRACE_BLOCK_TOKENS = 512  # that one hash of a Mooncake trace stands for
 MOST_TOKENS = 1 << 40  # a count beyond it is no count
 ERROR_LEVELS = 8  # how deep an error message may hide in an error body
 PROMPT_LENGTH_TOLERANCE = 0.02  # or one word
+HIT_TOLERANCE = 2.0  # percentage points of prefix cache hits above what the corpus shares
+SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
+KV_CACHE_FULL = 0.99
 SEARCH_PRECISION = 0.04  # of the level that holds: how near the one that fails must be
 BOUND_REPEATS = 2.0  # times as many requests where this client was the limit
 SEARCH_MOST = 16  # times the usual number of requests: what is not sure by then stays unresolved
@@ -208,9 +210,6 @@ DRIFT = 0.10  # of a mean, from the first to the last third of the steady window
 NORMAL_95 = 1.96  # standard errors to either side of a mean
 DRIFT_ERRORS = 3.0  # in standard errors: what is less may be chance
 KNEE_GROWTH = 0.05  # of throughput, per doubling of the load
-HIT_TOLERANCE = 2.0  # percentage points of prefix cache hits above what the corpus shares
-SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
-KV_CACHE_FULL = 0.99
 
 # === 2. Types ===
 
@@ -794,10 +793,17 @@ class Schedule:
     def own(self, all_of_them: Iterable[Any]) -> Iterator[Any]:
         return itertools.islice(all_of_them, self.shard, None, self.shards)
 
+    @property
+    def start(self) -> int:
+        """The number of the first job, or of its session: one that points before have begun is left to them."""
+        number, turn = self.sessions.place(self.first) if self.sessions else (self.first, 0)
+        return number + (turn > 0)
+
     def __iter__(self) -> Iterator[Job]:
         numbers = itertools.count() if self.count is None else range(self.count)
         first = self.sessions.first if self.sessions else int
-        jobs = map(Job, map(first, map(self.first.__add__, self.own(numbers))), SCHEDULES[self.kind](self))
+        own = map(self.start.__add__, self.own(numbers))
+        jobs = map(Job, map(first, own), SCHEDULES[self.kind](self))
         return itertools.takewhile(lambda job: (job.due_s or 0.0) < self.duration_s, jobs)
 
     def permits_s(self, total: int) -> Iterator[float]:
@@ -2111,7 +2117,6 @@ METRICS = (
 )  # fmt: skip
 
 METRIC = {metric.key: metric for metric in METRICS}
-ALIASES = {"latency": ("latency_ms",)}  # stems for --slo and --assert besides
 STREAMED_METRICS = ("ttft", "visible", "tpot", "gap", "tail")
 WITH_STEADY = ("latency", "ttft", "tpot")  # their lines of the steady window stand beside those of the whole run
 # What --goodput sets limits on, in vLLM's words -> key of the metric.
@@ -2318,11 +2323,12 @@ class Tally:
         if not 0 < wave < len(ends):
             return None
         start, end = ends[wave - 1], max(s for s in sent_s if s == s)
-        rows = [row for row, at in enumerate(sent_s) if start <= at <= end]
+        opened = start - 1e-6  # latencies are kept to a microsecond or less
+        rows = [row for row, at in enumerate(sent_s) if opened <= at <= end]
         if len(rows) < 2 * wave:
             return None
         ended = [row for row, at in done.items() if start < at <= end]
-        before = [row for row in done if sent_s[row] < start]
+        before = [row for row in done if sent_s[row] < opened]
         third = (end - start) / 3
         thirds = ([row for row in rows if sent_s[row] < start + third], [r for r in rows if sent_s[r] >= end - third])
         return Steady(
@@ -2481,7 +2487,6 @@ class Stat(NamedTuple):
     metric: str
     name: str  # mean, median, std, max, n, or a percentile as p99
     steady: bool
-    alias: bool  # another name of what the JSON has already
 
     def sample(self, summary: Summary) -> Distribution:
         whole = summary.steady.distributions if self.steady and summary.steady else summary.distributions
@@ -2512,10 +2517,15 @@ class Stat(NamedTuple):
 def _stats() -> Iterator[tuple[str, Stat]]:
     names = ("mean", "median", "std", "max", "n", *(f"p{rank:g}" for rank in PERCENTILES))
     for steady, metric, name in itertools.product((False, True), METRICS, names):
-        for stem in (*metric.stems, *ALIASES.get(metric.key, ())):
-            key = f"{re.sub('_ms$', '', stem)}_count" if name == "n" else f"{name}_{stem}"
+        for stem in metric.stems:
             if not (steady and metric.pooled):
-                yield f"{'steady_' * steady}{key}", Stat(metric.key, name, steady, stem not in metric.stems)
+                key = count_key(stem) if name == "n" else f"{name}_{stem}"
+                yield f"{'steady_' if steady else ''}{key}", Stat(metric.key, name, steady)
+
+
+def count_key(stem: str) -> str:
+    """The key of a metric's number of values: only durations end in `_ms`."""
+    return f"{stem[: -len('_ms')] if stem.endswith('_ms') else stem}_count"
 
 
 STATS: Mapping[str, Stat] = dict(_stats())
@@ -2599,10 +2609,6 @@ def limits_of(config: Config) -> list[Limit]:
     if limits and not {"error_rate", "failed", "completed"} & {limit.name for limit in limits}:
         limits.append(Limit("error_rate", "<=", TELLING_ERROR_SHARE))
     return limits
-
-
-def asked_of(config: Config) -> list[tuple[str, list[Limit]]]:
-    return [("Assert", [Limit.of(text) for text in config.asserts]), ("SLO", limits_of(config))]
 
 
 # --- warnings that qualify the figures: each rule looks at the summary and returns one, or None ---
@@ -3186,11 +3192,8 @@ def verdict_line(summary: Summary, health: Sequence[Health]) -> str:
 
 def judging_lines(summary: Summary, config: Config, health: Fared) -> list[str]:
     """What was asked of the figures, each limit with its verdict; goodput; what a GPU gave, and what it cost."""
-    lines = [
-        judged_line(name, judge(limit, summary, config, health), config)
-        for name, limits in asked_of(config)
-        for limit in limits
-    ]
+    asked = [*(("Assert", Limit.of(text)) for text in config.asserts), *(("SLO", one) for one in limits_of(config))]
+    lines = [judged_line(name, judge(limit, summary, config, health), config) for name, limit in asked]
     ended = summary.ok + summary.errors
     if config.goodput:
         kept = ", ".join(
@@ -3270,9 +3273,9 @@ SWEEP_COLUMNS = (
     SweepColumn("TTFT", "p99", "p99_ttft_ms"),
     SweepColumn("TPOT", "p50", "p50_tpot_ms"),
     SweepColumn("TPOT", "p99", "p99_tpot_ms"),
-    SweepColumn("latency", "p50", "p50_e2el_ms"),
-    SweepColumn("latency", "p95", "p95_e2el_ms"),
-    SweepColumn("latency", "p99", "p99_e2el_ms"),
+    SweepColumn("latency", "p50", "p50_latency_ms"),
+    SweepColumn("latency", "p95", "p95_latency_ms"),
+    SweepColumn("latency", "p99", "p99_latency_ms"),
 )
 
 
@@ -3690,20 +3693,24 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
     """
     figures = _metric_keys(summary.distributions)
     connecting = figures.pop("connect")  # no keys of its own: whether a connection has to be opened again is chance
-    told = {name: figure_of(name, summary, config, health) for name in FIGURES if not name.startswith("steady_")}
-    requests = {"model_id": config.model, **{name: value for name, value in told.items() if value is not None}}
-    ours = {"connecting": connecting, **_our_keys(summary, config, health)}
-    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **summary.server, **ours}
+    steady = _flat(_metric_keys(summary.steady.distributions, "steady_")) if summary.steady else {}
+    told = ((name, figure_of(name, summary, config, health)) for name in FIGURES)
+    requests = {"model_id": config.model, **{name: value for name, value in told if value is not None}}
+    shares = {name: requests.pop(name) for name in list(requests) if name.startswith("goodput_share_")}
+    nested = {"confidence_95": _intervals(summary.distributions), "goodput_shares": shares, "connecting": connecting}
+    ours = {**nested, **_our_keys(summary, config, health)}  # nested: readers divide by all that has "tpot" in its name
+    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **steady, **summary.server, **ours}
 
 
 def _our_keys(summary: Summary, config: Config, health: Sequence[Health]) -> dict[str, Any]:
-    """What neither vLLM nor SGLang tells."""
+    """What neither vLLM nor SGLang tells, and is no number."""
+    judged = [judge(Limit.of(text), summary, config, health) for text in config.asserts]
+    kept = [judge(limit, summary, config, health) for limit in limits_of(config)]
     rates = {"due_rate": summary.due_rate, "issued_rate": summary.issued_rate} if summary.due_rate else {}
-    judged = {name: [judge(limit, summary, config, health) for limit in asked] for name, asked in asked_of(config)}
     return {
-        **{f"{name.lower()}s": {str(one.limit): one.holds for one in found} for name, found in judged.items() if found},
-        "steady": _steady_json(summary, config, health),
-        "confidence_95": _intervals(summary.distributions),
+        "asserts": {str(one.limit): one.holds for one in judged},
+        "slos": {str(one.limit): one.holds for one in kept},
+        "steady_drifts": dict(summary.steady.drifts) if summary.steady else {},
         "errors_by_kind": {f"{g.status}/{g.kind}": g.count for g in summary.error_groups},
         "error_messages": {f"{g.status}/{g.kind}": plain(g.first_message) for g in summary.error_groups},
         **{name: rate for name, rate in rates.items() if rate},
@@ -3740,39 +3747,36 @@ def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: value for keys in figures.values() for name, value in keys.items()}
 
 
-def _metric_keys(distributions: Mapping[str, Distribution]) -> dict[str, dict[str, Any]]:
+def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") -> dict[str, dict[str, Any]]:
     """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
-    found: dict[str, dict[str, Any]] = {metric.key: {} for metric in METRICS}
-    for name, one in STATS.items():
-        sample = distributions.get(one.metric, Distribution(0))
-        alone = one.name == "std" and sample.n < 2  # of one value there is none, and readers divide by it
-        if sample.n and not (one.steady or one.alias or alone):
-            found[one.metric][name] = one.of(sample)
+    found: dict[str, dict[str, Any]] = {}
+    for metric, sample in ((metric, distributions.get(metric.key, Distribution(0))) for metric in METRICS):
+        values = {"mean": sample.mean, "median": sample.percentiles.get(50.0), "max": sample.max}
+        values.update({f"p{rank:g}": value for rank, value in sample.percentiles.items()})
+        if sample.n > 1:  # of one value there is none, and readers divide by it
+            values["std"] = sample.std
+        keys = found[metric.key] = {
+            f"{prefix}{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
+        }
+        keys.update({f"{prefix}{count_key(stem)}": sample.n for stem in metric.stems if sample.n})
     return found
 
 
-def _steady_json(summary: Summary, config: Config, health: Fared) -> dict[str, Any]:
-    """The figures of the steady window by their names without `steady_`; an object, as not every run has them."""
-    if not summary.steady:
-        return {}
-    own = {name[7:]: figure_of(name, summary, config, health) for name in FIGURES if name.startswith("steady_")}
-    return {**own, **_flat(_metric_keys(summary.steady.distributions)), "drifts": dict(summary.steady.drifts)}
-
-
 def _intervals(distributions: Mapping[str, Distribution]) -> dict[str, list[float]]:
-    """The 95 % confidence intervals that both ends are known of."""
-    return {
-        f"p{rank:g}_{METRIC[key].stems[0]}": list(distributions[key].intervals[rank])
-        for key in WITH_STEADY
-        for rank in INTERVALS_SHOWN
-        if not any(map(math.isinf, distributions[key].intervals.get(rank, (math.inf,))))
-    }
+    """Where percentiles lie with 95 % confidence; only those of which both ends are known."""
+    found = {}
+    for key, rank in itertools.product(WITH_STEADY, INTERVALS_SHOWN):
+        ends = distributions[key].intervals.get(rank, (math.inf,))
+        if not any(map(math.isinf, ends)):
+            found[f"p{rank:g}_{METRIC[key].stems[0]}"] = list(ends)
+    return found
 
 
 def result_name(result: Mapping[str, Any]) -> str:
     """The name of a result's own file, as vLLM names them: label or backend, rate, concurrency, model, date (UTC)."""
     words = [result.get("label") or result["backend"], f"{result['request_rate']}qps"]
-    words += [f"{w}{result[k]}" for w, k in (("concurrency", "max_concurrency"), ("repeat", "repeat")) if k in result]
+    words += [f"concurrency{result['max_concurrency']}"] if "max_concurrency" in result else []
+    words += [f"repeat{result['repeat']}"] if result["repeat"] > 1 else []
     words += [result["model_id"].rpartition("/")[2], result["date"]]
     return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, words)))[:200]
 
@@ -6326,21 +6330,23 @@ class FigureReader:
         self.tool: Any = None
 
     def _read(self, settled: Callable[[Mapping[str, float]], bool] = bool) -> str:
-        """One sample, the first that is settled or the last of METRICS_TRIES; else what was wrong with a page."""
-        for turn in range(METRICS_TRIES):
-            time.sleep(METRICS_RETRY_S if turn else 0.0)
+        """One sample, the first that is settled or that of METRICS_SETTLE_S later; else what was wrong with a page."""
+        until = time.monotonic() + METRICS_SETTLE_S
+        while True:
             at_s, pages = time.perf_counter(), []
             for url in self._urls:
                 try:
                     context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
-                    pages.append(page_figures(fetch(url, {}, METRICS_BYTES, METRICS_TIMEOUT_S, context).decode()))
+                    pages.append(
+                        page_figures(fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context).decode())
+                    )
                 except Exception as error:  # whatever a page may hold, the run goes on without it
                     return f"{Redactor.url(url)}: {_reason(error)}"
             figures = added_up(pages)
-            if not figures or settled(figures):
-                break
-        self._samples += [(at_s, figures)] if figures else []
-        return ""
+            if not figures or settled(figures) or time.monotonic() > until:
+                self._samples += [(at_s, figures)] if figures else []
+                return ""
+            time.sleep(METRICS_RETRY_S)
 
     def before(self) -> str:
         """The sample before the point, as soon as nothing is running any more; what was wrong, if it was asked for."""
@@ -6430,7 +6436,7 @@ class ServerFigures:
         self._asked_gpus = gpus if gpus not in ("worked", "off") else ""
         self.orders = {
             "urls": asked or (sorted(roots) if near and not config.server_metrics else []), "asked": bool(asked),
-            "interval_s": config.metrics_interval, "gpus": gpus, "tool": tool,
+            "interval_s": config.metrics_interval, "timeout_s": METRICS_TIMEOUT_S, "gpus": gpus, "tool": tool,
             "tls": [config.ca_file, config.insecure],
         }  # fmt: skip
         self._process: Optional[asyncio.subprocess.Process] = None
@@ -7164,7 +7170,7 @@ class Shard:
         """The next point; `part`: what this process has to do, its records going to the parent's own sinks."""
         self._expect()
         self._part = part
-        schedule = {name: getattr(part.schedule, name) for name in ("count", "first", "shard", "shards")}
+        schedule = {name: getattr(part.schedule, name) for name in ("first", "shard", "shards")}
         self.order(f"point {json.dumps({'config': dataclasses.asdict(part.config), 'schedule': schedule})}")
 
     def order(self, line: str) -> None:
@@ -7203,7 +7209,7 @@ class Shard:
 
     def _take(self, record: Record) -> None:
         schedule = self._part.schedule
-        place = (schedule.number(record.job) - schedule.first) // schedule.shards
+        place = (schedule.number(record.job) - schedule.start) // schedule.shards
         self._seen.extend(bytes(max(0, place + 1 - len(self._seen))))
         self._seen[place] = 1
         for sink in self._part.sinks:
@@ -7422,16 +7428,17 @@ class Team(Protocol):
 class Point:
     """One measured point: its configuration, its tally, the live line that shows it, and how the client fared."""
 
-    def __init__(self, config: Config, corpus: Optional[Corpus], step: Step, schedule: Schedule) -> None:
+    def __init__(self, config: Config, corpus: Optional[Corpus], step: Step, first: int) -> None:
+        """`first`: the number of its first request."""
         self.config = config
         self.step = step
         self.tally = Tally(corpus.own_tokens if corpus else (), config.goodput)
         self.health: Sequence[Health] = ()
         self.origin_ns = 0
+        self.start_unix_s = math.nan
         self.series: Mapping[str, Any] = {}  # the server's own figures over time
-        self.origin_unix_s = math.nan
         self.kept = Kept()
-        self._schedule = schedule
+        self._schedule = dataclasses.replace(schedule_of(config, corpus), first=first)
         self._workload = workload_of(config, corpus)
         self._requests_file = corpus.path if corpus else None
 
@@ -7442,13 +7449,13 @@ class Point:
 
         def begin(origin_ns: int, config: Config, arriving: Callable[[], int]) -> None:
             self.origin_ns = origin_ns
-            self.origin_unix_s = time.time() - (time.perf_counter_ns() - origin_ns) / 1e9
+            self.start_unix_s = time.time() - (time.perf_counter_ns() - origin_ns) / 1e9
             self.config = dataclasses.replace(config, requests_file=self.config.requests_file)  # as the user named it
             if not config.requests_file and not config.prompt_calibration and not self._schedule.first:
                 note("prompt lengths are estimates: calibrating them takes two warm-up replies with usage")
             level, repeat = "" if self.level is None else f"{self.level:g}", str(self.step.repeat)
             for csv_sink in csvs:
-                csv_sink.begin(level=level, repeat=repeat, start_unix_s=f"{self.origin_unix_s:.6f}")
+                csv_sink.begin(level=level, repeat=repeat, start_unix_s=f"{self.start_unix_s:.6f}")
             if not self.config.no_progress:
                 live.append(LiveLine(self.tally, goal, time.perf_counter, arriving))
                 live[0].start()
@@ -7476,9 +7483,8 @@ class Point:
 
     @property
     def made(self) -> int:
-        """The number of the first request, or session, of the next point."""
-        schedule, last = self._schedule, self.tally.last_index
-        return max(schedule.first + (schedule.count or 0), schedule.number(Job(last)) + 1 if last >= 0 else 0)
+        """The number of the first request of the next point."""
+        return max(self._schedule.first + (self.config.total_requests or 0), self.tally.last_index + 1)
 
     def measured(self, complete: bool) -> Measured:
         """What is kept of it: figures, no values of single requests."""
@@ -7506,7 +7512,8 @@ class Sweep:
         try:
             step = next(self._plan)
             while not stop.draining.is_set():
-                point = self._point(step)
+                point = Point(self._config_of(step), self._corpus, step, self._made)
+                self._announce(point.config, step.level)
                 await point.measure(stop, csvs, team)
                 self._made = point.made
                 if not point.origin_ns:  # stopped in its warm-up
@@ -7523,32 +7530,23 @@ class Sweep:
                 raise
             self.failure = error
 
-    def _point(self, step: Step) -> Point:
-        """The next, with what the points before have taught; its requests are numbered on."""
-        config, corpus, first = self._config_at(step, self._warmed), self._corpus, self._made
+    def _config_of(self, step: Step) -> Config:
+        """With what the points before have taught."""
+        config = self._config_at(step, self._warmed)
         self._warmed = max(self._warmed, self._warmed + config.warmup)
         learnt = self.measured[-1].config.prompt_calibration if self.measured else config.prompt_calibration
-        config = dataclasses.replace(config, prompt_calibration=learnt)
-        schedule = dataclasses.replace(schedule_of(config, corpus), first=first)
-        count, sessions = config.total_requests, corpus.sessions if corpus else None
-        if sessions and count:  # it is one of sessions as yet
-            schedule = dataclasses.replace(schedule, count=count)
-            count = sessions.first(first + count) - sessions.first(first)
-            config = dataclasses.replace(config, total_requests=count)
-        if corpus:
-            self._warn_of_cycles(sessions.first(first) if sessions else first, count, corpus.requests)
-        if self.measured and not config.no_progress:
-            note(f"point {len(self.measured) + 1}: level {step.level:g}" + (f", {count} requests" if count else ""))
-        return Point(config, corpus, step, schedule)
+        return dataclasses.replace(config, prompt_calibration=learnt)
 
-    @staticmethod
-    def _warn_of_cycles(made: int, more: Optional[int], prompts: int) -> None:
-        """Once, at the point at which it happens."""
-        if made <= prompts < made + (more or math.inf):
+    def _announce(self, config: Config, level: float) -> None:
+        prompts, more = self._corpus.requests if self._corpus else 0, config.total_requests
+        if prompts and self._made <= prompts < self._made + (more or math.inf):
+            total = self._made + more if more else "unlimited"
             note(
-                f"{made + more if more else 'unlimited'} requests cycle through {prompts} prompts: repeated prompts"
+                f"{total} requests cycle through {prompts} prompts: repeated prompts"
                 " are answered from the server's prefix cache and measure that"
             )
+        if self.measured and not config.no_progress:
+            note(f"point {len(self.measured) + 1}: level {level:g}" + (f", {more} requests" if more else ""))
 
 
 # === 15. Command line (build pure, run not) ===
@@ -7866,6 +7864,7 @@ def _add_output(parser: Parser) -> None:
     add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
     add("--no-progress", action="store_true", help="do not show the progress line")
     add("--verbose", action="store_true", help="confidence intervals, and all details of every level")
+    _add_judging(parser.add_argument_group("Sweeps and limits").add_argument)
 
 
 def build_parser() -> Parser:
@@ -7918,7 +7917,6 @@ def build_parser() -> Parser:
         help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
     )
     _add_output(parser)
-    _add_judging(parser.add_argument_group("Sweeps and limits").add_argument)
     add = parser.add_argument_group("Client").add_argument
     add("--processes", type=_processes, metavar="N", help="client processes, or auto (default: %(default)s)")
     add("--transport", choices=TRANSPORTS, help="stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client")
@@ -8010,8 +8008,8 @@ def build_config(
         "total_requests": total,
         "duration": options.duration and options.duration * step.factor,
         "output_tokens": given["output_tokens"] or (DEMO_OUTPUT_TOKENS if options.demo else 1024),
-        "warmup": max(0, warmup - warmed),
         "metadata": dict(options.metadata) if options.metadata else None,
+        "warmup": max(0, warmup - warmed),
         "processes": min(concurrency or processes, total or processes, processes),
         "goodput": dict(given["goodput"] or ()),
         "slo": given["slo"] or [],
@@ -8020,6 +8018,16 @@ def build_config(
     names = [item.name for item in dataclasses.fields(Config)]
     values: dict[str, Any] = {**{name: given.get(name) for name in names}, **derived}
     return Config(**values)
+
+
+def config_of(
+    options: argparse.Namespace, corpus: Optional[Corpus], trace: bool, step: Step, warmed: int = 0
+) -> Config:
+    """The options at a step; of a corpus of sessions the numbers given count these, and become requests."""
+    config = build_config(options, len(corpus) if corpus else 0, trace, step, warmed)
+    if corpus and corpus.sessions and config.total_requests:
+        return dataclasses.replace(config, total_requests=corpus.sessions.first(config.total_requests))
+    return config
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -8319,8 +8327,9 @@ class Invocation:
             raise
 
     def _open(self, config: Config) -> None:
-        facts = self._facts(Point(config, None, Step(0.0), Schedule()), Stop())
-        named = summary_json(Tally().summary(), dataclasses.replace(config, metadata=None), (), facts)
+        point = Point(dataclasses.replace(config, metadata=None), None, Step(1.0), 0)
+        blank = point.measured(True)
+        named = summary_json(*blank.values, self._facts(point, blank, Stop()))
         for name in config.metadata or ():
             if name in named or re.match(r"(mean|median|std|max|p\d*|server)_|gpu_(name|driver)$|.*_(count|ms)$", name):
                 raise UserError(f"--metadata {name}: results have keys of such a name; choose another")
@@ -8352,8 +8361,7 @@ class Invocation:
             finish_on_first_signal(stop)
             code = self._finish(sweep, stop)
         if self._page and self._csvs[-1].rows:
-            config = sweep.measured[-1].config
-            self._page.draw((config.metadata or {}).get("label", config.model))
+            self._page.draw((self.config.metadata or {}).get("label", self.config.model))
         return code
 
     async def _measure(self, sweep: Sweep, demo: Optional[DemoServer]) -> Stop:
@@ -8438,17 +8446,17 @@ class Invocation:
         if not self._summaries:
             return
         lists = {**detail_lists(point.kept), **point.series} if point.config.save_detailed else {}
-        result = {**summary_json(*measured.values, self._facts(point, stop)), **lists}
+        result = {**summary_json(*measured.values, self._facts(point, measured, stop)), **lists}
         for sink in self._summaries:
             try:
                 sink.write(result)
             except (OSError, UserError) as error:
                 _say(f"WARNING: the summary could not be written to {sink.path}: {_reason(error)}")
 
-    def _facts(self, point: Point, stop: Stop) -> dict[str, Any]:
+    def _facts(self, point: Point, measured: Measured, stop: Stop) -> dict[str, Any]:
         """What the figures do not say of a point; its times on the wall clock end as far apart as it took."""
-        config, tally = point.config, point.tally
-        times = [point.origin_unix_s + at for at in (tally.first_sent_s, tally.last_done_s)]
+        config, tally = measured.config, point.tally
+        times = [point.start_unix_s + at for at in (tally.first_sent_s, tally.last_done_s)]
         if not all(map(math.isfinite, times)):  # nothing was sent
             times = [time.time()] * 2
         return {
@@ -8458,7 +8466,9 @@ class Invocation:
             "endpoint_type": BACKENDS[config.endpoint_type],
             "backend": BACKENDS[config.endpoint_type],
             "dataset_name": "custom" if config.requests_file else "random",
-            **({"level": point.step.level, "repeat": point.step.repeat} if self._several else {}),
+            **({} if point.level is None else {"level": point.level}),
+            "repeat": measured.repeat,
+            "start_unix_s": point.start_unix_s,
             **{name: Redactor.config(config)[name] for name in ("request_rate", "burstiness")},
             "interrupted": stop.interrupted,
             "stop_reason": stop.reason,
@@ -8535,9 +8545,8 @@ def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: 
         options.corpus = corpus.asked(options.model)
     options.seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
     most = Step(max(Axis.of(options).levels))
-    config = build_config(options, prompts, trace, most)
-    options.processes = options.processes or enough_processes(config)
-    config = build_config(options, prompts, trace, most)
+    options.processes = options.processes or enough_processes(config_of(options, corpus, trace, most))
+    config = config_of(options, corpus, trace, most)
     # The simulated server inherits the limit and has every connection; of several servers each may have all.
     sockets = config.concurrency and config.concurrency * len(config.servers)
     need_descriptors(sockets if config.demo or sockets is None else -(-sockets // config.processes))
@@ -8547,14 +8556,14 @@ def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: 
         if config.demo:
             demo = DemoServer(options.demo_engine)
             options.api_base, options.servers = demo.api_base, [demo.api_base]
-            invocation.config = config = build_config(options, prompts, trace, most)
+            invocation.config = config = config_of(options, corpus, trace, most)
         if importlib.util.find_spec("openai") is None:  # before any socket is opened
             raise UserError("cannot import openai: pip install openai")
         if config.wait_ready:
             wait_until_ready(config, config.wait_ready)
         for line in notes_before(config):
             note(line)
-        return invocation.run(Sweep(plan_of(options), partial(build_config, options, prompts, trace), corpus), demo)
+        return invocation.run(Sweep(plan_of(options), partial(config_of, options, corpus, trace), corpus), demo)
     finally:
         invocation.close()
         if demo:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = "--demo --stream --concurrency 64 --total-requests 512"
+SHOWN = "--demo --stream --concurrency 64 --total-requests 768"
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128)
 SWEPT = [
     "--demo", "--demo-engine", '{"step_ms": 10, "max_batch": 32}', "--stream",
@@ -175,7 +175,7 @@ text{font:13px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,'DejaVu Sans',
 .title{font-size:17px;font-weight:600}.head{font-weight:600}.card{fill:#fff;stroke:#d0d7de}.label{fill:#57606a}
 .grid{stroke:#d8dee4}.mark{stroke:#57606a;stroke-dasharray:4 4}polyline{fill:none;stroke-width:2}
 polyline.a{stroke:#0072b2}circle.a,text.a{fill:#0072b2}polyline.b{stroke:#c04a00}circle.b,text.b{fill:#c04a00}
-.name{font-weight:600}.small{font-size:11px}
+.name{font-weight:600}.small{font-size:10.5px}
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.card{fill:#161b22;stroke:#30363d}.label{fill:#9da7b3}
 .grid{stroke:#30363d}.mark{stroke:#9da7b3}polyline.a{stroke:#56b4e9}circle.a,text.a{fill:#56b4e9}
 polyline.b{stroke:#e69f00}circle.b,text.b{fill:#e69f00}}
