@@ -2203,7 +2203,7 @@ class Tally:
         self._own_tokens = own_tokens
         self._goodput = goodput or {}
         self.good: Counter[str] = Counter()
-        self.sent_s = array("d")  # of each row; NaN: it was not sent
+        self.sent_s, self.done_s = array("d"), array("d")  # of each row; NaN: it was not sent, did not succeed
         self.last_index = -1
         self.ok = 0
         self.errors = 0
@@ -2226,6 +2226,7 @@ class Tally:
     def add(self, record: Record) -> None:
         row, self.last_index = len(self.sent_s), max(self.last_index, record.job.index)
         self.sent_s.append(math.nan if record.sent_s is None else record.sent_s)
+        self.done_s.append(record.done_s if record.ok and record.done_s is not None else math.nan)
         for metric in METRICS:
             values = metric.read(record)
             if values and metric.pooled:
@@ -2316,17 +2317,18 @@ class Tally:
 
     def steady(self, wave: int) -> Optional[Steady]:
         """The steady window of a run whose first `wave` requests were sent at once; None without one."""
-        sent_s, latency = self.sent_s, self.samples["latency"]
-        done = {row: sent_s[row] + ms / 1e3 for row, ms in enumerate(latency.exact) if ms == ms}
+        sent_s = self.sent_s[:EXACT_SAMPLES]
+        done = {row: at for row, at in enumerate(self.done_s[:EXACT_SAMPLES]) if at == at}
         ends = sorted(done.values())
         if not 0 < wave < len(ends):
             return None
         start, end = ends[wave - 1], max(s for s in sent_s if s == s)
-        rows = [row for row, at in enumerate(sent_s) if start <= at <= end]
+        opened = start - 1e-6  # latencies are kept to a microsecond or less
+        rows = [row for row, at in enumerate(sent_s) if opened <= at <= end]
         if len(rows) < 2 * wave:
             return None
         ended = [row for row, at in done.items() if start < at <= end]
-        before = [row for row in done if sent_s[row] < start]
+        before = [row for row in done if sent_s[row] < opened]
         third = (end - start) / 3
         thirds = ([row for row in rows if sent_s[row] < start + third], [r for r in rows if sent_s[r] >= end - third])
         return Steady(
@@ -2530,8 +2532,11 @@ STATS: Mapping[str, Stat] = dict(_stats())
 
 
 def figure_of(name: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
-    """A figure by its key; None where it was not measured. Raises KeyError."""
-    return STATS[name].of(STATS[name].sample(summary)) if name in STATS else FIGURES[name](summary, config, health)
+    """A figure by its key, also one of the server's own; None where it was not measured."""
+    if name in STATS:
+        return STATS[name].of(STATS[name].sample(summary))
+    value = FIGURES[name](summary, config, health) if name in FIGURES else summary.server.get(name)
+    return value if isinstance(value, (int, float)) else None
 
 
 OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -2557,7 +2562,7 @@ class Limit(NamedTuple):
         if not match:
             raise ValueError("takes a figure, <, <=, > or >=, and a number, as in p99_ttft_ms<500")
         names = [*FIGURES, *STATS]
-        if match[1] not in names:
+        if match[1] not in names and not match[1].startswith(("server_", "gpu_")):
             nearest = ", ".join(difflib.get_close_matches(match[1], names, 4, 0.5)) or "output_throughput, p99_ttft_ms"
             raise ValueError(f"knows no figure {plain(match[1], 60)!r}; nearest: {nearest}")
         return cls(match[1], match[2], float(match[3]))
@@ -3306,8 +3311,7 @@ class Level:
         self.level = points[0].level
         self.needed = needed
         self.failed = [limit for limit in limits if not limit.holds(self.figure(limit.name))]
-        bound = not self.failed and any(point.client_bound for point in points)  # less load than asked proves nothing
-        self.resolved = needed <= 1 and not bound and all(point.complete for point in points)
+        self.resolved = needed <= 1 and all(point.complete for point in points)
         self.holds = self.resolved and not self.failed
 
     def values(self, name: str) -> list[float]:
@@ -3405,7 +3409,7 @@ def capacity_sentence(levels: Sequence[Level], limits: Sequence[Limit], unit: st
 
 def _why_unsure(level: Level) -> str:
     made = level.points[-1].summary.ok + level.points[-1].summary.errors
-    if any(point.client_bound for point in level.points):
+    if level.needed > 1 and any(point.client_bound for point in level.points):
         return f"{level.level:g} is unresolved, this client was the limit there"
     needs = f"needs about {made * level.needed:,.0f} requests" if 1 < level.needed < math.inf else "was not finished"
     return f"{level.level:g} is unresolved, it {needs}"
@@ -3692,7 +3696,9 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
     steady = _flat(_metric_keys(summary.steady.distributions, "steady_")) if summary.steady else {}
     told = ((name, figure_of(name, summary, config, health)) for name in FIGURES)
     requests = {"model_id": config.model, **{name: value for name, value in told if value is not None}}
-    ours = {"connecting": connecting, **_our_keys(summary, config, health)}
+    shares = {name: requests.pop(name) for name in list(requests) if name.startswith("goodput_share_")}
+    nested = {"confidence_95": _intervals(summary.distributions), "goodput_shares": shares, "connecting": connecting}
+    ours = {**nested, **_our_keys(summary, config, health)}  # nested: readers divide by all that has "tpot" in its name
     return {**(config.metadata or {}), **run, **requests, **_flat(figures), **steady, **summary.server, **ours}
 
 
@@ -3742,10 +3748,7 @@ def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") -> dict[str, dict[str, Any]]:
-    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured.
-
-    Confidence intervals are lists, so their names must not end in `_ms`.
-    """
+    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
     found: dict[str, dict[str, Any]] = {}
     for metric, sample in ((metric, distributions.get(metric.key, Distribution(0))) for metric in METRICS):
         values = {"mean": sample.mean, "median": sample.percentiles.get(50.0), "max": sample.max}
@@ -3756,17 +3759,24 @@ def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") ->
             f"{prefix}{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
         }
         keys.update({f"{prefix}{count_key(stem)}": sample.n for stem in metric.stems if sample.n})
-        for rank in INTERVALS_SHOWN if metric.key in WITH_STEADY and not prefix else ():
-            ends = sample.intervals.get(rank, (math.inf,))
-            if not any(map(math.isinf, ends)):
-                keys.update({f"p{rank:g}_{stem}_ci95": list(ends) for stem in metric.stems})
+    return found
+
+
+def _intervals(distributions: Mapping[str, Distribution]) -> dict[str, list[float]]:
+    """Where percentiles lie with 95 % confidence; only those of which both ends are known."""
+    found = {}
+    for key, rank in itertools.product(WITH_STEADY, INTERVALS_SHOWN):
+        ends = distributions[key].intervals.get(rank, (math.inf,))
+        if not any(map(math.isinf, ends)):
+            found[f"p{rank:g}_{METRIC[key].stems[0]}"] = list(ends)
     return found
 
 
 def result_name(result: Mapping[str, Any]) -> str:
     """The name of a result's own file, as vLLM names them: label or backend, rate, concurrency, model, date (UTC)."""
     words = [result.get("label") or result["backend"], f"{result['request_rate']}qps"]
-    words += [f"{w}{result[k]}" for w, k in (("concurrency", "max_concurrency"), ("repeat", "repeat")) if k in result]
+    words += [f"concurrency{result['max_concurrency']}"] if "max_concurrency" in result else []
+    words += [f"repeat{result['repeat']}"] if result["repeat"] > 1 else []
     words += [result["model_id"].rpartition("/")[2], result["date"]]
     return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, words)))[:200]
 

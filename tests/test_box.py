@@ -262,7 +262,9 @@ def test_a_clock_that_is_set_during_the_run(step_s: float, slow: Demo, monkeypat
     got = run(slow.url, concurrency=CONCURRENCY, total_requests=25, prompt_tokens=16, output_tokens=2, stream=True)
     assert {fate(row) for row in got.rows} == {"success/"}
     for row in got.rows:
-        assert SLOW_MS * 0.9 < float(row["ttft_ms"]) <= float(row["latency_ms"]) < got.seconds * 1e3
+        if row["late_read"] == "0":  # else this machine is busy, and a first token may be left out
+            assert SLOW_MS * 0.9 < float(row["ttft_ms"]) <= float(row["latency_ms"])
+        assert float(row["latency_ms"]) < got.seconds * 1e3
         assert row["tpot_ms"] == "" or float(row["tpot_ms"]) > 0  # both tokens may have come at once
 
 

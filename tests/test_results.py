@@ -20,14 +20,14 @@ from tests.support.tables import json_lines
 
 STEMS = {stem for metric in bench.METRICS for stem in metric.stems}
 STREAMED = {"ttft_ms", "ttfv_ms", "tpot_ms", "itl_ms", "tail_ms"}
-ALWAYS = {"e2el_ms", "e2e_latency_ms", "e2e_ms", "client_queue_time_ms"}
+ALWAYS = {"e2el_ms", "e2e_latency_ms", "latency_ms", "e2e_ms", "client_queue_time_ms"}
 ALWAYS |= {"tokens_per_s_per_user", "output_tokens", "prompt_tokens"}
 STATISTICS = ("mean", "median", "std", "max", "p50", "p90", "p95", "p99", "p99.9")
 SCHEDULED = {"response_ms", "late_send_ms"}
 OPTIONS: Mapping[str, Sequence[str]] = {
     "whole": (),
     "streamed": ("--stream", "--save-detailed", "--metadata", "gpu_type=H100"),
-    "rate": ("--request-rate", "200"),
+    "rate": ("--request-rate", "200", "--goodput", "e2el:500", "--gpus", "2", "--gpu-hour", "2.5"),
 }
 SMALL = ("--concurrency", "2", "--total-requests", "8", "--output-tokens", "5")
 
@@ -252,8 +252,10 @@ def test_the_document_names_every_key_and_column(results: dict[str, dict[str, An
     assert set(told) - set(lists) == set(bench.figures_over_time([(0.0, sample), (1.0, sample)], rows))
     named = {f"{name}_{stem}" for stem in STEMS for name in STATISTICS}
     named |= {re.sub("_ms$", "", stem) + "_count" for stem in STEMS}
+    named |= {f"steady_{name}" for name in named}
     assert documented("The summary") == [key for key in results["rate"] if key not in named]
-    assert set(results["rate"]) - set(results["whole"]) - named == {"due_rate", "issued_rate"}
+    more = set(results["rate"]) - set(results["whole"]) - named
+    assert {name for name in more if not re.search("goodput|_gpu$|^price", name)} == {"due_rate", "issued_rate"}
     assert sorted(documented("Distributions")) == sorted(STEMS)
     assert lists == [key for key in results["streamed"] if key in lists]
     assert set(results["streamed"]) - set(results["whole"]) - named == {*lists, "gpu_type"}
