@@ -205,6 +205,7 @@ SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
 KV_CACHE_FULL = 0.99
 SEARCH_PRECISION = 0.04  # of the level that holds: how near the one that fails must be
 BOUND_REPEATS = 2.0  # times as many requests where this client was the limit
+SEARCH_REPEATS = 2  # of a level whose verdict chance could turn, with more requests each time,
 SEARCH_MOST = 16  # times the usual number of requests: what is not sure by then stays unresolved
 DRIFT = 0.10  # of a mean, from the first to the last third of the steady window
 NORMAL_95 = 1.96  # standard errors to either side of a mean
@@ -3383,6 +3384,8 @@ def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -
     lines = []
     if bend is not None and bend == levels[-1].level:
         lines.append(f"No knee: at {bend:g} {unit} throughput still grew by more than {KNEE_GROWTH:.0%} per doubling")
+    elif bend is None and len(levels) > 2:
+        lines.append(f"No knee: nowhere did throughput grow by more than {KNEE_GROWTH:.0%} per doubling")
     elif bend is not None:
         lines.append(f"Knee: {bend:g} {unit}; beyond it throughput grows by less than {KNEE_GROWTH:.0%} per doubling")
     bound = [f"{level.level:g}" for level in levels if any(point.client_bound for point in level.points)]
@@ -7371,9 +7374,9 @@ def _take(held: list[tuple[float, Answer]], fails: Optional[float], level: float
 
 
 def _made_sure(level: float, answer: Answer) -> Generator[Step, Answer, Answer]:
-    """Repeat a level with more requests until its verdict is no chance, or SEARCH_MOST times as many were made."""
+    """Repeat a level with more requests, twice at most and SEARCH_MOST times as many, until its verdict is no chance."""
     factor, repeat = 1, 1
-    while not answer.sure and factor < SEARCH_MOST:
+    while not answer.sure and factor < SEARCH_MOST and repeat <= SEARCH_REPEATS:
         factor = min(SEARCH_MOST, factor * math.ceil(min(SEARCH_MOST, max(2.0, 1.2 * answer.needed))))
         repeat += 1
         answer = yield Step(level, repeat, factor)
