@@ -7374,7 +7374,7 @@ def _take(held: list[tuple[float, Answer]], fails: Optional[float], level: float
 
 
 def _made_sure(level: float, answer: Answer) -> Generator[Step, Answer, Answer]:
-    """Repeat a level with more requests, twice at most and SEARCH_MOST times as many, until its verdict is no chance."""
+    """Repeat a level with more requests, twice at most, until its verdict is no chance."""
     factor, repeat = 1, 1
     while not answer.sure and factor < SEARCH_MOST and repeat <= SEARCH_REPEATS:
         factor = min(SEARCH_MOST, factor * math.ceil(min(SEARCH_MOST, max(2.0, 1.2 * answer.needed))))
