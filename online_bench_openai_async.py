@@ -178,7 +178,6 @@ SPARE_DESCRIPTORS = 64
 CONNECTS_AT_ONCE = 64  # below the listening queue of the usual servers
 NEXT_ADDRESS_S = 0.25  # until the next address of a name is tried as well (RFC 8305, Connection Attempt Delay)
 STALE_S = 1.0  # a kept connection that is reset later than this after the sending had not been closed before it
-SOCKET_BACKLOG = 4096
 AUTO_TOKENS_PER_S = 100  # of each stream, where --processes auto reckons
 AUTO_CORE_SHARE = 0.5  # of a core that a process is to need at most
 READS_PER_REQUEST = 60  # what sending a request through the SDK costs, in reads of a chunk (benchmarks/client_cost.py)
@@ -1565,7 +1564,7 @@ def read_completion(body: Any, reply: Reply, keeps_text: bool = False) -> Option
         return _failed("no_choices", f"no choices in {glimpse(body)[:120]}")
     if len(choices) > 1:
         return _failed("several_choices", SEVERAL_CHOICES)
-    set_fields(reply, usage_of(body.get("usage")))
+    vars(reply).update(usage_of(body.get("usage")))
     finish, said = choices[0].get("finish_reason"), _said(choices[0], "message")
     reply.finish_reason = finish if finish and isinstance(finish, str) else None
     if not isinstance(said, dict):
@@ -1575,11 +1574,6 @@ def read_completion(body: Any, reply: Reply, keeps_text: bool = False) -> Option
     if has_text and not reply.completion_tokens:
         reply.completion_tokens, reply.has_usage = None, False
     return _verdict(reply.finish_reason, has_text, reply.completion_tokens)
-
-
-def set_fields(reply: Reply, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(reply, name, value)
 
 
 def _verdict(finish: Optional[str], has_text: bool, tokens: Optional[int]) -> Optional[Failure]:
@@ -1886,7 +1880,7 @@ class StreamReader:
         reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
-        set_fields(reply, self._counts)
+        vars(reply).update(self._counts)
         if self._texts is not None:
             with contextlib.suppress(ValueError):
                 reply.text = json.loads(b'"%s"' % b"".join(self._texts), strict=False)
@@ -1929,16 +1923,6 @@ READERS: Mapping[bool, Callable[..., Reader]] = {False: WholeReader, True: Strea
 def reader_of(config: Config) -> Callable[[Reply], Reader]:
     keeps_text = bool(config.corpus.get("sessions")) and config.history == "server"
     return partial(READERS[config.stream], keeps_text=keeps_text)
-
-
-def read_reply(streamed: bool, arrivals: Iterable[tuple[int, bytes]]) -> Reply:
-    """(stamp in ns, bytes) of a body as they came -> Reply; the same however the bytes were cut."""
-    reply = Reply()
-    reader = READERS[streamed](reply)
-    for stamp_ns, data in arrivals:
-        reader.feed([stamp_ns], [data])
-    reader.finish()
-    return reply
 
 
 # === 6. Metrics (pure) ===
@@ -3687,15 +3671,16 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
 
     Readers call float() on all that ends in `_ms`, and refuse repetitions whose keys differ.
     """
-    figures = _metric_keys(summary.distributions)
-    connecting = figures.pop("connect")  # no keys of its own: whether a connection has to be opened again is chance
-    steady = _flat(_metric_keys(summary.steady.distributions, "steady_")) if summary.steady else {}
+    stats = stats_of(summary.distributions)
+    # These have no keys of their own: whether a connection has to be opened again is chance.
+    connecting = {key: stats.pop(key) for key in list(stats) if STATS[key].metric == "connect"}
+    steady = stats_of(summary.steady.distributions, steady=True) if summary.steady else {}
     told = ((name, figure_of(name, summary, config, health)) for name in FIGURES)
     requests = {"model_id": config.model, **{name: value for name, value in told if value is not None}}
     shares = {name: requests.pop(name) for name in list(requests) if name.startswith("goodput_share_")}
     nested = {"confidence_95": _intervals(summary.distributions), "goodput_shares": shares, "connecting": connecting}
     ours = {**nested, **_our_keys(summary, config, health)}  # nested: readers divide by all that has "tpot" in its name
-    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **steady, **summary.server, **ours}
+    return {**(config.metadata or {}), **run, **requests, **stats, **steady, **summary.server, **ours}
 
 
 def _our_keys(summary: Summary, config: Config, health: Sequence[Health]) -> dict[str, Any]:
@@ -3735,27 +3720,18 @@ def _group_json(groups: Mapping[str, GroupSummary]) -> dict[str, Any]:
     told = {}
     for name, got in groups.items():
         shares = {} if got.cached_share is None else {"cached_share": got.cached_share}
-        told[name] = {"completed": got.ok, "failed": got.errors, **shares, **_flat(_metric_keys(got.distributions))}
+        told[name] = {"completed": got.ok, "failed": got.errors, **shares, **stats_of(got.distributions)}
     return told
 
 
-def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: value for keys in figures.values() for name, value in keys.items()}
-
-
-def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") -> dict[str, dict[str, Any]]:
-    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
-    found: dict[str, dict[str, Any]] = {}
-    for metric, sample in ((metric, distributions.get(metric.key, Distribution(0))) for metric in METRICS):
-        values = {"mean": sample.mean, "median": sample.percentiles.get(50.0), "max": sample.max}
-        values.update({f"p{rank:g}": value for rank, value in sample.percentiles.items()})
-        if sample.n > 1:  # of one value there is none, and readers divide by it
-            values["std"] = sample.std
-        keys = found[metric.key] = {
-            f"{prefix}{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
-        }
-        keys.update({f"{prefix}{count_key(stem)}": sample.n for stem in metric.stems if sample.n})
-    return found
+def stats_of(distributions: Mapping[str, Distribution], steady: bool = False) -> dict[str, Any]:
+    """Every number of these distributions by its key; of a metric without values there is none."""
+    told = {}
+    for key, one in STATS.items():
+        sample = distributions.get(one.metric, Distribution(0))
+        if one.steady == steady and sample.n > (one.name == "std"):  # of one value it is 0, and readers divide by it
+            told[key] = one.of(sample)
+    return told
 
 
 def _intervals(distributions: Mapping[str, Distribution]) -> dict[str, list[float]]:
