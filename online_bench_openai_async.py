@@ -2102,7 +2102,7 @@ METRICS = (
 
 METRIC = {metric.key: metric for metric in METRICS}
 STREAMED_METRICS = ("ttft", "visible", "tpot", "gap", "tail")
-WITH_STEADY = ("latency", "ttft", "tpot")  # their lines of the steady window stand beside those of the whole run
+MAIN_METRICS = ("latency", "ttft", "tpot")  # those of groups, and of the steady window beside the whole run
 # What --goodput sets limits on, in vLLM's words -> key of the metric.
 GOODPUT_NAMES = {"ttft": "ttft", "tpot": "tpot", "e2el": "latency", "latency": "latency"}
 
@@ -2126,13 +2126,6 @@ GROUPINGS: Mapping[str, tuple[Callable[[Record], Optional[str]], int]] = {
     "server": (lambda r: r.reply.server, 256),
     "turn": (lambda r: None if r.reply.turn is None else str(r.reply.turn), 100),
 }
-GROUP_METRICS = ("latency", "ttft", "tpot")
-# What is counted besides, by the summary's field names.
-COUNTED_BESIDES = (
-    "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
-    "streams", "first_merged", "with_first", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
-    "prefix_tokens", "held_back", "sessions", "unsent_turns",
-)  # fmt: skip
 
 
 class Span:
@@ -2156,7 +2149,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample() for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample() for metric in METRICS if metric.key in MAIN_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -2189,12 +2182,8 @@ class Tally:
         self.good: Counter[str] = Counter()
         self.sent_s = array("d")  # of each row; NaN: it was not sent
         self.last_index = -1
-        self.ok = 0
-        self.errors = 0
-        self.aborted = 0
+        self.ok = self.errors = self.aborted = self.prompt_tokens = self.completion_tokens = 0
         self.arriving_tokens = 0  # of replies under way, for the progress line
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
         self.busy_s = 0.0
         self.first_sent_s = math.inf
         self.last_done_s = -math.inf
@@ -2322,22 +2311,16 @@ class Tally:
             prompt_tokens=int(sum(self.samples["prompt"].of_rows(ended))),
             completion_tokens=int(sum(self.samples["output"].of_rows(ended))),
             distributions={key: describe(self.samples[key].of_rows(rows)) for key in METRIC if not METRIC[key].pooled},
-            opening={key: describe(self.samples[key].of_rows(before)) for key in WITH_STEADY},
-            drifts=drifts(*({key: list(self.samples[key].of_rows(part)) for key in WITH_STEADY} for part in thirds)),
+            opening={key: describe(self.samples[key].of_rows(before)) for key in MAIN_METRICS},
+            drifts=drifts(*({key: list(self.samples[key].of_rows(part)) for key in MAIN_METRICS} for part in thirds)),
         )
 
     def summary(self, wave: int = 0) -> Summary:
         """`wave`: how many requests were in flight at the start, for the steady window."""
         steady = self.steady(wave)  # before the samples are described, which may take their values
-        distributions = {key: sample.describe() for key, sample in self.samples.items()}
-        return Summary(
-            ok=self.ok,
-            errors=self.errors,
-            aborted=self.aborted,
-            elapsed_s=self.elapsed_s,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            distributions=distributions,
+        values = {item.name: getattr(self, item.name, self.counts[item.name]) for item in dataclasses.fields(Summary)}
+        values.update(
+            distributions={key: sample.describe() for key, sample in self.samples.items()},
             error_groups=self.error_groups(),
             groups={
                 name: {group: tally.summary() for group, tally in self.groups[name].items()}
@@ -2345,15 +2328,12 @@ class Tally:
                 if 0 < len(self.groups[name]) <= most
             },
             finish_reasons=dict(self.finish_reasons),
-            busy_s=self.busy_s,
-            first_error_s=self.first_error_s,
             good={key: self.good[key] for key in (*self._goodput, "all")} if self._goodput else {},
             steady=steady,
             due_rate=self.due.per_s,
             issued_rate=self.issued.per_s,
-            server=self.server,
-            **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
+        return Summary(**values)
 
 
 def drifts(first: Mapping[str, Sequence[float]], last: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -2674,17 +2654,6 @@ def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> 
     return ReportWarning(f"client-bound: {reason}", _client_cure(health)) if reason else None
 
 
-def _warn_held_back(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.held_back:
-        return None
-    late = summary.distributions["late"]
-    text = (
-        f"--concurrency {config.concurrency} held the schedule back: {summary.held_back} requests were due before a"
-        f" permit was free (sent up to {late.max or 0:.0f} ms late), so the server had less to do than was asked"
-    )
-    return ReportWarning(text, "read the response time, which counts from the due time; or no --concurrency, no cap")
-
-
 def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if not summary.without_usage:
         return None
@@ -2817,24 +2786,6 @@ def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> 
     return ReportWarning(text, f"{cure}; else the server sends them so" + ("" if "TPOT" in figures else "; read TPOT"))
 
 
-def _warn_one_piece(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.one_piece:
-        return None
-    text = f"{summary.one_piece} replies of several tokens came all at once: they have no TPOT"
-    return ReportWarning(text, "read the latency; a server or proxy that streams token by token gives the rest")
-
-
-def _warn_backlog(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.syn_resent:
-        return None
-    text = (
-        f"the first packet of connections had to be repeated {summary.syn_resent} times, 1, 3, 7 s later: the server's"
-        " listen queue was full, or the network lost it (connect_ms; in no latency)"
-    )
-    cure = "a longer listen queue there (its backlog, net.core.somaxconn), or kept connections"
-    return ReportWarning(text, cure)
-
-
 def _warn_servers(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     dead = {name: group for name, group in summary.groups.get("server", {}).items() if group.errors and not group.ok}
     if not dead:
@@ -2843,13 +2794,6 @@ def _warn_servers(summary: Summary, config: Config, health: Sequence[Health]) ->
         f"{name}: {group.errors} requests, none answered: {group.first_error}" for name, group in dead.items()
     )
     return ReportWarning(said, "mend it, or leave its --api-base out: every figure is of the others alone")
-
-
-def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.reconnects:
-        return None
-    text = f"{summary.reconnects} requests were sent anew: the server had closed the kept connection"
-    return ReportWarning(text, "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)")
 
 
 def error_warning(summary: Summary) -> Optional[ReportWarning]:
@@ -2872,24 +2816,41 @@ def _warn_drift(summary: Summary, config: Config, health: Sequence[Health]) -> O
     return ReportWarning(text, "a longer --warmup or run, or a load that the server can take for ever")
 
 
-WARNINGS = (
-    _warn_client,
-    _warn_drift,
-    _warn_held_back,
-    _warn_servers,
-    _warn_usage,
-    _warn_prompt_length,
-    _warn_short_replies,
-    _warn_corpus,
-    _warn_cache,
-    _warn_others,
-    _warn_server_queue,
-    _warn_kv_cache,
-    _warn_merged,
-    _warn_one_piece,
-    _warn_backlog,
-    _warn_reconnects,
-)
+# Counts that are 0 in a good run: field of the summary -> what one that is not says.
+COUNT_WARNINGS = {
+    "held_back": ReportWarning(
+        "--concurrency {concurrency} held the schedule back: {n} requests were due before a permit was free (sent up to"
+        " {late:.0f} ms late), so the server had less to do than was asked",
+        "read the response time, which counts from the due time; or no --concurrency, no cap",
+    ),
+    "one_piece": ReportWarning(
+        "{n} replies of several tokens came all at once: they have no TPOT",
+        "read the latency; a server or proxy that streams token by token gives the rest",
+    ),
+    "syn_resent": ReportWarning(
+        "the first packet of connections had to be repeated {n} times, 1, 3, 7 s later: the server's listen queue was"
+        " full, or the network lost it (connect_ms; in no latency)",
+        "a longer listen queue there (its backlog, net.core.somaxconn), or kept connections",
+    ),
+    "reconnects": ReportWarning(
+        "{n} requests were sent anew: the server had closed the kept connection",
+        "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)",
+    ),
+}
+
+
+def _warn_count(field: str, summary: Summary, config: Config, health: Fared) -> Optional[ReportWarning]:
+    count, warning = getattr(summary, field), COUNT_WARNINGS[field]
+    late = summary.distributions["late"].max or 0.0
+    text = warning.text.format(n=count, concurrency=config.concurrency, late=late)
+    return warning._replace(text=text) if count else None
+
+
+WARNINGS: Sequence[Callable[[Summary, Config, Fared], Optional[ReportWarning]]] = (
+    _warn_client, _warn_drift, partial(_warn_count, "held_back"), _warn_servers, _warn_usage, _warn_prompt_length,
+    _warn_short_replies, _warn_corpus, _warn_cache, _warn_others, _warn_server_queue, _warn_kv_cache, _warn_merged,
+    *(partial(_warn_count, name) for name in ("one_piece", "syn_resent", "reconnects")),
+)  # fmt: skip
 
 
 def warnings_of(summary: Summary, config: Config, health: Sequence[Health]) -> list[ReportWarning]:
@@ -3442,7 +3403,7 @@ def distribution_table(summary: Summary) -> list[str]:
         if not _shown(metric, summary):
             continue
         rows.append(_table_row(_metric_label(metric, summary), summary.distributions[metric.key]))
-        if summary.steady and metric.key in WITH_STEADY:
+        if summary.steady and metric.key in MAIN_METRICS:
             rows.append(_table_row("  steady", summary.steady.distributions[metric.key]))
     notes = _few_note(summary, rows)
     if max(sample.n for sample in summary.distributions.values()) > EXACT_SAMPLES:
@@ -3473,7 +3434,7 @@ def interval_table(summary: Summary) -> list[str]:
     rows = [["95 % confidence", *(f"p{rank:g}" for rank in INTERVALS_SHOWN)]]
     for metric in METRICS:
         sample = summary.distributions[metric.key]
-        if metric.key in WITH_STEADY and sample.n:
+        if metric.key in MAIN_METRICS and sample.n:
             ends = [["?" if math.isinf(end) else _figure(end) for end in sample.intervals[r]] for r in INTERVALS_SHOWN]
             rows.append([metric.label, *map(" to ".join, ends)])
     return table(rows) if len(rows) > 1 else []
@@ -3503,7 +3464,7 @@ def steady_lines(summary: Summary) -> list[str]:
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
     """A row for each group; only what one of them has gets a column."""
     labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
-    told = [key for key in GROUP_METRICS if any(got.distributions[key].n for got in groups.values())]
+    told = [key for key in MAIN_METRICS if any(got.distributions[key].n for got in groups.values())]
     figures = [(key, rank) for key in told for rank in (50.0, 99.0)]
     rows = [[name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), "cached"]]
     for group, got in groups.items():
@@ -3737,7 +3698,7 @@ def stats_of(distributions: Mapping[str, Distribution], steady: bool = False) ->
 def _intervals(distributions: Mapping[str, Distribution]) -> dict[str, list[float]]:
     """Where percentiles lie with 95 % confidence; only those of which both ends are known."""
     found = {}
-    for key, rank in itertools.product(WITH_STEADY, INTERVALS_SHOWN):
+    for key, rank in itertools.product(MAIN_METRICS, INTERVALS_SHOWN):
         ends = distributions[key].intervals.get(rank, (math.inf,))
         if not any(map(math.isinf, ends)):
             found[f"p{rank:g}_{METRIC[key].stems[0]}"] = list(ends)
