@@ -975,10 +975,8 @@ class EndpointType(NamedTuple):
 
 
 ENDPOINT_TYPES: Mapping[str, EndpointType] = {
-    "chat": EndpointType("/chat/completions", "messages", chat, lambda client: client.chat.completions.create),
-    "completions": EndpointType(
-        "/completions", "prompt", lambda text, _: text, lambda client: client.completions.create
-    ),
+    "chat": EndpointType("/chat/completions", "messages", chat, lambda sdk: sdk.chat.completions.create),
+    "completions": EndpointType("/completions", "prompt", lambda text, _: text, lambda sdk: sdk.completions.create),
 }
 
 
@@ -2391,18 +2389,16 @@ def _per(amount: float, whole: Optional[float]) -> Optional[float]:
     return amount / whole if whole else None
 
 
-def _price(config: Config, tokens_per_s: float) -> Optional[float]:
+def _price(config: Config, per_s: float) -> Optional[float]:
     """Of a million such tokens, all GPUs' cost laid on them."""
-    return (
-        config.gpu_hour * (config.gpus or 1) / 3600 / tokens_per_s * 1e6 if config.gpu_hour and tokens_per_s else None
-    )
+    return config.gpu_hour * (config.gpus or 1) / 3600 / per_s * 1e6 if config.gpu_hour and per_s else None
 
 
 def input_per_s(summary: Summary) -> float:
     return _rate(summary.prompt_tokens, summary.elapsed_s)
 
 
-def _share_within(key: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
+def _share_kept(key: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
     return _per(summary.good[key], summary.ok + summary.errors) if key in summary.good else None
 
 
@@ -2421,9 +2417,7 @@ FIGURES: Mapping[str, Callable[[Summary, Config, Fared], Optional[float]]] = {
     "request_throughput": lambda s, c, h: s.requests_per_s,
     "request_goodput": lambda s, c, h: _rate(s.good["all"], s.elapsed_s) if s.good else None,
     "goodput_share": lambda s, c, h: _per(s.good.get("all", 0), s.ok + s.errors) if s.good else None,
-    **{
-        f"goodput_share_{name}": partial(_share_within, key) for name, key in GOODPUT_NAMES.items() if name != "latency"
-    },
+    **{f"goodput_share_{name}": partial(_share_kept, key) for name, key in GOODPUT_NAMES.items() if name != "latency"},
     "input_throughput": lambda s, c, h: input_per_s(s),
     "output_throughput": lambda s, c, h: s.generated_per_s,
     "total_token_throughput": lambda s, c, h: s.total_per_s,
@@ -2787,13 +2781,10 @@ def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> 
 
 
 def _warn_servers(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    dead = {name: group for name, group in summary.groups.get("server", {}).items() if group.errors and not group.ok}
-    if not dead:
-        return None
-    said = "; ".join(
-        f"{name}: {group.errors} requests, none answered: {group.first_error}" for name, group in dead.items()
-    )
-    return ReportWarning(said, "mend it, or leave its --api-base out: every figure is of the others alone")
+    dead = [(name, got) for name, got in summary.groups.get("server", {}).items() if got.errors and not got.ok]
+    said = "; ".join(f"{name}: {got.errors} requests, none answered: {got.first_error}" for name, got in dead)
+    cure = "mend it, or leave its --api-base out: every figure is of the others alone"
+    return ReportWarning(said, cure) if dead else None
 
 
 def error_warning(summary: Summary) -> Optional[ReportWarning]:
@@ -2884,10 +2875,8 @@ class Redactor:
         logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
         basic = [base64.b64encode(login.encode()).decode() for login in logins]
         queries = [text for url in urls for _, name, text in _QUERY.findall(url) if _SECRET_NAME.search(name)]
-        words = [config.api_key, *logins, *basic, *queries, *map(unquote, queries), *named]
-        return cls(
-            [*words, *(login.partition(":")[2] for login in logins), *(word.rpartition(" ")[2] for word in named)]
-        )
+        ends = [login.partition(":")[2] for login in logins] + [value.rpartition(" ")[2] for value in named]
+        return cls([config.api_key, *logins, *basic, *queries, *map(unquote, queries), *named, *ends])
 
     def text(self, text: str) -> str:
         """Any text, a server's words above all, with every secret blanked, also one that is cut off at the end.
@@ -2971,9 +2960,8 @@ HARMLESS_HEADERS = ("accept", "accept-language", "openai-beta", "user-agent")
 
 def is_harmless(name: str, value: str) -> bool:
     """Whether a header may be shown: by its name, or because its value is too short to keep anybody out."""
-    return (
-        name.lower() in HARMLESS_HEADERS or len(value) < LEAST_SECRET_CHARS or value in ("true", "false", *PLAIN_KEYS)
-    )
+    plain_value = len(value) < LEAST_SECRET_CHARS or value in ("true", "false", *PLAIN_KEYS)
+    return plain_value or name.lower() in HARMLESS_HEADERS
 
 
 def split_header(text: str) -> tuple[str, str]:
@@ -3200,24 +3188,14 @@ def limit_words(limit: Limit) -> str:
 # --- several points: a table with a line for each level, and what it shows in words ---
 
 
-class SweepColumn(NamedTuple):
-    head: str
-    below: str  # second line of the heading
-    figure: str
-
-
-SWEEP_COLUMNS = (
-    SweepColumn("req/s", "", "request_throughput"),
-    SweepColumn("out", "tok/s", "output_throughput"),
-    SweepColumn("tok/s", "/user", "median_tokens_per_s_per_user"),
-    SweepColumn("TTFT", "p50", "p50_ttft_ms"),
-    SweepColumn("TTFT", "p99", "p99_ttft_ms"),
-    SweepColumn("TPOT", "p50", "p50_tpot_ms"),
-    SweepColumn("TPOT", "p99", "p99_tpot_ms"),
-    SweepColumn("latency", "p50", "p50_latency_ms"),
-    SweepColumn("latency", "p95", "p95_latency_ms"),
-    SweepColumn("latency", "p99", "p99_latency_ms"),
-)
+# figure -> the two lines of its heading
+SWEEP_COLUMNS = {
+    "request_throughput": ("req/s", ""), "output_throughput": ("out", "tok/s"),
+    "median_tokens_per_s_per_user": ("tok/s", "/user"),
+    "p50_ttft_ms": ("TTFT", "p50"), "p99_ttft_ms": ("TTFT", "p99"),
+    "p50_tpot_ms": ("TPOT", "p50"), "p99_tpot_ms": ("TPOT", "p99"),
+    "p50_latency_ms": ("latency", "p50"), "p95_latency_ms": ("latency", "p95"), "p99_latency_ms": ("latency", "p99"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -3303,20 +3281,21 @@ def sweep_knee(levels: Sequence[Level]) -> Optional[float]:
 
 def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None) -> list[str]:
     """A line for each level; with repetitions its median, and the least and the greatest below. `bend`: the knee."""
-    columns = [column for column in SWEEP_COLUMNS if any(level.values(column.figure) for level in levels)]
-    rows = [[unit, *(c.head for c in columns), "errors"], ["", *(c.below for c in columns), ""]]
+    figures = [name for name in SWEEP_COLUMNS if any(level.values(name) for level in levels)]
+    heads, below = ([SWEEP_COLUMNS[name][line] for name in figures] for line in (0, 1))
+    rows = [[unit, *heads, "errors"], ["", *below, ""]]
     ends = ["verdict", ""]
     for level in levels:
         errors = sum(point.summary.errors for point in level.points)
-        rows.append([f"{level.level:g}", *(level.cell(column.figure) for column in columns), str(errors)])
+        rows.append([f"{level.level:g}", *map(level.cell, figures), str(errors)])
         ends.append(level.verdict(bend if bend != levels[-1].level else None))
         for name, pick in (("min", 0), ("max", -1)) if len(level.points) > 1 else ():
-            extremes = [level.values(column.figure) for column in columns]
-            rows.append([f"  {name}", *(brief(values[pick] if values else None) for values in extremes), ""])
+            extremes = [values[pick] if values else None for values in map(level.values, figures)]
+            rows.append([f"  {name}", *map(brief, extremes), ""])
             ends.append("")
     starred = any(cell.endswith("*") for row in rows for cell in row)
     note = ["* too few values for that percentile: more --requests-per-slot, or --total-requests"] * starred
-    return [*(f"{row}  {end}".rstrip() for row, end in zip(padded(rows), ends)), *note]
+    return [*(f"{row}  {end}".rstrip() for row, end in zip(table(rows), ends)), *note]
 
 
 def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -> list[str]:
@@ -3364,17 +3343,11 @@ def _why_not(level: Level) -> str:
     return f"at {level.level:g} {' and '.join(told)}"
 
 
-def padded(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-
-
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    return [line.rstrip() for line in padded(rows)]
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows))
+    cells = ([row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows)
+    return ["  ".join(line).rstrip() for line in cells]
 
 
 def _metric_label(metric: Metric, summary: Summary) -> str:
@@ -3498,9 +3471,7 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
         lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")
     lines += [part for line in steady_lines(summary) for part in wrapped(line, len("Steady: "))]
     if summary.aborted:
-        lines.append(
-            f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"
-        )
+        lines += [f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"]
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
@@ -3737,17 +3708,21 @@ def detail_lists(records: Sequence[Record]) -> dict[str, list[Any]]:
 # === 8. Sinks (the only writers) ===
 
 
-def _number(value: Optional[float], digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _time(path: str, digits: int = 3) -> Callable[[Record], str]:
+    """The cell of a time; `path`: the attribute of the record that holds it."""
+    read = operator.attrgetter(path)
+    return lambda record: "" if read(record) is None else f"{read(record):.{digits}f}"
 
 
-def _count(value: Optional[int]) -> str:
-    return "" if value is None else str(int(value))
+def _count(path: str) -> Callable[[Record], str]:
+    read = operator.attrgetter(path)
+    return lambda record: "" if read(record) is None else str(int(read(record)))
 
 
-def _good(record: Record, value: Optional[int]) -> str:
-    """A count of a success; of a failure, which enters no total, nothing."""
-    return _count(value if record.ok else None)
+def _tokens(path: str) -> Callable[[Record], str]:
+    """A count of successes; failures enter no total."""
+    count = _count(path)
+    return lambda record: count(record) if record.ok else ""
 
 
 def _cell(text: Optional[str]) -> str:
@@ -3770,41 +3745,35 @@ def _said_by_the_point(record: Record) -> str:
 
 CSV_COLUMNS: Mapping[str, Column] = {
     "index": Column("number of the request, from 0", lambda r: str(r.job.index)),
-    "prompt_tokens": Column(
-        "as the server's usage counted them; successes only", lambda r: _good(r, r.reply.prompt_tokens)
-    ),
-    "completion_tokens": Column(
-        "likewise; a stream without usage: its chunks", lambda r: _good(r, r.reply.completion_tokens)
-    ),
-    "total_tokens": Column("their sum", lambda r: _good(r, r.total_tokens)),
-    "latency_ms": Column("sent -> last byte (streamed: last token); successes only", lambda r: _number(r.latency_ms)),
+    "prompt_tokens": Column("as the server's usage counted them; successes only", _tokens("reply.prompt_tokens")),
+    "completion_tokens": Column("likewise; a stream without usage: its chunks", _tokens("reply.completion_tokens")),
+    "total_tokens": Column("their sum", _tokens("total_tokens")),
+    "latency_ms": Column("sent -> last byte (streamed: last token); successes only", _time("latency_ms")),
     "status": Column("success, http_error (call failed), decode_error (incomplete answer)", lambda r: r.status),
     "error": Column(f"the first {ERROR_TEXT_CHARS} characters of what went wrong", lambda r: _cell(r.error)),
     "error_kind": Column("its class: http_429, timeout, connect_refused, cut, ...", lambda r: _cell(r.error_kind)),
-    "scheduled_s": Column("when it was due, from the start; blank in a closed loop", lambda r: _number(r.job.due_s, 6)),
-    "sent_s": Column("when its last byte was handed to the socket, from the start", lambda r: _number(r.sent_s, 6)),
-    "ttft_ms": Column("sent -> first token (streamed)", lambda r: _number(r.ttft_ms)),
-    "tpot_ms": Column("(last - first token) / (completion_tokens - 1) (streamed)", lambda r: _number(r.tpot_ms)),
-    "response_ms": Column("due -> completion; blank in a closed loop", lambda r: _number(r.response_ms)),
-    "queue_ms": Column(
-        "permit free (or due) -> ready to write, without connecting; in no latency", lambda r: _number(r.queue_ms)
-    ),
-    "connect_ms": Column("opening its connection; blank on a kept one; in no latency", lambda r: _number(r.connect_ms)),
-    "e2e_ms": Column("permit free (or due) -> completion, queue and connecting included", lambda r: _number(r.e2e_ms)),
-    "tail_ms": Column("last token -> last byte of the reply (streamed)", lambda r: _number(r.tail_ms)),
+    "scheduled_s": Column("when it was due, from the start; blank in a closed loop", _time("job.due_s", 6)),
+    "sent_s": Column("when its last byte was handed to the socket, from the start", _time("sent_s", 6)),
+    "ttft_ms": Column("sent -> first token (streamed)", _time("ttft_ms")),
+    "tpot_ms": Column("(last - first token) / (completion_tokens - 1) (streamed)", _time("tpot_ms")),
+    "response_ms": Column("due -> completion; blank in a closed loop", _time("response_ms")),
+    "queue_ms": Column("permit free (or due) -> ready to write, without connecting; in no latency", _time("queue_ms")),
+    "connect_ms": Column("opening its connection; blank on a kept one; in no latency", _time("connect_ms")),
+    "e2e_ms": Column("permit free (or due) -> completion, queue and connecting included", _time("e2e_ms")),
+    "tail_ms": Column("last token -> last byte of the reply (streamed)", _time("tail_ms")),
     "late_read": Column(
         "1 when chunks queued up in this client: their gaps, or ttft_ms, are left out",
         lambda r: str(int(r.reply.late_gaps > 0)) if r.reply.chunks is not None else "",
     ),
     "finish_reason": Column("stop, length, ...", lambda r: _cell(r.reply.finish_reason)),
-    "chunks": Column("content chunks received (streamed)", lambda r: _count(r.reply.chunks)),
-    "cached_tokens": Column("prompt tokens from the server's prefix cache", lambda r: _good(r, r.reply.cached_tokens)),
-    "reasoning_tokens": Column("completion tokens spent on reasoning", lambda r: _good(r, r.reply.reasoning_tokens)),
-    "new_connection": Column("1 when a connection was opened for it", lambda r: _count(r.reply.new_connection)),
-    "http_status": Column("the HTTP status; blank when none came", lambda r: _count(r.reply.http_status)),
+    "chunks": Column("content chunks received (streamed)", _count("reply.chunks")),
+    "cached_tokens": Column("prompt tokens from the server's prefix cache", _tokens("reply.cached_tokens")),
+    "reasoning_tokens": Column("completion tokens spent on reasoning", _tokens("reply.reasoning_tokens")),
+    "new_connection": Column("1 when a connection was opened for it", _count("reply.new_connection")),
+    "http_status": Column("the HTTP status; blank when none came", _count("reply.http_status")),
     "label": Column("`label` or `custom_id` of its corpus line", lambda r: _cell(r.reply.label)),
-    "session": Column("number of its session, from 0", lambda r: _count(r.reply.session)),
-    "turn": Column("number of its turn in the session, from 1", lambda r: _count(r.reply.turn)),
+    "session": Column("number of its session, from 0", _count("reply.session")),
+    "turn": Column("number of its turn in the session, from 1", _count("reply.turn")),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
     "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
     "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
