@@ -178,7 +178,6 @@ SPARE_DESCRIPTORS = 64
 CONNECTS_AT_ONCE = 64  # below the listening queue of the usual servers
 NEXT_ADDRESS_S = 0.25  # until the next address of a name is tried as well (RFC 8305, Connection Attempt Delay)
 STALE_S = 1.0  # a kept connection that is reset later than this after the sending had not been closed before it
-SOCKET_BACKLOG = 4096
 AUTO_TOKENS_PER_S = 100  # of each stream, where --processes auto reckons
 AUTO_CORE_SHARE = 0.5  # of a core that a process is to need at most
 READS_PER_REQUEST = 60  # what sending a request through the SDK costs, in reads of a chunk (benchmarks/client_cost.py)
@@ -977,10 +976,8 @@ class EndpointType(NamedTuple):
 
 
 ENDPOINT_TYPES: Mapping[str, EndpointType] = {
-    "chat": EndpointType("/chat/completions", "messages", chat, lambda client: client.chat.completions.create),
-    "completions": EndpointType(
-        "/completions", "prompt", lambda text, _: text, lambda client: client.completions.create
-    ),
+    "chat": EndpointType("/chat/completions", "messages", chat, lambda sdk: sdk.chat.completions.create),
+    "completions": EndpointType("/completions", "prompt", lambda text, _: text, lambda sdk: sdk.completions.create),
 }
 
 
@@ -1566,7 +1563,7 @@ def read_completion(body: Any, reply: Reply, keeps_text: bool = False) -> Option
         return _failed("no_choices", f"no choices in {glimpse(body)[:120]}")
     if len(choices) > 1:
         return _failed("several_choices", SEVERAL_CHOICES)
-    set_fields(reply, usage_of(body.get("usage")))
+    vars(reply).update(usage_of(body.get("usage")))
     finish, said = choices[0].get("finish_reason"), _said(choices[0], "message")
     reply.finish_reason = finish if finish and isinstance(finish, str) else None
     if not isinstance(said, dict):
@@ -1576,11 +1573,6 @@ def read_completion(body: Any, reply: Reply, keeps_text: bool = False) -> Option
     if has_text and not reply.completion_tokens:
         reply.completion_tokens, reply.has_usage = None, False
     return _verdict(reply.finish_reason, has_text, reply.completion_tokens)
-
-
-def set_fields(reply: Reply, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(reply, name, value)
 
 
 def _verdict(finish: Optional[str], has_text: bool, tokens: Optional[int]) -> Optional[Failure]:
@@ -1887,7 +1879,7 @@ class StreamReader:
         reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
-        set_fields(reply, self._counts)
+        vars(reply).update(self._counts)
         if self._texts is not None:
             with contextlib.suppress(ValueError):
                 reply.text = json.loads(b'"%s"' % b"".join(self._texts), strict=False)
@@ -1930,16 +1922,6 @@ READERS: Mapping[bool, Callable[..., Reader]] = {False: WholeReader, True: Strea
 def reader_of(config: Config) -> Callable[[Reply], Reader]:
     keeps_text = bool(config.corpus.get("sessions")) and config.history == "server"
     return partial(READERS[config.stream], keeps_text=keeps_text)
-
-
-def read_reply(streamed: bool, arrivals: Iterable[tuple[int, bytes]]) -> Reply:
-    """(stamp in ns, bytes) of a body as they came -> Reply; the same however the bytes were cut."""
-    reply = Reply()
-    reader = READERS[streamed](reply)
-    for stamp_ns, data in arrivals:
-        reader.feed([stamp_ns], [data])
-    reader.finish()
-    return reply
 
 
 # === 6. Metrics (pure) ===
@@ -2119,7 +2101,7 @@ METRICS = (
 
 METRIC = {metric.key: metric for metric in METRICS}
 STREAMED_METRICS = ("ttft", "visible", "tpot", "gap", "tail")
-WITH_STEADY = ("latency", "ttft", "tpot")  # their lines of the steady window stand beside those of the whole run
+MAIN_METRICS = ("latency", "ttft", "tpot")  # those of groups, and of the steady window beside the whole run
 # What --goodput sets limits on, in vLLM's words -> key of the metric.
 GOODPUT_NAMES = {"ttft": "ttft", "tpot": "tpot", "e2el": "latency", "latency": "latency"}
 
@@ -2143,13 +2125,6 @@ GROUPINGS: Mapping[str, tuple[Callable[[Record], Optional[str]], int]] = {
     "server": (lambda r: r.reply.server, 256),
     "turn": (lambda r: None if r.reply.turn is None else str(r.reply.turn), 100),
 }
-GROUP_METRICS = ("latency", "ttft", "tpot")
-# What is counted besides, by the summary's field names.
-COUNTED_BESIDES = (
-    "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
-    "streams", "first_merged", "with_first", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
-    "prefix_tokens", "held_back", "sessions", "unsent_turns",
-)  # fmt: skip
 
 
 class Span:
@@ -2173,7 +2148,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample() for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample() for metric in METRICS if metric.key in MAIN_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -2206,12 +2181,8 @@ class Tally:
         self.good: Counter[str] = Counter()
         self.sent_s, self.done_s = array("d"), array("d")  # of each row; NaN: it was not sent, did not succeed
         self.last_index = -1
-        self.ok = 0
-        self.errors = 0
-        self.aborted = 0
+        self.ok = self.errors = self.aborted = self.prompt_tokens = self.completion_tokens = 0
         self.arriving_tokens = 0  # of replies under way, for the progress line
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
         self.busy_s = 0.0
         self.first_sent_s = math.inf
         self.last_done_s = -math.inf
@@ -2340,22 +2311,16 @@ class Tally:
             prompt_tokens=int(sum(self.samples["prompt"].of_rows(ended))),
             completion_tokens=int(sum(self.samples["output"].of_rows(ended))),
             distributions={key: describe(self.samples[key].of_rows(rows)) for key in METRIC if not METRIC[key].pooled},
-            opening={key: describe(self.samples[key].of_rows(before)) for key in WITH_STEADY},
-            drifts=drifts(*({key: list(self.samples[key].of_rows(part)) for key in WITH_STEADY} for part in thirds)),
+            opening={key: describe(self.samples[key].of_rows(before)) for key in MAIN_METRICS},
+            drifts=drifts(*({key: list(self.samples[key].of_rows(part)) for key in MAIN_METRICS} for part in thirds)),
         )
 
     def summary(self, wave: int = 0) -> Summary:
         """`wave`: how many requests were in flight at the start, for the steady window."""
         steady = self.steady(wave)  # before the samples are described, which may take their values
-        distributions = {key: sample.describe() for key, sample in self.samples.items()}
-        return Summary(
-            ok=self.ok,
-            errors=self.errors,
-            aborted=self.aborted,
-            elapsed_s=self.elapsed_s,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            distributions=distributions,
+        values = {item.name: getattr(self, item.name, self.counts[item.name]) for item in dataclasses.fields(Summary)}
+        values.update(
+            distributions={key: sample.describe() for key, sample in self.samples.items()},
             error_groups=self.error_groups(),
             groups={
                 name: {group: tally.summary() for group, tally in self.groups[name].items()}
@@ -2363,15 +2328,12 @@ class Tally:
                 if 0 < len(self.groups[name]) <= most
             },
             finish_reasons=dict(self.finish_reasons),
-            busy_s=self.busy_s,
-            first_error_s=self.first_error_s,
             good={key: self.good[key] for key in (*self._goodput, "all")} if self._goodput else {},
             steady=steady,
             due_rate=self.due.per_s,
             issued_rate=self.issued.per_s,
-            server=self.server,
-            **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
+        return Summary(**values)
 
 
 def drifts(first: Mapping[str, Sequence[float]], last: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -2429,18 +2391,16 @@ def _per(amount: float, whole: Optional[float]) -> Optional[float]:
     return amount / whole if whole else None
 
 
-def _price(config: Config, tokens_per_s: float) -> Optional[float]:
+def _price(config: Config, per_s: float) -> Optional[float]:
     """Of a million such tokens, all GPUs' cost laid on them."""
-    return (
-        config.gpu_hour * (config.gpus or 1) / 3600 / tokens_per_s * 1e6 if config.gpu_hour and tokens_per_s else None
-    )
+    return config.gpu_hour * (config.gpus or 1) / 3600 / per_s * 1e6 if config.gpu_hour and per_s else None
 
 
 def input_per_s(summary: Summary) -> float:
     return _rate(summary.prompt_tokens, summary.elapsed_s)
 
 
-def _share_within(key: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
+def _share_kept(key: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
     return _per(summary.good[key], summary.ok + summary.errors) if key in summary.good else None
 
 
@@ -2459,9 +2419,7 @@ FIGURES: Mapping[str, Callable[[Summary, Config, Fared], Optional[float]]] = {
     "request_throughput": lambda s, c, h: s.requests_per_s,
     "request_goodput": lambda s, c, h: _rate(s.good["all"], s.elapsed_s) if s.good else None,
     "goodput_share": lambda s, c, h: _per(s.good.get("all", 0), s.ok + s.errors) if s.good else None,
-    **{
-        f"goodput_share_{name}": partial(_share_within, key) for name, key in GOODPUT_NAMES.items() if name != "latency"
-    },
+    **{f"goodput_share_{name}": partial(_share_kept, key) for name, key in GOODPUT_NAMES.items() if name != "latency"},
     "input_throughput": lambda s, c, h: input_per_s(s),
     "output_throughput": lambda s, c, h: s.generated_per_s,
     "total_token_throughput": lambda s, c, h: s.total_per_s,
@@ -2695,17 +2653,6 @@ def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> 
     return ReportWarning(f"client-bound: {reason}", _client_cure(health)) if reason else None
 
 
-def _warn_held_back(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.held_back:
-        return None
-    late = summary.distributions["late"]
-    text = (
-        f"--concurrency {config.concurrency} held the schedule back: {summary.held_back} requests were due before a"
-        f" permit was free (sent up to {late.max or 0:.0f} ms late), so the server had less to do than was asked"
-    )
-    return ReportWarning(text, "read the response time, which counts from the due time; or no --concurrency, no cap")
-
-
 def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     if not summary.without_usage:
         return None
@@ -2838,39 +2785,11 @@ def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> 
     return ReportWarning(text, f"{cure}; else the server sends them so" + ("" if "TPOT" in figures else "; read TPOT"))
 
 
-def _warn_one_piece(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.one_piece:
-        return None
-    text = f"{summary.one_piece} replies of several tokens came all at once: they have no TPOT"
-    return ReportWarning(text, "read the latency; a server or proxy that streams token by token gives the rest")
-
-
-def _warn_backlog(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.syn_resent:
-        return None
-    text = (
-        f"the first packet of connections had to be repeated {summary.syn_resent} times, 1, 3, 7 s later: the server's"
-        " listen queue was full, or the network lost it (connect_ms; in no latency)"
-    )
-    cure = "a longer listen queue there (its backlog, net.core.somaxconn), or kept connections"
-    return ReportWarning(text, cure)
-
-
 def _warn_servers(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    dead = {name: group for name, group in summary.groups.get("server", {}).items() if group.errors and not group.ok}
-    if not dead:
-        return None
-    said = "; ".join(
-        f"{name}: {group.errors} requests, none answered: {group.first_error}" for name, group in dead.items()
-    )
-    return ReportWarning(said, "mend it, or leave its --api-base out: every figure is of the others alone")
-
-
-def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.reconnects:
-        return None
-    text = f"{summary.reconnects} requests were sent anew: the server had closed the kept connection"
-    return ReportWarning(text, "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)")
+    dead = [(name, got) for name, got in summary.groups.get("server", {}).items() if got.errors and not got.ok]
+    said = "; ".join(f"{name}: {got.errors} requests, none answered: {got.first_error}" for name, got in dead)
+    cure = "mend it, or leave its --api-base out: every figure is of the others alone"
+    return ReportWarning(said, cure) if dead else None
 
 
 def error_warning(summary: Summary) -> Optional[ReportWarning]:
@@ -2893,24 +2812,41 @@ def _warn_drift(summary: Summary, config: Config, health: Sequence[Health]) -> O
     return ReportWarning(text, "a longer --warmup or run, or a load that the server can take for ever")
 
 
-WARNINGS = (
-    _warn_client,
-    _warn_drift,
-    _warn_held_back,
-    _warn_servers,
-    _warn_usage,
-    _warn_prompt_length,
-    _warn_short_replies,
-    _warn_corpus,
-    _warn_cache,
-    _warn_others,
-    _warn_server_queue,
-    _warn_kv_cache,
-    _warn_merged,
-    _warn_one_piece,
-    _warn_backlog,
-    _warn_reconnects,
-)
+# Counts that are 0 in a good run: field of the summary -> what one that is not says.
+COUNT_WARNINGS = {
+    "held_back": ReportWarning(
+        "--concurrency {concurrency} held the schedule back: {n} requests were due before a permit was free (sent up to"
+        " {late:.0f} ms late), so the server had less to do than was asked",
+        "read the response time, which counts from the due time; or no --concurrency, no cap",
+    ),
+    "one_piece": ReportWarning(
+        "{n} replies of several tokens came all at once: they have no TPOT",
+        "read the latency; a server or proxy that streams token by token gives the rest",
+    ),
+    "syn_resent": ReportWarning(
+        "the first packet of connections had to be repeated {n} times, 1, 3, 7 s later: the server's listen queue was"
+        " full, or the network lost it (connect_ms; in no latency)",
+        "a longer listen queue there (its backlog, net.core.somaxconn), or kept connections",
+    ),
+    "reconnects": ReportWarning(
+        "{n} requests were sent anew: the server had closed the kept connection",
+        "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)",
+    ),
+}
+
+
+def _warn_count(field: str, summary: Summary, config: Config, health: Fared) -> Optional[ReportWarning]:
+    count, warning = getattr(summary, field), COUNT_WARNINGS[field]
+    late = summary.distributions["late"].max or 0.0
+    text = warning.text.format(n=count, concurrency=config.concurrency, late=late)
+    return warning._replace(text=text) if count else None
+
+
+WARNINGS: Sequence[Callable[[Summary, Config, Fared], Optional[ReportWarning]]] = (
+    _warn_client, _warn_drift, partial(_warn_count, "held_back"), _warn_servers, _warn_usage, _warn_prompt_length,
+    _warn_short_replies, _warn_corpus, _warn_cache, _warn_others, _warn_server_queue, _warn_kv_cache, _warn_merged,
+    *(partial(_warn_count, name) for name in ("one_piece", "syn_resent", "reconnects")),
+)  # fmt: skip
 
 
 def warnings_of(summary: Summary, config: Config, health: Sequence[Health]) -> list[ReportWarning]:
@@ -2944,10 +2880,8 @@ class Redactor:
         logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
         basic = [base64.b64encode(login.encode()).decode() for login in logins]
         queries = [text for url in urls for _, name, text in _QUERY.findall(url) if _SECRET_NAME.search(name)]
-        words = [config.api_key, *logins, *basic, *queries, *map(unquote, queries), *named]
-        return cls(
-            [*words, *(login.partition(":")[2] for login in logins), *(word.rpartition(" ")[2] for word in named)]
-        )
+        ends = [login.partition(":")[2] for login in logins] + [value.rpartition(" ")[2] for value in named]
+        return cls([config.api_key, *logins, *basic, *queries, *map(unquote, queries), *named, *ends])
 
     def text(self, text: str) -> str:
         """Any text, a server's words above all, with every secret blanked, also one that is cut off at the end.
@@ -3031,9 +2965,8 @@ HARMLESS_HEADERS = ("accept", "accept-language", "openai-beta", "user-agent")
 
 def is_harmless(name: str, value: str) -> bool:
     """Whether a header may be shown: by its name, or because its value is too short to keep anybody out."""
-    return (
-        name.lower() in HARMLESS_HEADERS or len(value) < LEAST_SECRET_CHARS or value in ("true", "false", *PLAIN_KEYS)
-    )
+    plain_value = len(value) < LEAST_SECRET_CHARS or value in ("true", "false", *PLAIN_KEYS)
+    return plain_value or name.lower() in HARMLESS_HEADERS
 
 
 def split_header(text: str) -> tuple[str, str]:
@@ -3260,24 +3193,14 @@ def limit_words(limit: Limit) -> str:
 # --- several points: a table with a line for each level, and what it shows in words ---
 
 
-class SweepColumn(NamedTuple):
-    head: str
-    below: str  # second line of the heading
-    figure: str
-
-
-SWEEP_COLUMNS = (
-    SweepColumn("req/s", "", "request_throughput"),
-    SweepColumn("out", "tok/s", "output_throughput"),
-    SweepColumn("tok/s", "/user", "median_tokens_per_s_per_user"),
-    SweepColumn("TTFT", "p50", "p50_ttft_ms"),
-    SweepColumn("TTFT", "p99", "p99_ttft_ms"),
-    SweepColumn("TPOT", "p50", "p50_tpot_ms"),
-    SweepColumn("TPOT", "p99", "p99_tpot_ms"),
-    SweepColumn("latency", "p50", "p50_latency_ms"),
-    SweepColumn("latency", "p95", "p95_latency_ms"),
-    SweepColumn("latency", "p99", "p99_latency_ms"),
-)
+# figure -> the two lines of its heading
+SWEEP_COLUMNS = {
+    "request_throughput": ("req/s", ""), "output_throughput": ("out", "tok/s"),
+    "median_tokens_per_s_per_user": ("tok/s", "/user"),
+    "p50_ttft_ms": ("TTFT", "p50"), "p99_ttft_ms": ("TTFT", "p99"),
+    "p50_tpot_ms": ("TPOT", "p50"), "p99_tpot_ms": ("TPOT", "p99"),
+    "p50_latency_ms": ("latency", "p50"), "p95_latency_ms": ("latency", "p95"), "p99_latency_ms": ("latency", "p99"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -3363,20 +3286,21 @@ def sweep_knee(levels: Sequence[Level]) -> Optional[float]:
 
 def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None) -> list[str]:
     """A line for each level; with repetitions its median, and the least and the greatest below. `bend`: the knee."""
-    columns = [column for column in SWEEP_COLUMNS if any(level.values(column.figure) for level in levels)]
-    rows = [[unit, *(c.head for c in columns), "errors"], ["", *(c.below for c in columns), ""]]
+    figures = [name for name in SWEEP_COLUMNS if any(level.values(name) for level in levels)]
+    heads, below = ([SWEEP_COLUMNS[name][line] for name in figures] for line in (0, 1))
+    rows = [[unit, *heads, "errors"], ["", *below, ""]]
     ends = ["verdict", ""]
     for level in levels:
         errors = sum(point.summary.errors for point in level.points)
-        rows.append([f"{level.level:g}", *(level.cell(column.figure) for column in columns), str(errors)])
+        rows.append([f"{level.level:g}", *map(level.cell, figures), str(errors)])
         ends.append(level.verdict(bend if bend != levels[-1].level else None))
         for name, pick in (("min", 0), ("max", -1)) if len(level.points) > 1 else ():
-            extremes = [level.values(column.figure) for column in columns]
-            rows.append([f"  {name}", *(brief(values[pick] if values else None) for values in extremes), ""])
+            extremes = [values[pick] if values else None for values in map(level.values, figures)]
+            rows.append([f"  {name}", *map(brief, extremes), ""])
             ends.append("")
     starred = any(cell.endswith("*") for row in rows for cell in row)
     note = ["* too few values for that percentile: more --requests-per-slot, or --total-requests"] * starred
-    return [*(f"{row}  {end}".rstrip() for row, end in zip(padded(rows), ends)), *note]
+    return [*(f"{row}  {end}".rstrip() for row, end in zip(table(rows), ends)), *note]
 
 
 def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -> list[str]:
@@ -3426,17 +3350,11 @@ def _why_not(level: Level) -> str:
     return f"at {level.level:g} {' and '.join(told)}"
 
 
-def padded(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-
-
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    return [line.rstrip() for line in padded(rows)]
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows))
+    cells = ([row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows)
+    return ["  ".join(line).rstrip() for line in cells]
 
 
 def _metric_label(metric: Metric, summary: Summary) -> str:
@@ -3465,7 +3383,7 @@ def distribution_table(summary: Summary) -> list[str]:
         if not _shown(metric, summary):
             continue
         rows.append(_table_row(_metric_label(metric, summary), summary.distributions[metric.key]))
-        if summary.steady and metric.key in WITH_STEADY:
+        if summary.steady and metric.key in MAIN_METRICS:
             rows.append(_table_row("  steady", summary.steady.distributions[metric.key]))
     notes = _few_note(summary, rows)
     if max(sample.n for sample in summary.distributions.values()) > EXACT_SAMPLES:
@@ -3496,7 +3414,7 @@ def interval_table(summary: Summary) -> list[str]:
     rows = [["95 % confidence", *(f"p{rank:g}" for rank in INTERVALS_SHOWN)]]
     for metric in METRICS:
         sample = summary.distributions[metric.key]
-        if metric.key in WITH_STEADY and sample.n:
+        if metric.key in MAIN_METRICS and sample.n:
             ends = [["?" if math.isinf(end) else _figure(end) for end in sample.intervals[r]] for r in INTERVALS_SHOWN]
             rows.append([metric.label, *map(" to ".join, ends)])
     return table(rows) if len(rows) > 1 else []
@@ -3526,7 +3444,7 @@ def steady_lines(summary: Summary) -> list[str]:
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
     """A row for each group; only what one of them has gets a column."""
     labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
-    told = [key for key in GROUP_METRICS if any(got.distributions[key].n for got in groups.values())]
+    told = [key for key in MAIN_METRICS if any(got.distributions[key].n for got in groups.values())]
     figures = [(key, rank) for key in told for rank in (50.0, 99.0)]
     rows = [[name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), "cached"]]
     for group, got in groups.items():
@@ -3560,9 +3478,7 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
         lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")
     lines += [part for line in steady_lines(summary) for part in wrapped(line, len("Steady: "))]
     if summary.aborted:
-        lines.append(
-            f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"
-        )
+        lines += [f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"]
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
@@ -3694,15 +3610,16 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
 
     Readers call float() on all that ends in `_ms`, and refuse repetitions whose keys differ.
     """
-    figures = _metric_keys(summary.distributions)
-    connecting = figures.pop("connect")  # no keys of its own: whether a connection has to be opened again is chance
-    steady = _flat(_metric_keys(summary.steady.distributions, "steady_")) if summary.steady else {}
+    stats = stats_of(summary.distributions)
+    # These have no keys of their own: whether a connection has to be opened again is chance.
+    connecting = {key: stats.pop(key) for key in list(stats) if STATS[key].metric == "connect"}
+    steady = stats_of(summary.steady.distributions, steady=True) if summary.steady else {}
     told = ((name, figure_of(name, summary, config, health)) for name in FIGURES)
     requests = {"model_id": config.model, **{name: value for name, value in told if value is not None}}
     shares = {name: requests.pop(name) for name in list(requests) if name.startswith("goodput_share_")}
     nested = {"confidence_95": _intervals(summary.distributions), "goodput_shares": shares, "connecting": connecting}
     ours = {**nested, **_our_keys(summary, config, health)}  # nested: readers divide by all that has "tpot" in its name
-    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **steady, **summary.server, **ours}
+    return {**(config.metadata or {}), **run, **requests, **stats, **steady, **summary.server, **ours}
 
 
 def _our_keys(summary: Summary, config: Config, health: Sequence[Health]) -> dict[str, Any]:
@@ -3742,33 +3659,24 @@ def _group_json(groups: Mapping[str, GroupSummary]) -> dict[str, Any]:
     told = {}
     for name, got in groups.items():
         shares = {} if got.cached_share is None else {"cached_share": got.cached_share}
-        told[name] = {"completed": got.ok, "failed": got.errors, **shares, **_flat(_metric_keys(got.distributions))}
+        told[name] = {"completed": got.ok, "failed": got.errors, **shares, **stats_of(got.distributions)}
     return told
 
 
-def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: value for keys in figures.values() for name, value in keys.items()}
-
-
-def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") -> dict[str, dict[str, Any]]:
-    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
-    found: dict[str, dict[str, Any]] = {}
-    for metric, sample in ((metric, distributions.get(metric.key, Distribution(0))) for metric in METRICS):
-        values = {"mean": sample.mean, "median": sample.percentiles.get(50.0), "max": sample.max}
-        values.update({f"p{rank:g}": value for rank, value in sample.percentiles.items()})
-        if sample.n > 1:  # of one value there is none, and readers divide by it
-            values["std"] = sample.std
-        keys = found[metric.key] = {
-            f"{prefix}{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
-        }
-        keys.update({f"{prefix}{count_key(stem)}": sample.n for stem in metric.stems if sample.n})
-    return found
+def stats_of(distributions: Mapping[str, Distribution], steady: bool = False) -> dict[str, Any]:
+    """Every number of these distributions by its key; of a metric without values there is none."""
+    told = {}
+    for key, one in STATS.items():
+        sample = distributions.get(one.metric, Distribution(0))
+        if one.steady == steady and sample.n > (one.name == "std"):  # of one value it is 0, and readers divide by it
+            told[key] = one.of(sample)
+    return told
 
 
 def _intervals(distributions: Mapping[str, Distribution]) -> dict[str, list[float]]:
     """Where percentiles lie with 95 % confidence; only those of which both ends are known."""
     found = {}
-    for key, rank in itertools.product(WITH_STEADY, INTERVALS_SHOWN):
+    for key, rank in itertools.product(MAIN_METRICS, INTERVALS_SHOWN):
         ends = distributions[key].intervals.get(rank, (math.inf,))
         if not any(map(math.isinf, ends)):
             found[f"p{rank:g}_{METRIC[key].stems[0]}"] = list(ends)
@@ -3807,17 +3715,21 @@ def detail_lists(records: Sequence[Record]) -> dict[str, list[Any]]:
 # === 8. Sinks (the only writers) ===
 
 
-def _number(value: Optional[float], digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _time(path: str, digits: int = 3) -> Callable[[Record], str]:
+    """The cell of a time; `path`: the attribute of the record that holds it."""
+    read = operator.attrgetter(path)
+    return lambda record: "" if read(record) is None else f"{read(record):.{digits}f}"
 
 
-def _count(value: Optional[int]) -> str:
-    return "" if value is None else str(int(value))
+def _count(path: str) -> Callable[[Record], str]:
+    read = operator.attrgetter(path)
+    return lambda record: "" if read(record) is None else str(int(read(record)))
 
 
-def _good(record: Record, value: Optional[int]) -> str:
-    """A count of a success; of a failure, which enters no total, nothing."""
-    return _count(value if record.ok else None)
+def _tokens(path: str) -> Callable[[Record], str]:
+    """A count of successes; failures enter no total."""
+    count = _count(path)
+    return lambda record: count(record) if record.ok else ""
 
 
 def _cell(text: Optional[str]) -> str:
@@ -3840,41 +3752,35 @@ def _said_by_the_point(record: Record) -> str:
 
 CSV_COLUMNS: Mapping[str, Column] = {
     "index": Column("number of the request, from 0", lambda r: str(r.job.index)),
-    "prompt_tokens": Column(
-        "as the server's usage counted them; successes only", lambda r: _good(r, r.reply.prompt_tokens)
-    ),
-    "completion_tokens": Column(
-        "likewise; a stream without usage: its chunks", lambda r: _good(r, r.reply.completion_tokens)
-    ),
-    "total_tokens": Column("their sum", lambda r: _good(r, r.total_tokens)),
-    "latency_ms": Column("sent -> last byte (streamed: last token); successes only", lambda r: _number(r.latency_ms)),
+    "prompt_tokens": Column("as the server's usage counted them; successes only", _tokens("reply.prompt_tokens")),
+    "completion_tokens": Column("likewise; a stream without usage: its chunks", _tokens("reply.completion_tokens")),
+    "total_tokens": Column("their sum", _tokens("total_tokens")),
+    "latency_ms": Column("sent -> last byte (streamed: last token); successes only", _time("latency_ms")),
     "status": Column("success, http_error (call failed), decode_error (incomplete answer)", lambda r: r.status),
     "error": Column(f"the first {ERROR_TEXT_CHARS} characters of what went wrong", lambda r: _cell(r.error)),
     "error_kind": Column("its class: http_429, timeout, connect_refused, cut, ...", lambda r: _cell(r.error_kind)),
-    "scheduled_s": Column("when it was due, from the start; blank in a closed loop", lambda r: _number(r.job.due_s, 6)),
-    "sent_s": Column("when its last byte was handed to the socket, from the start", lambda r: _number(r.sent_s, 6)),
-    "ttft_ms": Column("sent -> first token (streamed)", lambda r: _number(r.ttft_ms)),
-    "tpot_ms": Column("(last - first token) / (completion_tokens - 1) (streamed)", lambda r: _number(r.tpot_ms)),
-    "response_ms": Column("due -> completion; blank in a closed loop", lambda r: _number(r.response_ms)),
-    "queue_ms": Column(
-        "permit free (or due) -> ready to write, without connecting; in no latency", lambda r: _number(r.queue_ms)
-    ),
-    "connect_ms": Column("opening its connection; blank on a kept one; in no latency", lambda r: _number(r.connect_ms)),
-    "e2e_ms": Column("permit free (or due) -> completion, queue and connecting included", lambda r: _number(r.e2e_ms)),
-    "tail_ms": Column("last token -> last byte of the reply (streamed)", lambda r: _number(r.tail_ms)),
+    "scheduled_s": Column("when it was due, from the start; blank in a closed loop", _time("job.due_s", 6)),
+    "sent_s": Column("when its last byte was handed to the socket, from the start", _time("sent_s", 6)),
+    "ttft_ms": Column("sent -> first token (streamed)", _time("ttft_ms")),
+    "tpot_ms": Column("(last - first token) / (completion_tokens - 1) (streamed)", _time("tpot_ms")),
+    "response_ms": Column("due -> completion; blank in a closed loop", _time("response_ms")),
+    "queue_ms": Column("permit free (or due) -> ready to write, without connecting; in no latency", _time("queue_ms")),
+    "connect_ms": Column("opening its connection; blank on a kept one; in no latency", _time("connect_ms")),
+    "e2e_ms": Column("permit free (or due) -> completion, queue and connecting included", _time("e2e_ms")),
+    "tail_ms": Column("last token -> last byte of the reply (streamed)", _time("tail_ms")),
     "late_read": Column(
         "1 when chunks queued up in this client: their gaps, or ttft_ms, are left out",
         lambda r: str(int(r.reply.late_gaps > 0)) if r.reply.chunks is not None else "",
     ),
     "finish_reason": Column("stop, length, ...", lambda r: _cell(r.reply.finish_reason)),
-    "chunks": Column("content chunks received (streamed)", lambda r: _count(r.reply.chunks)),
-    "cached_tokens": Column("prompt tokens from the server's prefix cache", lambda r: _good(r, r.reply.cached_tokens)),
-    "reasoning_tokens": Column("completion tokens spent on reasoning", lambda r: _good(r, r.reply.reasoning_tokens)),
-    "new_connection": Column("1 when a connection was opened for it", lambda r: _count(r.reply.new_connection)),
-    "http_status": Column("the HTTP status; blank when none came", lambda r: _count(r.reply.http_status)),
+    "chunks": Column("content chunks received (streamed)", _count("reply.chunks")),
+    "cached_tokens": Column("prompt tokens from the server's prefix cache", _tokens("reply.cached_tokens")),
+    "reasoning_tokens": Column("completion tokens spent on reasoning", _tokens("reply.reasoning_tokens")),
+    "new_connection": Column("1 when a connection was opened for it", _count("reply.new_connection")),
+    "http_status": Column("the HTTP status; blank when none came", _count("reply.http_status")),
     "label": Column("`label` or `custom_id` of its corpus line", lambda r: _cell(r.reply.label)),
-    "session": Column("number of its session, from 0", lambda r: _count(r.reply.session)),
-    "turn": Column("number of its turn in the session, from 1", lambda r: _count(r.reply.turn)),
+    "session": Column("number of its session, from 0", _count("reply.session")),
+    "turn": Column("number of its turn in the session, from 1", _count("reply.turn")),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
     "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
     "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
