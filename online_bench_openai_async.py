@@ -7763,104 +7763,101 @@ examples:
 Results go to stdout; progress, notes and errors to stderr."""
 
 
-def _add_judging(add: Callable[..., Any]) -> None:
-    """Several points, and what is asked of their figures."""
-    add(
-        "--requests-per-slot",
-        type=_positive,
-        metavar="N",
-        help=f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})",
-    )
-    add("--repeat", type=_positive, metavar="N", help="measure each level N times (default: %(default)s)")
-    add("--cooldown", type=_pause, metavar="S", help="seconds between two points (default: %(default)s)")
-    add("--slo", type=_limit, action="append", metavar="LIMIT", help="exit 3 unless a level holds 'p99_ttft_ms<500'")
-    add("--find-max", type=_range, metavar="LOW:HIGH", help="search the highest concurrency that holds every --slo")
-    add("--assert", dest="asserts", type=_limit, action="append", metavar="LIMIT", help="exit 3 where it does not hold")
-    add("--goodput", type=_goal, nargs="+", metavar="NAME:MS", help="count requests within ttft:500 tpot:50 e2el:5000")
-    add("--gpus", type=_positive, metavar="N", help="GPUs of the server: throughput of each")
-    add("--gpu-hour", type=_price_of, metavar="PRICE", help="of one GPU: price of a million tokens")
-
-
-def _add_load(parser: Parser) -> None:
-    """How many requests, when, and what for."""
-    add = parser.add_argument_group("Load").add_argument
-    add(
-        "--concurrency",
-        type=_levels,
-        metavar="N[,N...]",
-        help="requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep",
-    )
-    add(
-        "--total-requests",
-        type=_positive,
-        metavar="N",
-        help="requests to make (default: 1024, or one per prompt given; with --duration, no limit)",
-    )
-    add("--duration", type=_seconds, metavar="S", help="seconds after which no more requests are sent")
-    add("--grace", type=_pause, metavar="S", help="seconds for what is in flight then (default: until all is done)")
-    add(
-        "--request-rate",
-        type=_rates,
-        metavar="R[,R...]",
-        help="requests a second, answered or not (default: inf, no rate); a list is a sweep",
-    )
-    add(
-        "--burstiness",
-        type=_above_0,
-        metavar="B",
-        help="of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)",
-    )
-    add("--ramp-up", type=_seconds, metavar="S", help="seconds in which rate or concurrency grow to their full value")
-    add(
-        "--speed", type=_above_0, metavar="X", help="replay a trace so many times as fast; inf: regardless of its times"
-    )
-    add("--timestamp-unit", choices=TIMESTAMP_UNITS, help="of a trace's timestamps (default: ms)")
-    add(
-        "--warmup",
-        type=_count_or_none,
-        metavar="N",
-        help="unmeasured requests before, all at once (default: as many as are in flight)",
-    )
-    add("--stream", action="store_true", help="stream the replies: adds TTFT, TPOT and gaps between chunks")
-    add("--continuous-usage", action="store_true", help="with --stream: token counts in every chunk (vLLM, SGLang)")
-    add("--temperature", type=_temperature, metavar="T", help="sampling temperature (default: %(default)s)")
-    add(
-        "--max-tokens-field",
-        choices=TOKEN_FIELDS,
-        help="name of the output limit (auto: whichever the warm-up accepts)",
-    )
-    add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
-
-
-def _add_output(parser: Parser) -> None:
-    """What is read of the server beside the replies, and where results go."""
-    add = parser.add_argument_group("Server's own figures").add_argument
-    add(
-        "--server-metrics",
-        type=_metrics_page,
-        action="append",
-        metavar="URL",
-        help="read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
-    )
-    add("--metrics-interval", type=_seconds, metavar="S", help="seconds between two readings (default: %(default)s)")
-    add(
-        "--gpu-metrics",
-        type=_gpus,
-        metavar="GPUS",
-        help="read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)",
-    )
-    add = parser.add_argument_group("Output").add_argument
-    add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
-    add("--append", action="store_true", help="add to an existing --results-csv")
-    add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
-    add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
-    add("--summary-json", type=_path, metavar="PATH", help="write them to a new file; DIR/: to a new file in it")
-    add("--save-detailed", action="store_true", help="add the per-request lists of vLLM and SGLang to both")
-    add("--metadata", type=_pair, action="append", metavar="K=V", help="add a key to both, such as gpu_type=H100")
-    add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
-    add("--no-progress", action="store_true", help="do not show the progress line")
-    add("--verbose", action="store_true", help="confidence intervals, and all details of every level")
-    _add_judging(parser.add_argument_group("Sweeps and limits").add_argument)
+AGAIN = {"action": "append"}
+# By group: how an option is shown, how its value is read (None: a switch; words: one of them), its help, and what else
+# argparse is to know.
+OPTIONS: Mapping[str, Sequence[tuple[Any, ...]]] = {
+    "Server": (
+        ("--api-base URL", _url,
+         f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})", AGAIN),
+        ("--api-key KEY", _api_key, "bearer token, never shown (default: $OPENAI_API_KEY, else vllm)"),
+        ("--header N:V", _header, "sent with every request", {**AGAIN, "dest": "headers"}),
+        ("--model MODEL", _text, "model name; required unless --demo is given or every corpus line has one"),
+        ("--endpoint-type", (*ENDPOINT_TYPES,), "completions: plain prompts (default: %(default)s)"),
+        ("--wait-ready S", _seconds, "wait up to so long until every server answers"),
+        ("--ca-file FILE", _path, "trust the certificate authority in this PEM file"),
+        ("--insecure", None, "do not check the server's TLS certificate"),
+    ),
+    "Load": (
+        ("--concurrency N[,N...]", _levels,
+         "requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep"),
+        ("--total-requests N", _positive,
+         "requests to make (default: 1024, or one per prompt given; with --duration, no limit)"),
+        ("--duration S", _seconds, "seconds after which no more requests are sent"),
+        ("--grace S", _pause, "seconds for what is in flight then (default: until all is done)"),
+        ("--request-rate R[,R...]", _rates,
+         "requests a second, answered or not (default: inf, no rate); a list is a sweep"),
+        ("--burstiness B", _above_0,
+         "of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)"),
+        ("--ramp-up S", _seconds, "seconds in which rate or concurrency grow to their full value"),
+        ("--speed X", _above_0, "replay a trace so many times as fast; inf: regardless of its times"),
+        ("--timestamp-unit", (*TIMESTAMP_UNITS,), "of a trace's timestamps (default: ms)"),
+        ("--warmup N", _count_or_none, "unmeasured requests before, all at once (default: as many as are in flight)"),
+        ("--stream", None, "stream the replies: adds TTFT, TPOT and gaps between chunks"),
+        ("--continuous-usage", None, "with --stream: token counts in every chunk (vLLM, SGLang)"),
+        ("--temperature T", _temperature, "sampling temperature (default: %(default)s)"),
+        ("--max-tokens-field", TOKEN_FIELDS, "name of the output limit (auto: whichever the warm-up accepts)"),
+        ("--extra-body JSON", _extra_body, "object merged into every request body"),
+    ),
+    "Prompts": (
+        ("--prompt-tokens N", _positive, "length of generated prompts, by the server's count (default: %(default)s)"),
+        ("--output-tokens N", _positive, "most tokens of a reply (default: 1024; with --demo 128)"),
+        ("--requests-file FILE", _path, "JSONL: text, prompt, messages or turns; body fields"),
+        ("--history", HISTORIES, "whose answers a later turn of a session holds (default: %(default)s)"),
+        ("--system-prompt TEXT", _text, "system message before every prompt"),
+        ("--seed N", int, "makes generated prompts repeatable (default: random, reported)"),
+        ("--prompt-calibration A,B", _calibration,
+         "tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)"),
+    ),
+    "Server's own figures": (
+        ("--server-metrics URL", _metrics_page,
+         "read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
+         AGAIN),
+        ("--metrics-interval S", _seconds, "seconds between two readings (default: %(default)s)"),
+        ("--gpu-metrics GPUS", _gpus,
+         "read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)"),
+    ),
+    "Output": (
+        ("--results-csv FILE", _path, "write one row per request; see --help-columns"),
+        ("--append", None, "add to an existing --results-csv"),
+        ("--overwrite", None, "replace an existing --results-csv, once the warm-up has succeeded"),
+        ("--summary-jsonl FILE", _path, "append the results of the run as one line of JSON"),
+        ("--summary-json PATH", _path, "write them to a new file; DIR/: to a new file in it"),
+        ("--save-detailed", None, "add the per-request lists of vLLM and SGLang to both"),
+        ("--metadata K=V", _pair, "add a key to both, such as gpu_type=H100", AGAIN),
+        ("--report FILE", _path, "draw the results into an HTML page; needs bench_report.py"),
+        ("--no-progress", None, "do not show the progress line"),
+        ("--verbose", None, "confidence intervals, and all details of every level"),
+    ),
+    "Sweeps and limits": (
+        ("--requests-per-slot N", _positive,
+         f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})"),
+        ("--repeat N", _positive, "measure each level N times (default: %(default)s)"),
+        ("--cooldown S", _pause, "seconds between two points (default: %(default)s)"),
+        ("--slo LIMIT", _limit, "exit 3 unless a level holds 'p99_ttft_ms<500'", AGAIN),
+        ("--find-max LOW:HIGH", _range, "search the highest concurrency that holds every --slo"),
+        ("--assert LIMIT", _limit, "exit 3 where it does not hold", {**AGAIN, "dest": "asserts"}),
+        ("--goodput NAME:MS", _goal, "count requests within ttft:500 tpot:50 e2el:5000", {"nargs": "+"}),
+        ("--gpus N", _positive, "GPUs of the server: throughput of each"),
+        ("--gpu-hour PRICE", _price_of, "of one GPU: price of a million tokens"),
+    ),
+    "Client": (
+        ("--processes N", _processes, "client processes, or auto (default: %(default)s)"),
+        ("--transport", TRANSPORTS, "stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client"),
+    ),
+    "Limits": (
+        ("--timeout S", _seconds, "seconds for one whole request (default: %(default)s)"),
+        ("--connect-timeout S", _seconds, "seconds to connect (default: %(default)s)"),
+        ("--first-byte-timeout S", _seconds, "seconds until a reply begins (default: no limit)"),
+        ("--idle-timeout S", _seconds, "seconds between two reads of a reply (default: no limit)"),
+        ("--max-error-rate F", _fraction, "exit 1 above this share of errors (default: %(default)s)"),
+        ("--stop-after-errors N", _positive, "stop the run at this many errors"),
+    ),
+    "Demo": (
+        ("--demo", None, "start a simulated server and measure it"),
+        ("--demo-engine JSON", _engine, 'its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}'),
+    ),
+}  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -7873,61 +7870,14 @@ def build_parser() -> Parser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("Server").add_argument
-    add(
-        "--api-base",
-        type=_url,
-        metavar="URL",
-        action="append",
-        help=f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})",
-    )
-    add(
-        "--api-key",
-        type=_api_key,
-        metavar="KEY",
-        help="bearer token, never shown (default: $OPENAI_API_KEY, else vllm)",
-    )
-    add("--header", dest="headers", type=_header, metavar="N:V", action="append", help="sent with every request")
-    add("--model", type=_text, help="model name; required unless --demo is given or every corpus line has one")
-    add("--endpoint-type", choices=[*ENDPOINT_TYPES], help="completions: plain prompts (default: %(default)s)")
-    add("--wait-ready", type=_seconds, metavar="S", help="wait up to so long until every server answers")
-    add("--ca-file", type=_path, metavar="FILE", help="trust the certificate authority in this PEM file")
-    add("--insecure", action="store_true", help="do not check the server's TLS certificate")
-    _add_load(parser)
-    add = parser.add_argument_group("Prompts").add_argument
-    add(
-        "--prompt-tokens",
-        type=_positive,
-        metavar="N",
-        help="length of generated prompts, by the server's count (default: %(default)s)",
-    )
-    add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
-    add("--requests-file", type=_path, metavar="FILE", help="JSONL: text, prompt, messages or turns; body fields")
-    add("--history", choices=HISTORIES, help="whose answers a later turn of a session holds (default: %(default)s)")
-    add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
-    add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
-    add(
-        "--prompt-calibration",
-        type=_calibration,
-        metavar="A,B",
-        help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
-    )
-    _add_output(parser)
-    add = parser.add_argument_group("Client").add_argument
-    add("--processes", type=_processes, metavar="N", help="client processes, or auto (default: %(default)s)")
-    add("--transport", choices=TRANSPORTS, help="stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client")
-    add = parser.add_argument_group("Limits").add_argument
-    add("--timeout", type=_seconds, metavar="S", help="seconds for one whole request (default: %(default)s)")
-    add("--connect-timeout", type=_seconds, metavar="S", help="seconds to connect (default: %(default)s)")
-    add("--first-byte-timeout", type=_seconds, metavar="S", help="seconds until a reply begins (default: no limit)")
-    add("--idle-timeout", type=_seconds, metavar="S", help="seconds between two reads of a reply (default: no limit)")
-    add(
-        "--max-error-rate", type=_fraction, metavar="F", help="exit 1 above this share of errors (default: %(default)s)"
-    )
-    add("--stop-after-errors", type=_positive, metavar="N", help="stop the run at this many errors")
-    add = parser.add_argument_group("Demo").add_argument
-    add("--demo", action="store_true", help="start a simulated server and measure it")
-    add("--demo-engine", type=_engine, metavar="JSON", help='its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}')
+    for group, options in OPTIONS.items():
+        add = parser.add_argument_group(group).add_argument
+        for shown, kind, text, *more in options:
+            name, _, metavar = shown.partition(" ")
+            how: dict[str, Any] = {"type": kind, "metavar": metavar}
+            if kind is None or isinstance(kind, tuple):
+                how = {"choices": kind} if kind else {"action": "store_true"}
+            add(name, help=text, **how, **dict(*more))
     add = parser.add_argument
     add("--help-columns", action="version", version=columns_help(), help="explain CSV columns and exit codes, and exit")
     add("--debug", action="store_true", help="show the traceback of an internal error")
