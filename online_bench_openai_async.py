@@ -7585,6 +7585,17 @@ _price_of = _checked(float, lambda x: 0 < x < math.inf, "a price above 0")
 _fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _temperature = _checked(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 _processes = _checked(lambda text: 0 if text == "auto" else int(text), lambda n: 0 <= n <= 256, "a number or auto")
+_gpus = _checked(str, re.compile(r"off|all|\d+(,\d+)*").fullmatch, "all, off, or numbers of GPUs like 0,1")
+_calibration = _checked(
+    lambda text: [float(word) for word in text.split(",")],
+    lambda told: len(told) == 2 and 0 < told[0] < math.inf and abs(told[1]) < math.inf,
+    "two numbers, tokens per word and tokens besides, as a report shows them",
+)
+_range = _checked(
+    lambda text: [float(word) for word in text.split(":")],
+    lambda ends: len(ends) == 2 and 0 < ends[0] < ends[1] < math.inf,
+    "the least and the greatest level as in 1:512",
+)
 
 
 def _text(text: str) -> str:
@@ -7616,12 +7627,6 @@ def _metrics_page(text: str) -> str:
     return url if text == "off" or urlsplit(url).path else f"{url}/metrics"
 
 
-def _gpus(text: str) -> str:
-    if not re.fullmatch(r"off|all|\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"takes all, off, or numbers of GPUs like 0,1, not {plain(text, 60)!r}")
-    return text
-
-
 def _api_key(text: str) -> str:
     if not text.isascii() or not text.isprintable():
         raise argparse.ArgumentTypeError("takes printable ASCII characters only")
@@ -7630,12 +7635,8 @@ def _api_key(text: str) -> str:
 
 def _header(text: str) -> tuple[str, str]:
     name, value = split_header(text)
-    if (
-        not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII)
-        or not value
-        or not value.isprintable()
-        or not value.isascii()
-    ):
+    sendable = value and value.isprintable() and value.isascii()
+    if not sendable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
         raise argparse.ArgumentTypeError("takes 'Name: value' or Name=value, in printable ASCII")
     if name.lower() in ("host", "content-length", "content-type", "connection", "transfer-encoding"):
         raise argparse.ArgumentTypeError(f"takes no {name}: HTTP itself sets it")
@@ -7666,18 +7667,6 @@ def _extra_body(text: str) -> dict[str, Any]:
     return value
 
 
-def _calibration(text: str) -> list[float]:
-    try:
-        per_word, constant = map(float, text.split(","))
-        if 0 < per_word < math.inf and abs(constant) < math.inf:
-            return [per_word, constant]
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(
-        f"takes two numbers, tokens per word and tokens besides, as a report shows them, not {plain(text, 60)!r}"
-    )
-
-
 def _pair(text: str) -> tuple[str, str]:
     name, sign, value = _text(text).partition("=")
     if not sign or not name.isidentifier():
@@ -7691,26 +7680,14 @@ def _engine(text: str) -> str:
     return text
 
 
-def _rates(text: str) -> list[float]:
-    return _each_once(text, [_above_0(word) for word in text.split(",")])
-
-
-def _levels(text: str) -> list[float]:
-    return _each_once(text, [_positive(word) for word in text.split(",")])
-
-
-def _each_once(text: str, levels: list[float]) -> list[float]:
+def _each_once(kind: Callable[[str], float], text: str) -> list[float]:
+    levels = [kind(word) for word in text.split(",")]
     if len(set(levels)) < len(levels):
         raise argparse.ArgumentTypeError(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
     return levels
 
 
-def _range(text: str) -> list[float]:
-    low, _, high = text.partition(":")
-    with contextlib.suppress(ValueError):
-        if 0 < float(low) < float(high) < math.inf:
-            return [float(low), float(high)]
-    raise argparse.ArgumentTypeError(f"takes the least and the greatest level as in 1:512, not {plain(text, 60)!r}")
+_rates, _levels = partial(_each_once, _above_0), partial(_each_once, _positive)
 
 
 def _limit(text: str) -> str:
@@ -7994,12 +7971,44 @@ def loads_of(options: argparse.Namespace) -> dict[str, Any]:
     return {"request_rate" if axis.by_rate else "concurrency": levels, "warmup": options.warmup, **told}
 
 
+def refuse(*rules: tuple[Any, str]) -> None:
+    """Raises UserError with the reason of the first rule whose condition holds."""
+    for wrong, why in rules:
+        if wrong:
+            raise UserError(why)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together, or would do nothing, whatever the corpus."""
+    axis, rates, levels = Axis.of(options), options.request_rate or (), options.concurrency or ()
+    searching, lists = options.find_max, len(levels) > 1 or len(rates) > 1
+    endless = axis.by_rate and is_several(options) and not (options.total_requests or options.duration)
+    unseen = [name for name, _ in options.goodput or () if name in STREAMED_METRICS and not options.stream]
+    kept = options.summary_json or options.summary_jsonl or options.report
+    refuse(
+        (options.append and options.overwrite, "--append and --overwrite exclude each other"),
+        (options.demo_engine and not options.demo, "--demo-engine needs --demo"),
+        (len(levels) > 1 < len(rates), "two lists at once: --concurrency or --request-rate, not both"),
+        (searching and (lists or options.repeat > 1),
+         "--find-max chooses levels and repeats them: no list, no --repeat"),
+        (searching and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
+        (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
+        (endless, "how long is each rate? --total-requests or --duration"),
+        (options.total_requests and options.requests_per_slot,
+         "--total-requests and --requests-per-slot exclude each other"),
+        (unseen, f"--goodput {' '.join(unseen)} needs --stream: a whole reply does not tell it"),
+        (options.endpoint_type == "completions" and options.system_prompt,
+         "--system-prompt is of a chat; /completions takes plain prompts: --endpoint-type chat"),
+        (options.save_detailed and not kept, "--save-detailed needs --summary-json, --summary-jsonl or --report"),
+    )  # fmt: skip
+
+
 def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> None:
-    """Raises UserError for options that do not go together, or would do nothing."""
+    """Raises UserError for options that do not go with this corpus, or with none."""
     rated = math.inf > min(options.request_rate or [math.inf])
     replayed = trace and options.speed < math.inf
     name, asked = options.requests_file, options.total_requests or 0
-    for wrong, why in (
+    refuse(
         (replayed and rated, f"--request-rate: {name} has timestamps, which say when; --speed inf leaves them aside"),
         (replayed and is_several(options), f"{name} has timestamps: it is replayed once, at its own load"),
         (replayed and options.ramp_up, f"--ramp-up: {name} has timestamps, which say when"),
@@ -8008,9 +8017,7 @@ def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> No
         (not trace and options.timestamp_unit, "--timestamp-unit is that of a trace: --requests-file needs timestamps"),
         (not rated and options.burstiness != 1, "--burstiness is that of a rate: add --request-rate"),
         (options.grace is not None and not options.duration, "--grace begins when --duration is over: add --duration"),
-    ):
-        if wrong:
-            raise UserError(why)
+    )
 
 
 def enough_processes(config: Config) -> int:
@@ -8046,18 +8053,16 @@ def read_cost_us() -> float:
 
 def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """Fill in base URLs, headers and key, from the environment where need be. Raises UserError for unusable values."""
-    try:
-        options.servers = options.api_base or [_url(environ.get("OPENAI_BASE_URL") or DEFAULT_API_BASE)]
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"$OPENAI_BASE_URL {error}") from None
-    options.api_base = options.servers[0]
     options.headers = dict(options.headers or ())
     has_key = any(name in options.headers for name in ("Api-Key", "X-Api-Key", "Authorization"))
+    name = "OPENAI_BASE_URL"
     try:
+        options.servers = options.api_base or [_url(environ.get(name) or DEFAULT_API_BASE)]
+        options.api_base, name = options.servers[0], "OPENAI_API_KEY"
         if options.api_key is None:
-            options.api_key = _api_key(environ.get("OPENAI_API_KEY") or ("" if has_key else DEFAULT_API_KEY))
+            options.api_key = _api_key(environ.get(name) or ("" if has_key else DEFAULT_API_KEY))
     except argparse.ArgumentTypeError as error:
-        raise UserError(f"$OPENAI_API_KEY {error}") from None
+        raise UserError(f"${name} {error}") from None
 
 
 def models_url(api_base: str) -> str:
@@ -8285,8 +8290,6 @@ class Invocation:
             self._summaries.append(SummarySink(config.summary_jsonl))
         if config.summary_json:
             self._summaries.append(SummarySink(config.summary_json, new=True, points=1 + self._several))
-        if config.save_detailed and not (self._summaries or config.report):
-            raise UserError("--save-detailed needs --summary-json, --summary-jsonl or --report")
         if config.report:
             self._page = Page(config.report)
             self._csvs.append(CsvSink(os.path.join(self._page.folder, "results.csv"), append=False, overwrite=False))
@@ -8342,9 +8345,8 @@ class Invocation:
         levels = self._levels(measured)
         bend = None if self.config.find_max else sweep_knee(levels)
         if self._several:
-            report(
-                "\n".join([*sweep_table(levels, self._unit, bend), "", *sweep_sentences(levels, self._unit, bend), ""])
-            )
+            table, sentences = (make(levels, self._unit, bend) for make in (sweep_table, sweep_sentences))
+            report("\n".join([*table, "", *sentences, ""]))
         report(config_block(measured[-1].config, self._loads))
         limits = limits_of(self.config)
         if self._several and limits:
@@ -8425,15 +8427,7 @@ class Invocation:
 
 def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Check everything, then load, then report. Raises UserError and RunError."""
-    if options.append and options.overwrite:
-        raise UserError("--append and --overwrite exclude each other")
-    if options.demo_engine and not options.demo:
-        raise UserError("--demo-engine needs --demo")
-    if options.extra_body.get("n") not in (None, 1):
-        raise UserError(f"--extra-body: n = {options.extra_body['n']!r:.40} makes {SEVERAL_CHOICES}")
-    check_load(options)
-    if options.endpoint_type == "completions" and options.system_prompt:
-        raise UserError("--system-prompt is of a chat; /completions takes plain prompts: --endpoint-type chat")
+    check_options(options)
     resolve_server(options, os.environ)
     if options.demo:
         options.model = options.model or "demo"
@@ -8450,34 +8444,6 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     finally:
         if corpus:
             corpus.close()
-
-
-def check_load(options: argparse.Namespace) -> None:
-    """Raises UserError where the options of a sweep, a search, and of judging do not go together."""
-    axis, rates = Axis.of(options), options.request_rate or ()
-    lists = len(options.concurrency or ()) > 1 or len(rates) > 1
-    unseen = [name for name, _ in options.goodput or () if name in STREAMED_METRICS and not options.stream]
-    lasting = options.total_requests or options.duration
-    for wrong, why in (
-        (
-            len(options.concurrency or ()) > 1 < len(rates),
-            "two lists at once: --concurrency or --request-rate, not both",
-        ),
-        (
-            options.find_max and (lists or options.repeat > 1),
-            "--find-max chooses levels and repeats them: no list, no --repeat",
-        ),
-        (options.find_max and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
-        (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
-        (axis.by_rate and is_several(options) and not lasting, "how long is each rate? --total-requests or --duration"),
-        (
-            options.total_requests and options.requests_per_slot,
-            "--total-requests and --requests-per-slot exclude each other",
-        ),
-        (unseen, f"--goodput {' '.join(unseen)} needs --stream: a whole reply does not tell it"),
-    ):
-        if wrong:
-            raise UserError(why)
 
 
 def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
