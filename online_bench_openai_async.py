@@ -58,6 +58,7 @@ import heapq
 import importlib
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -72,14 +73,17 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
 import traceback
+import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
@@ -4504,7 +4508,6 @@ class Call:
         self.retry_after = retry_after
         self.location = location
         if encoding in ("gzip", "x-gzip", "deflate"):
-            zlib = importlib.import_module("zlib")
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     def body(self, stamp_ns: int, data: bytes) -> None:
@@ -4537,7 +4540,7 @@ class Call:
     def _inflated(self, data: bytes) -> bytes:
         try:
             plain_data: bytes = self._inflate.decompress(data, MAX_REPLY_BYTES - (self.size - len(data)) + 1)
-        except Exception as error:  # zlib.error, of a module imported only when a server compresses
+        except zlib.error as error:
             raise CallError("bad_http", f"broken compression: {error}") from None
         self.size += max(0, len(plain_data) - len(data))
         return plain_data
@@ -4663,10 +4666,7 @@ def tcp_info(sock: socket.socket, place: int) -> Optional[int]:
 class Tls:
     """TLS over the same socket: bytes in, bytes out, so that the kernel's stamps serve there too."""
 
-    def __init__(self, context: Any, host: str) -> None:
-        ssl = importlib.import_module("ssl")
-        self.want_read: type[Exception] = ssl.SSLWantReadError
-        self.closed: type[Exception] = ssl.SSLZeroReturnError
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._session = context.wrap_bio(self._in, self._out, server_hostname=host)
 
@@ -4674,7 +4674,7 @@ class Tls:
         while True:
             try:
                 self._session.do_handshake()
-            except self.want_read:
+            except ssl.SSLWantReadError:
                 await loop.sock_sendall(sock, self._out.read())
                 data = await loop.sock_recv(sock, READ_BUFFER_BYTES)
                 if not data:
@@ -4686,8 +4686,7 @@ class Tls:
 
     def seal(self, data: bytes) -> bytes:
         self._session.write(data)
-        sealed: bytes = self._out.read()
-        return sealed
+        return self._out.read()
 
     def open(self, data: bytes) -> tuple[bytes, bool]:
         """(what it says, whether the other side has closed)."""
@@ -4699,15 +4698,14 @@ class Tls:
                 if not piece:
                     return b"".join(pieces), True
                 pieces.append(piece)
-        except self.want_read:
+        except ssl.SSLWantReadError:
             return b"".join(pieces), False
-        except self.closed:
+        except ssl.SSLZeroReturnError:
             return b"".join(pieces), True
 
 
-def tls_context(origin: Origin) -> Any:
+def tls_context(origin: Origin) -> ssl.SSLContext:
     """The system's trust store, or --ca-file, or no check at all. Raises UserError for a bad file."""
-    ssl = importlib.import_module("ssl")
     try:
         context = ssl.create_default_context(cafile=origin.ca_file)
     except (OSError, ValueError) as error:
@@ -5076,27 +5074,11 @@ def _reason(error: BaseException) -> str:
     return f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
 
-class SelectorPoller:
+class SelectorPoller(selectors.DefaultSelector):
     """Says which connections are ready."""
 
-    def __init__(self) -> None:
-        self._selector: Any = selectors.DefaultSelector()
-        self.fileno = self._selector.fileno
-
-    def add(self, connection: Connection) -> None:
-        self._selector.register(connection.sock, _READABLE, connection)
-
-    def change(self, connection: Connection, mask: int) -> None:
-        self._selector.modify(connection.sock, mask, connection)
-
-    def remove(self, connection: Connection) -> None:
-        self._selector.unregister(connection.sock)
-
     def ready(self) -> list[tuple[Connection, int]]:
-        return [(key.data, mask) for key, mask in self._selector.select(0)]
-
-    def close(self) -> None:
-        self._selector.close()
+        return [(key.data, mask) for key, mask in self.select(0)]
 
 
 class EpollPoller:
@@ -5105,26 +5087,23 @@ class EpollPoller:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
-        self.fileno = self._epoll.fileno
+        self.fileno, self.close = self._epoll.fileno, self._epoll.close
 
-    def add(self, connection: Connection) -> None:
-        self._epoll.register(connection.sock, select.EPOLLIN)
-        self._connections[connection.sock.fileno()] = connection
+    def register(self, sock: socket.socket, _: int, connection: Connection) -> None:
+        self._epoll.register(sock, select.EPOLLIN)
+        self._connections[sock.fileno()] = connection
 
-    def change(self, connection: Connection, mask: int) -> None:
+    def modify(self, sock: socket.socket, mask: int, _: Connection) -> None:
         flags = (select.EPOLLIN if mask & _READABLE else 0) | (select.EPOLLOUT if mask & _WRITABLE else 0)
-        self._epoll.modify(connection.sock, flags)
+        self._epoll.modify(sock, flags)
 
-    def remove(self, connection: Connection) -> None:
-        self._epoll.unregister(connection.sock)
-        del self._connections[connection.sock.fileno()]
+    def unregister(self, sock: socket.socket) -> None:
+        self._epoll.unregister(sock)
+        del self._connections[sock.fileno()]
 
     def ready(self) -> list[tuple[Connection, int]]:
         found = self._connections
         return [(found[fd], _MASK_OF[flags]) for fd, flags in self._epoll.poll(0, len(found) or 1)]
-
-    def close(self) -> None:
-        self._epoll.close()
 
 
 # By epoll's flags, of which 4 is EPOLLOUT; trouble of any kind is found out by reading.
@@ -5151,7 +5130,7 @@ class Stopwatch:
         self._tls_context = tls_context(origin) if origin.tls else None
         self._timeouts = timeouts
         self._streamed = streamed
-        self._poller = EpollPoller() if hasattr(select, "epoll") else SelectorPoller()
+        self._poller: Any = EpollPoller() if hasattr(select, "epoll") else SelectorPoller()
         self._addresses: list[Any] = []
         self._connecting = asyncio.Semaphore(CONNECTS_AT_ONCE)
         self._idle: list[Connection] = []
@@ -5254,7 +5233,7 @@ class Stopwatch:
         connection = Connection(self, sock, tls, self.connections)
         self.connections += 1
         self._all.add(connection)
-        self._poller.add(connection)
+        self._poller.register(sock, _READABLE, connection)
         return connection
 
     async def _open(self) -> tuple[socket.socket, Optional[Tls]]:
@@ -5319,7 +5298,7 @@ class Stopwatch:
 
     def watch(self, connection: Connection, mask: int) -> None:
         if not connection.closed:
-            self._poller.change(connection, mask)
+            self._poller.modify(connection.sock, mask, connection)
 
     def keep(self, connection: Connection) -> None:
         self._idle.append(connection)
@@ -5327,7 +5306,7 @@ class Stopwatch:
     def ignore(self, connection: Connection) -> None:
         """It has nothing more to say."""
         with contextlib.suppress(KeyError, ValueError, OSError):
-            self._poller.remove(connection)
+            self._poller.unregister(connection.sock)
 
     def discard(self, connection: Connection) -> None:
         if connection.closed:
@@ -5516,25 +5495,17 @@ class Watchdog:
             self._handle.cancel()
 
 
-# How an exception of any transport is called: the first name that fits, walking its causes outwards in.
-_OS_ERRORS: tuple[tuple[str, str], ...] = (
-    ("gaierror", "dns_error"),
-    ("SSLCertVerificationError", "tls_error"),
-    ("SSLError", "tls_error"),
-    ("SSLZeroReturnError", "tls_error"),
-    ("ConnectionRefusedError", "connect_refused"),
-    ("ConnectionResetError", "reset"),
-    ("BrokenPipeError", "reset"),
-    ("ConnectionAbortedError", "reset"),
-    ("ConnectTimeout", "connect_timeout"),
-    ("RemoteProtocolError", "bad_http"),
-    ("ReadTimeout", "idle_timeout"),
-    ("WriteTimeout", "timeout"),
-    ("PoolTimeout", "timeout"),
-    ("TimeoutError", "timeout"),
-    ("ReadError", "reset"),
-    ("ConnectError", "connect_error"),
-)
+# What an exception of any transport, or the class that it is one of, is called: an error class of ours.
+_ERROR_CLASSES = {
+    name: kind
+    for kind, names in {
+        "dns_error": "gaierror", "tls_error": "SSLError", "connect_refused": "ConnectionRefusedError",
+        "connect_timeout": "ConnectTimeout", "connect_error": "ConnectError", "idle_timeout": "ReadTimeout",
+        "reset": "ConnectionResetError BrokenPipeError ConnectionAbortedError ReadError",
+        "timeout": "WriteTimeout PoolTimeout TimeoutError", "bad_http": "RemoteProtocolError",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
 # What httpx says with one and the same class.
 _BY_MESSAGE: tuple[tuple[str, str], ...] = (("disconnected without", "closed"), ("peer closed", "cut"))
 _NO_FILE = "no free file descriptor: raise `ulimit -n`"
@@ -5549,7 +5520,6 @@ _UNREACHABLE = ("ENETUNREACH", "EHOSTUNREACH", "ENETDOWN", "EHOSTDOWN")
 
 def classify(error: BaseException) -> tuple[str, str]:
     """(class, one line) of a failed call; the deepest cause with a name of its own decides."""
-    kinds = dict(_OS_ERRORS)
     chain: list[BaseException] = []
     seen: Optional[BaseException] = error
     while seen is not None and seen not in chain:
@@ -5567,9 +5537,9 @@ def classify(error: BaseException) -> tuple[str, str]:
         if code in _UNREACHABLE:
             return "unreachable", _reason(cause)
         for base in type(cause).__mro__:
-            if base.__name__ in kinds:
-                said = next((kind for words, kind in _BY_MESSAGE if words in str(cause)), kinds[base.__name__])
-                return said, _reason(cause)
+            kind = _ERROR_CLASSES.get(base.__name__)
+            if kind:
+                return next((told for words, told in _BY_MESSAGE if words in str(cause)), kind), _reason(cause)
     return "other", f"{type(error).__name__}: {_reason(error)}"
 
 
@@ -5982,9 +5952,8 @@ def is_loopback(host: str) -> bool:
     """
     if host == "localhost" or host.endswith(".localhost"):
         return True
-    ipaddress = importlib.import_module("ipaddress")
     try:
-        return bool(ipaddress.ip_address(host).is_loopback)
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -6387,7 +6356,6 @@ class FigureReader:
 
     def watch_gpus(self) -> None:
         """Rows of the GPU tool for as long as this process lives and the tool works."""
-        subprocess = importlib.import_module("subprocess")
         name, interval_s = self._orders["tool"], self._orders["interval_s"]
         words, parse = [name, *ROCM_QUERY.split()], rocm_samples
         if name == "nvidia-smi":
@@ -7563,7 +7531,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def _checked(kind: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+def _checked(kind: Callable[[str], Any], holds: Callable[[Any], Any], wanted: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -7585,7 +7553,7 @@ _price_of = _checked(float, lambda x: 0 < x < math.inf, "a price above 0")
 _fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _temperature = _checked(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 _processes = _checked(lambda text: 0 if text == "auto" else int(text), lambda n: 0 <= n <= 256, "a number or auto")
-_gpus = _checked(str, re.compile(r"off|all|\d+(,\d+)*").fullmatch, "all, off, or numbers of GPUs like 0,1")
+_gpus = _checked(str, partial(re.fullmatch, r"off|all|\d+(,\d+)*"), "all, off, or numbers of GPUs like 0,1")
 _calibration = _checked(
     lambda text: [float(word) for word in text.split(",")],
     lambda told: len(told) == 2 and 0 < told[0] < math.inf and abs(told[1]) < math.inf,
@@ -8196,14 +8164,13 @@ class DemoServer:
         path = os.path.join(os.path.dirname(THIS_FILE), "demo_server.py")
         if not os.path.exists(path):
             raise UserError(f"--demo needs demo_server.py: copy it to {os.path.dirname(THIS_FILE)}")
-        subprocess = importlib.import_module("subprocess")
         command = [sys.executable, path, "--port", "0", "--until-stdin-closes", "--engine", engine or "{}"]
+        pipe = subprocess.PIPE
         try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
         except OSError as error:
             raise RunError(f"cannot start the demo server: {_reason(error)}") from None
+        assert self._process.stdout is not None
         self.api_base: str = self._process.stdout.readline().decode().strip()
         if not self.api_base:
             raise RunError("the demo server did not start")
@@ -8219,9 +8186,7 @@ class DemoServer:
         }
 
     def stop(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._process.communicate()  # its standard input ends by it
 
 
 class Page:
@@ -8239,7 +8204,6 @@ class Page:
     def draw(self, name: str) -> None:
         """A page that cannot be drawn costs one line, which says how to draw it later."""
         script = os.path.join(os.path.dirname(THIS_FILE), "bench_report.py")
-        subprocess = importlib.import_module("subprocess")
         command = [sys.executable, script, "html", f"{name.replace('=', ' ')}={self.folder}", "-o", self._path]
         why = f"copy bench_report.py to {os.path.dirname(script)}"
         if os.path.exists(script):
