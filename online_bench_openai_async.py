@@ -6302,9 +6302,8 @@ class FigureReader:
             for url in self._urls:
                 try:
                     context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
-                    pages.append(
-                        page_figures(fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context).decode())
-                    )
+                    page = fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context)
+                    pages.append(page_figures(page.decode()))
                 except Exception as error:  # whatever a page may hold, the run goes on without it
                     return f"{Redactor.url(url)}: {_reason(error)}"
             figures = added_up(pages)
@@ -6341,12 +6340,8 @@ class FigureReader:
             self._samples.clear()
         zero, chosen = point["origin_s"], self._orders["gpus"]
         worked = {row.gpu for row in self._gpu_rows if row.facts.get("utilization")}
-        gpus = (
-            worked
-            if chosen == "worked"
-            else {row.gpu for row in self._gpu_rows if chosen == "all"} or chosen.split(",")
-        )
-        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus]
+        gpus = worked if chosen == "worked" else chosen.split(",")
+        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus or chosen == "all"]
         samples = [(at_s - zero, figures) for at_s, figures in self._samples]
         found = {**server_figures([figures for _, figures in samples]), **gpu_figures(rows, *point["between_s"])}
         for name, count in point["per"].items():
@@ -6404,7 +6399,7 @@ class ServerFigures:
             "tls": [config.ca_file, config.insecure],
         }  # fmt: skip
         self._process: Optional[asyncio.subprocess.Process] = None
-        self._series: dict[str, list[list[float]]] = {}
+        self.series: Mapping[str, Any] = {}  # by result key, lists of [seconds from the start of the timed part, value]
 
     async def start(self) -> None:
         """Let the process start, to be ready when the warm-up is over."""
@@ -6433,15 +6428,11 @@ class ServerFigures:
                 "counted": {} if tally.errors + tally.aborted else counted,
                 "per": {"output_token": tally.completion_tokens, "request": tally.ok},
             })  # fmt: skip
-        found, self._series = (await self._answer() if begun else None) or ({}, {})
+        found, self.series = (await self._answer() if begun else None) or ({}, {})
         await self._end()
         if origin_ns and self._asked_gpus and "gpu_name" not in found:
             note(f"--gpu-metrics {self._asked_gpus}: neither nvidia-smi nor rocm-smi tells of it here")
         return found
-
-    def series(self) -> dict[str, list[list[float]]]:
-        """How the figures went: by result key, lists of [seconds from the start of the timed part, value]."""
-        return self._series
 
     def _say(self, what: Any) -> None:
         """By pipe, never by argv: a URL may hold a login."""
@@ -6606,12 +6597,7 @@ class Pool:
         for _ in range(self._load.ahead):
             self._begin_next()
         if self._tasks:
-            ready = asyncio.ensure_future(self.permits.ready(len(self._tasks)))
-            stopped = asyncio.ensure_future(self._stop.draining.wait())
-            either: set[asyncio.Future[Any]] = {ready, stopped, self._over}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            ready.cancel()
-            stopped.cancel()
+            await self._until(self.permits.ready(len(self._tasks)), self._stop.draining.wait())
 
     async def drain(self, origin_ns: int) -> None:
         """Send, until every job is done, the duration is over or a stop; what is left unfinished then is aborted."""
@@ -6621,11 +6607,11 @@ class Pool:
         draining, schedule = self._stop.draining, self._load.schedule
         if not draining.is_set():
             self.permits.open(origin_ns, schedule.permits_s(self._load.concurrency or 0))
-        await self._until(draining, schedule.duration_s - self._now_s() + TIMER_ERROR_S)
+        await self._until(draining.wait(), limit_s=schedule.duration_s - self._now_s() + TIMER_ERROR_S)
         self._closed_s = self._now_s() if self.permits.is_open else -math.inf
         self.permits.close()
-        await self._until(draining, self._load.grace_s)
-        await self._until(self._stop.now, DRAIN_GRACE_S if draining.is_set() else 0.0)
+        await self._until(draining.wait(), limit_s=self._load.grace_s)
+        await self._until(self._stop.now.wait(), limit_s=DRAIN_GRACE_S if draining.is_set() else 0.0)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -6637,13 +6623,13 @@ class Pool:
     def _now_s(self) -> float:
         return (self._clock.now_ns() - self._origin_ns) / 1e9
 
-    async def _until(self, event: asyncio.Event, limit_s: Optional[float]) -> None:
-        """Wait for all jobs, for the event, or for the time limit."""
-        waiting = asyncio.ensure_future(event.wait())
-        either: set[asyncio.Future[Any]] = {self._over, waiting}
+    async def _until(self, *others: Coroutine[Any, Any, Any], limit_s: Optional[float] = None) -> None:
+        """Wait for all jobs, for one of the others, or for the time limit."""
+        waiting: list[asyncio.Future[Any]] = [asyncio.ensure_future(other) for other in others]
         timeout = None if limit_s is None or math.isinf(limit_s) else max(0.0, limit_s)
-        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
+        await asyncio.wait([self._over, *waiting], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for future in waiting:
+            future.cancel()
 
     async def _work(self, job: Optional[Job]) -> None:
         held_ns: Optional[int] = None
@@ -7025,7 +7011,7 @@ async def shard_point(runner: Runner, corpus: Optional[Corpus], point: Mapping[s
     finally:
         for task in telling:
             task.cancel()
-    send_to_parent({"health": dataclasses.asdict(health[0]) if health else None})
+    send_to_parent({"health": [dataclasses.asdict(one) for one in health]})
 
 
 async def tell_progress(arriving: Callable[[], int]) -> None:
@@ -7103,15 +7089,11 @@ class Shard:
         self._expect()
 
     def _expect(self) -> None:
-        """What it will tell of a point."""
-        loop = asyncio.get_running_loop()
-        self.lesson: asyncio.Future[Optional[Lesson]] = loop.create_future()
-        self.ready: asyncio.Future[None] = loop.create_future()
-        self.over: asyncio.Future[Optional[Health]] = loop.create_future()
+        """What it will tell of a point: each of `told` once (None: it died before), of `newest` again and again."""
+        future, names = asyncio.get_running_loop().create_future, ("lesson", "ready", "health")
+        self.told: dict[str, asyncio.Future[Any]] = {name: future() for name in names}
+        self.newest: dict[str, Any] = {"arriving": 0, "fatal": ""}
         self._seen = bytearray()  # 1: its record has come; by the place among this process's jobs
-        self.done = False
-        self.arriving_tokens = 0
-        self.fatal = ""
 
     async def start(self) -> None:
         try:
@@ -7152,21 +7134,15 @@ class Shard:
                 message = json.loads(line)
             except ValueError:  # cut by its death
                 break
-            if "record" in message:
-                self._take(record_from(message["record"]))
-            elif "arriving" in message:
-                self.arriving_tokens = message["arriving"]
-            elif "lesson" in message:
-                self.lesson.set_result(lesson_from(message["lesson"]))
-            elif "ready" in message:
-                self.ready.set_result(None)
-            elif "fatal" in message:
-                self.fatal = message["fatal"]
+            ((name, value),) = message.items()
+            if name == "record":
+                self._take(record_from(value))
+            elif name in self.told:
+                self.told[name].set_result(value)
             else:
-                self.done = True
-                self.over.set_result(Health(**message["health"]) if message["health"] else None)
+                self.newest[name] = value
         self.alive = False
-        for waiting in (self.lesson, self.ready, self.over):
+        for waiting in self.told.values():
             if not waiting.done():
                 waiting.set_result(None)
         await self._process.wait()
@@ -7193,14 +7169,14 @@ class Shard:
 
     def record_lost(self, origin_ns: int) -> None:
         """Jobs that died with it become records, too."""
-        if self.done:
+        if self.told["health"].result() is not None:
             return
         lost = Failure("http_error", "process_lost", "the client process that had this request died")
         jobs, most = self._part.schedule, self._part.concurrency or 0
         known = jobs if jobs.count or jobs.is_timed else itertools.islice(jobs, len(self._seen) + most)
         seen = itertools.chain(self._seen, itertools.repeat(0))
         unfinished = [job for job, was in zip(known, seen) if not was]
-        why = f"died ({self.fatal})" if self.fatal else "died"
+        why = f"died ({self.newest['fatal']})" if self.newest["fatal"] else "died"
         note(f"process {self._number} {why}; its {len(unfinished)} unfinished requests count as errors")
         for job in unfinished:
             for sink in self._part.sinks:
@@ -7233,30 +7209,35 @@ class Crew:
         try:
             for number, shard in enumerate(shards):
                 shard.begin(dataclasses.replace(part, schedule=part.schedule.part(number, count)))
-            lessons = await asyncio.gather(*(shard.lesson for shard in shards))
-            fatal = next((shard.fatal for shard in shards if shard.fatal), "")
+            lessons = await _told("lesson", shards)
+            fatal = next(filter(None, (shard.newest["fatal"] for shard in shards)), "")
             if fatal:
                 raise RunError(fatal)
-            lesson = agreed(part.config, [one for one in lessons if one])
+            lesson = agreed(part.config, [lesson_from(one) for one in lessons if one])
             for shard in shards:
                 shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
-            await asyncio.gather(*(shard.ready for shard in shards))
+            await _told("ready", shards)
             if part.before:
                 await part.before()
             origin_ns = start_ns(part.schedule)
             if not part.stop.draining.is_set():
-                part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
+                config = part.after(lesson).config
+                part.begin(origin_ns, config, lambda: sum(shard.newest["arriving"] for shard in shards))
             for shard in shards:
                 shard.order(f"go {origin_ns}")
-            fared = await asyncio.gather(*(shard.over for shard in shards))
+            fared = await _told("health", shards)
             for shard in shards:
                 shard.record_lost(origin_ns)
         finally:
             passing_on.cancel()
-        return [health for health in fared if health]
+        return [Health(**health) for told in fared for health in told or ()]
 
     async def aclose(self) -> None:
         await asyncio.gather(*(shard.aclose() for shard in self._shards))
+
+
+async def _told(name: str, shards: Sequence[Shard]) -> list[Any]:
+    return await asyncio.gather(*(shard.told[name] for shard in shards))
 
 
 async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
@@ -7437,7 +7418,7 @@ class Point:
             for line in live:
                 line.finish()
             self.tally.server = await figures.stop(self.tally, self.origin_ns)
-            self.series = figures.series()
+            self.series = figures.series
 
     @property
     def level(self) -> Optional[float]:
