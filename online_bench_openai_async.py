@@ -87,6 +87,7 @@ import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -5584,33 +5585,21 @@ def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str
     return {**ours, **request.fields}
 
 
-def _with_other_limit(dialect: Dialect) -> Dialect:
-    return dataclasses.replace(dialect, limit_field="max_completion_tokens")
-
-
-def _with_less_usage(dialect: Dialect) -> Dialect:
-    """First without the counts in every chunk, which fewer servers know, then without any."""
-    return dataclasses.replace(dialect, continuous_usage=False, include_usage=dialect.continuous_usage)
-
-
-# What a refusal before the load may teach: the word in the message, and the dialect to try then.
-CONCESSIONS: tuple[tuple[str, Callable[[Dialect], Dialect]], ...] = (
-    ("max_tokens", _with_other_limit),
-    ("max_completion_tokens", _with_other_limit),
-    ("stream_options", _with_less_usage),
-    ("include_usage", _with_less_usage),
-    ("continuous_usage", _with_less_usage),
-)
-
-
 def concede(dialect: Dialect, config: Config, refusals: Sequence[ErrorGroup]) -> Optional[Dialect]:
-    """The dialect to try after these refusals; None when they teach nothing."""
+    """The dialect to try after these refusals; None when they teach nothing.
+
+    Usage is given up in two steps: first the counts in every chunk, which fewer servers know, then all.
+    """
+    other = {"limit_field": "max_completion_tokens" if config.max_tokens_field == "auto" else dialect.limit_field}
+    less = {"continuous_usage": False, "include_usage": dialect.continuous_usage}
     for group in refusals:
-        for word, change in CONCESSIONS:
-            fixed = change is _with_other_limit and config.max_tokens_field != "auto"
-            taught = group.kind in ("http_400", "http_422") and word in group.first_message
-            if taught and not fixed and change(dialect) != dialect:
-                return change(dialect)
+        for words, change in (
+            ("max_tokens|max_completion_tokens", other),
+            ("stream_options|include_usage|continuous_usage", less),
+        ):
+            taught = dataclasses.replace(dialect, **change)
+            if group.kind in ("http_400", "http_422") and re.search(words, group.first_message) and taught != dialect:
+                return taught
     return None
 
 
@@ -8202,10 +8191,10 @@ class Page:
 class Invocation:
     """One command line: its outputs, opened before any load, its signals, and its exit code."""
 
-    def __init__(self, config: Config, loads: Mapping[str, Any], argv: Sequence[str]) -> None:
-        """`config`: that of the highest level; `loads`: what the report says of all.
+    def __init__(self, config: Config, loads: Mapping[str, Any], argv: Sequence[str], ends: ExitStack) -> None:
+        """`config`: that of the highest level; `loads`: what the report says of all; `ends` closes the outputs.
 
-        Raises UserError when an output cannot be opened.
+        Raises UserError when one cannot be opened.
         """
         self.config = config
         self._loads = loads
@@ -8216,11 +8205,16 @@ class Invocation:
         self._csvs: list[CsvSink] = []
         self._summaries: list[SummarySink] = []
         self._page: Optional[Page] = None
-        try:
-            self._open(config)
-        except UserError:
-            self.close()
-            raise
+        ends.callback(self._close)
+        self._open(config)
+
+    def _close(self) -> None:
+        for csv_sink in self._csvs:
+            csv_sink.discard_if_empty()
+        for sink in self._summaries:
+            sink.close()
+        if self._page:
+            self._page.close()
 
     def _open(self, config: Config) -> None:
         point = Point(dataclasses.replace(config, metadata=None), None, Step(1.0), 0)
@@ -8239,14 +8233,6 @@ class Invocation:
             self._page = Page(config.report)
             self._csvs.append(CsvSink(os.path.join(self._page.folder, "results.csv"), append=False, overwrite=False))
             self._summaries.append(SummarySink(os.path.join(self._page.folder, "results.jsonl")))
-
-    def close(self) -> None:
-        for csv_sink in self._csvs:
-            csv_sink.discard_if_empty()
-        for sink in self._summaries:
-            sink.close()
-        if self._page:
-            self._page.close()
 
     def run(self, sweep: Sweep, demo: Optional[DemoServer]) -> int:
         """Measure and report; the exit code."""
@@ -8381,18 +8367,16 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.ca_file or options.insecure:
         tls_context(Origin.of("https://localhost", options.ca_file, options.insecure))
     keep_files_apart(options)
-    corpus = None
-    if options.requests_file:
-        corpus = load_requests(options.requests_file, options.system_prompt, options.endpoint_type, options.history)
-    try:
-        return benchmark_with(corpus, options, argv)
-    finally:
-        if corpus:
-            corpus.close()
+    corpus, name = None, options.requests_file
+    with ExitStack() as ends:
+        if name:
+            corpus = load_requests(name, options.system_prompt, options.endpoint_type, options.history)
+            ends.callback(corpus.close)
+        return benchmark_with(corpus, options, argv, ends)
 
 
-def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """The same from where the prompts are known."""
+def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str], ends: ExitStack) -> int:
+    """The same from where the prompts are known; `ends` closes what is opened."""
     prompts = len(corpus) if corpus else 0
     trace = corpus is not None and corpus.is_trace
     check_schedule(options, prompts, trace)
@@ -8407,24 +8391,20 @@ def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: 
     # The simulated server inherits the limit and has every connection; of several servers each may have all.
     sockets = config.concurrency and config.concurrency * len(config.servers)
     need_descriptors(sockets if config.demo or sockets is None else -(-sockets // config.processes))
-    invocation = Invocation(config, loads_of(options), argv)
+    invocation = Invocation(config, loads_of(options), argv, ends)
     demo = None
-    try:
-        if config.demo:
-            demo = DemoServer(options.demo_engine)
-            options.api_base, options.servers = demo.api_base, [demo.api_base]
-            invocation.config = config = config_of(options, corpus, trace, most)
-        if importlib.util.find_spec("openai") is None:  # before any socket is opened
-            raise UserError("cannot import openai: pip install openai")
-        if config.wait_ready:
-            wait_until_ready(config, config.wait_ready)
-        for line in notes_before(config):
-            note(line)
-        return invocation.run(Sweep(plan_of(options), partial(config_of, options, corpus, trace), corpus), demo)
-    finally:
-        invocation.close()
-        if demo:
-            demo.stop()
+    if config.demo:
+        demo = DemoServer(options.demo_engine)
+        ends.callback(demo.stop)
+        options.api_base, options.servers = demo.api_base, [demo.api_base]
+        invocation.config = config = config_of(options, corpus, trace, most)
+    if importlib.util.find_spec("openai") is None:  # before any socket is opened
+        raise UserError("cannot import openai: pip install openai")
+    if config.wait_ready:
+        wait_until_ready(config, config.wait_ready)
+    for line in notes_before(config):
+        note(line)
+    return invocation.run(Sweep(plan_of(options), partial(config_of, options, corpus, trace), corpus), demo)
 
 
 def fill_standard_places() -> None:
