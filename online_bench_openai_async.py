@@ -2208,7 +2208,7 @@ class Tally:
         self._own_tokens = own_tokens
         self._goodput = goodput or {}
         self.good: Counter[str] = Counter()
-        self.sent_s = array("d")  # of each row; NaN: it was not sent
+        self.sent_s, self.done_s = array("d"), array("d")  # of each row; NaN: it was not sent, did not succeed
         self.last_index = -1
         self.ok = 0
         self.errors = 0
@@ -2231,6 +2231,7 @@ class Tally:
     def add(self, record: Record) -> None:
         row, self.last_index = len(self.sent_s), max(self.last_index, record.job.index)
         self.sent_s.append(math.nan if record.sent_s is None else record.sent_s)
+        self.done_s.append(record.done_s if record.ok and record.done_s is not None else math.nan)
         for metric in METRICS:
             values = metric.read(record)
             if values and metric.pooled:
@@ -2321,8 +2322,8 @@ class Tally:
 
     def steady(self, wave: int) -> Optional[Steady]:
         """The steady window of a run whose first `wave` requests were sent at once; None without one."""
-        sent_s, latency = self.sent_s, self.samples["latency"]
-        done = {row: sent_s[row] + ms / 1e3 for row, ms in enumerate(latency.exact) if ms == ms}
+        sent_s = self.sent_s[:EXACT_SAMPLES]
+        done = {row: at for row, at in enumerate(self.done_s[:EXACT_SAMPLES]) if at == at}
         ends = sorted(done.values())
         if not 0 < wave < len(ends):
             return None
@@ -2536,8 +2537,11 @@ STATS: Mapping[str, Stat] = dict(_stats())
 
 
 def figure_of(name: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
-    """A figure by its key; None where it was not measured. Raises KeyError."""
-    return STATS[name].of(STATS[name].sample(summary)) if name in STATS else FIGURES[name](summary, config, health)
+    """A figure by its key, also one of the server's own; None where it was not measured."""
+    if name in STATS:
+        return STATS[name].of(STATS[name].sample(summary))
+    value = FIGURES[name](summary, config, health) if name in FIGURES else summary.server.get(name)
+    return value if isinstance(value, (int, float)) else None
 
 
 OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -2563,7 +2567,7 @@ class Limit(NamedTuple):
         if not match:
             raise ValueError("takes a figure, <, <=, > or >=, and a number, as in p99_ttft_ms<500")
         names = [*FIGURES, *STATS]
-        if match[1] not in names:
+        if match[1] not in names and not match[1].startswith(("server_", "gpu_")):
             nearest = ", ".join(difflib.get_close_matches(match[1], names, 4, 0.5)) or "output_throughput, p99_ttft_ms"
             raise ValueError(f"knows no figure {plain(match[1], 60)!r}; nearest: {nearest}")
         return cls(match[1], match[2], float(match[3]))

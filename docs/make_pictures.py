@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = "--demo --stream --concurrency 64 --total-requests 768"
+SHOWN = "--demo --stream --concurrency 32 --total-requests 768 --prompt-tokens 128"
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128)
 SWEPT = [
     "--demo", "--demo-engine", '{"step_ms": 10, "max_batch": 32}', "--stream",
@@ -105,7 +105,8 @@ def sweep() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "sweep.jsonl")
         measured([*SWEPT, "--no-progress", "--summary-jsonl", str(kept)])
-        return [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+        lines = kept.read_text(encoding="utf-8").splitlines()[-len(LEVELS) :]  # of the last try
+        return [json.loads(line) for line in lines]
 
 
 def knee(points: Sequence[dict[str, Any]]) -> int:
