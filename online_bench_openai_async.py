@@ -7683,100 +7683,90 @@ Results go to stdout; progress, notes and errors to stderr."""
 
 
 AGAIN = {"action": "append"}
-# By group: how an option is shown, how its value is read (None: a switch; words: one of them), its help, and what else
-# argparse is to know.
-OPTIONS: Mapping[str, Sequence[tuple[Any, ...]]] = {
-    "Server": (
-        ("--api-base URL", _url,
-         f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})", AGAIN),
-        ("--api-key KEY", _api_key, "bearer token, never shown (default: $OPENAI_API_KEY, else vllm)"),
-        ("--header N:V", _header, "sent with every request", {**AGAIN, "dest": "headers"}),
-        ("--model MODEL", _text, "model name; required unless --demo is given or every corpus line has one"),
-        ("--endpoint-type", (*ENDPOINT_TYPES,), "completions: plain prompts (default: %(default)s)"),
-        ("--wait-ready S", _seconds, "wait up to so long until every server answers"),
-        ("--ca-file FILE", _path, "trust the certificate authority in this PEM file"),
-        ("--insecure", None, "do not check the server's TLS certificate"),
-    ),
-    "Load": (
-        ("--concurrency N[,N...]", _levels,
-         "requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep"),
-        ("--total-requests N", _positive,
-         "requests to make (default: 1024, or one per prompt given; with --duration, no limit)"),
-        ("--duration S", _seconds, "seconds after which no more requests are sent"),
-        ("--grace S", _pause, "seconds for what is in flight then (default: until all is done)"),
-        ("--request-rate R[,R...]", _rates,
-         "requests a second, answered or not (default: inf, no rate); a list is a sweep"),
-        ("--burstiness B", _above_0,
-         "of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)"),
-        ("--ramp-up S", _seconds, "seconds in which rate or concurrency grow to their full value"),
-        ("--speed X", _above_0, "replay a trace so many times as fast; inf: regardless of its times"),
-        ("--timestamp-unit", (*TIMESTAMP_UNITS,), "of a trace's timestamps (default: ms)"),
-        ("--warmup N", _count_or_none, "unmeasured requests before, all at once (default: as many as are in flight)"),
-        ("--stream", None, "stream the replies: adds TTFT, TPOT and gaps between chunks"),
-        ("--continuous-usage", None, "with --stream: token counts in every chunk (vLLM, SGLang)"),
-        ("--temperature T", _temperature, "sampling temperature (default: %(default)s)"),
-        ("--max-tokens-field", TOKEN_FIELDS, "name of the output limit (auto: whichever the warm-up accepts)"),
-        ("--extra-body JSON", _extra_body, "object merged into every request body"),
-    ),
-    "Prompts": (
-        ("--prompt-tokens N", _positive, "length of generated prompts, by the server's count (default: %(default)s)"),
-        ("--output-tokens N", _positive, "most tokens of a reply (default: 1024; with --demo 128)"),
-        ("--requests-file FILE", _path, "JSONL: text, prompt, messages or turns; body fields"),
-        ("--history", HISTORIES, "whose answers a later turn of a session holds (default: %(default)s)"),
-        ("--system-prompt TEXT", _text, "system message before every prompt"),
-        ("--seed N", int, "makes generated prompts repeatable (default: random, reported)"),
-        ("--prompt-calibration A,B", _calibration,
-         "tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)"),
-    ),
-    "Server's own figures": (
-        ("--server-metrics URL", _metrics_page,
-         "read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
-         AGAIN),
-        ("--metrics-interval S", _seconds, "seconds between two readings (default: %(default)s)"),
-        ("--gpu-metrics GPUS", _gpus,
-         "read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)"),
-    ),
-    "Output": (
-        ("--results-csv FILE", _path, "write one row per request; see --help-columns"),
-        ("--append", None, "add to an existing --results-csv"),
-        ("--overwrite", None, "replace an existing --results-csv, once the warm-up has succeeded"),
-        ("--summary-jsonl FILE", _path, "append the results of the run as one line of JSON"),
-        ("--summary-json PATH", _path, "write them to a new file; DIR/: to a new file in it"),
-        ("--save-detailed", None, "add the per-request lists of vLLM and SGLang to both"),
-        ("--metadata K=V", _pair, "add a key to both, such as gpu_type=H100", AGAIN),
-        ("--report FILE", _path, "draw the results into an HTML page; needs bench_report.py"),
-        ("--no-progress", None, "do not show the progress line"),
-        ("--verbose", None, "confidence intervals, and all details of every level"),
-    ),
-    "Sweeps and limits": (
-        ("--requests-per-slot N", _positive,
-         f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})"),
-        ("--repeat N", _positive, "measure each level N times (default: %(default)s)"),
-        ("--cooldown S", _pause, "seconds between two points (default: %(default)s)"),
-        ("--slo LIMIT", _limit, "exit 3 unless a level holds 'p99_ttft_ms<500'", AGAIN),
-        ("--find-max LOW:HIGH", _range, "search the highest concurrency that holds every --slo"),
-        ("--assert LIMIT", _limit, "exit 3 where it does not hold", {**AGAIN, "dest": "asserts"}),
-        ("--goodput NAME:MS", _goal, "count requests within ttft:500 tpot:50 e2el:5000", {"nargs": "+"}),
-        ("--gpus N", _positive, "GPUs of the server: throughput of each"),
-        ("--gpu-hour PRICE", _price_of, "of one GPU: price of a million tokens"),
-    ),
-    "Client": (
-        ("--processes N", _processes, "client processes, or auto (default: %(default)s)"),
-        ("--transport", TRANSPORTS, "stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client"),
-    ),
-    "Limits": (
-        ("--timeout S", _seconds, "seconds for one whole request (default: %(default)s)"),
-        ("--connect-timeout S", _seconds, "seconds to connect (default: %(default)s)"),
-        ("--first-byte-timeout S", _seconds, "seconds until a reply begins (default: no limit)"),
-        ("--idle-timeout S", _seconds, "seconds between two reads of a reply (default: no limit)"),
-        ("--max-error-rate F", _fraction, "exit 1 above this share of errors (default: %(default)s)"),
-        ("--stop-after-errors N", _positive, "stop the run at this many errors"),
-    ),
-    "Demo": (
-        ("--demo", None, "start a simulated server and measure it"),
-        ("--demo-engine JSON", _engine, 'its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}'),
-    ),
-}  # fmt: skip
+# Groups, and below each its options: how one is shown, how its value is read (None: a switch; words: one of them), its
+# help, and what else argparse is to know.
+OPTIONS: Sequence[Any] = (
+    "Server",
+    ("--api-base URL", _url,
+     f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})", AGAIN),
+    ("--api-key KEY", _api_key, "bearer token, never shown (default: $OPENAI_API_KEY, else vllm)"),
+    ("--header N:V", _header, "sent with every request", {**AGAIN, "dest": "headers"}),
+    ("--model MODEL", _text, "model name; required unless --demo is given or every corpus line has one"),
+    ("--endpoint-type", (*ENDPOINT_TYPES,), "completions: plain prompts (default: %(default)s)"),
+    ("--wait-ready S", _seconds, "wait up to so long until every server answers"),
+    ("--ca-file FILE", _path, "trust the certificate authority in this PEM file"),
+    ("--insecure", None, "do not check the server's TLS certificate"),
+    "Load",
+    ("--concurrency N[,N...]", _levels,
+     "requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep"),
+    ("--total-requests N", _positive,
+     "requests to make (default: 1024, or one per prompt given; with --duration, no limit)"),
+    ("--duration S", _seconds, "seconds after which no more requests are sent"),
+    ("--grace S", _pause, "seconds for what is in flight then (default: until all is done)"),
+    ("--request-rate R[,R...]", _rates,
+     "requests a second, answered or not (default: inf, no rate); a list is a sweep"),
+    ("--burstiness B", _above_0,
+     "of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)"),
+    ("--ramp-up S", _seconds, "seconds in which rate or concurrency grow to their full value"),
+    ("--speed X", _above_0, "replay a trace so many times as fast; inf: regardless of its times"),
+    ("--timestamp-unit", (*TIMESTAMP_UNITS,), "of a trace's timestamps (default: ms)"),
+    ("--warmup N", _count_or_none, "unmeasured requests before, all at once (default: as many as are in flight)"),
+    ("--stream", None, "stream the replies: adds TTFT, TPOT and gaps between chunks"),
+    ("--continuous-usage", None, "with --stream: token counts in every chunk (vLLM, SGLang)"),
+    ("--temperature T", _temperature, "sampling temperature (default: %(default)s)"),
+    ("--max-tokens-field", TOKEN_FIELDS, "name of the output limit (auto: whichever the warm-up accepts)"),
+    ("--extra-body JSON", _extra_body, "object merged into every request body"),
+    "Prompts",
+    ("--prompt-tokens N", _positive, "length of generated prompts, by the server's count (default: %(default)s)"),
+    ("--output-tokens N", _positive, "most tokens of a reply (default: 1024; with --demo 128)"),
+    ("--requests-file FILE", _path, "JSONL: text, prompt, messages or turns; body fields"),
+    ("--history", HISTORIES, "whose answers a later turn of a session holds (default: %(default)s)"),
+    ("--system-prompt TEXT", _text, "system message before every prompt"),
+    ("--seed N", int, "makes generated prompts repeatable (default: random, reported)"),
+    ("--prompt-calibration A,B", _calibration,
+     "tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)"),
+    "Server's own figures",
+    ("--server-metrics URL", _metrics_page,
+     "read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)", AGAIN),
+    ("--metrics-interval S", _seconds, "seconds between two readings (default: %(default)s)"),
+    ("--gpu-metrics GPUS", _gpus,
+     "read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)"),
+    "Output",
+    ("--results-csv FILE", _path, "write one row per request; see --help-columns"),
+    ("--append", None, "add to an existing --results-csv"),
+    ("--overwrite", None, "replace an existing --results-csv, once the warm-up has succeeded"),
+    ("--summary-jsonl FILE", _path, "append the results of the run as one line of JSON"),
+    ("--summary-json PATH", _path, "write them to a new file; DIR/: to a new file in it"),
+    ("--save-detailed", None, "add the per-request lists of vLLM and SGLang to both"),
+    ("--metadata K=V", _pair, "add a key to both, such as gpu_type=H100", AGAIN),
+    ("--report FILE", _path, "draw the results into an HTML page; needs bench_report.py"),
+    ("--no-progress", None, "do not show the progress line"),
+    ("--verbose", None, "confidence intervals, and all details of every level"),
+    "Sweeps and limits",
+    ("--requests-per-slot N", _positive,
+     f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})"),
+    ("--repeat N", _positive, "measure each level N times (default: %(default)s)"),
+    ("--cooldown S", _pause, "seconds between two points (default: %(default)s)"),
+    ("--slo LIMIT", _limit, "exit 3 unless a level holds 'p99_ttft_ms<500'", AGAIN),
+    ("--find-max LOW:HIGH", _range, "search the highest concurrency that holds every --slo"),
+    ("--assert LIMIT", _limit, "exit 3 where it does not hold", {**AGAIN, "dest": "asserts"}),
+    ("--goodput NAME:MS", _goal, "count requests within ttft:500 tpot:50 e2el:5000", {"nargs": "+"}),
+    ("--gpus N", _positive, "GPUs of the server: throughput of each"),
+    ("--gpu-hour PRICE", _price_of, "of one GPU: price of a million tokens"),
+    "Client",
+    ("--processes N", _processes, "client processes, or auto (default: %(default)s)"),
+    ("--transport", TRANSPORTS, "stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client"),
+    "Limits",
+    ("--timeout S", _seconds, "seconds for one whole request (default: %(default)s)"),
+    ("--connect-timeout S", _seconds, "seconds to connect (default: %(default)s)"),
+    ("--first-byte-timeout S", _seconds, "seconds until a reply begins (default: no limit)"),
+    ("--idle-timeout S", _seconds, "seconds between two reads of a reply (default: no limit)"),
+    ("--max-error-rate F", _fraction, "exit 1 above this share of errors (default: %(default)s)"),
+    ("--stop-after-errors N", _positive, "stop the run at this many errors"),
+    "Demo",
+    ("--demo", None, "start a simulated server and measure it"),
+    ("--demo-engine JSON", _engine, 'its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}'),
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -7789,14 +7779,16 @@ def build_parser() -> Parser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
-    for group, options in OPTIONS.items():
-        add = parser.add_argument_group(group).add_argument
-        for shown, kind, text, *more in options:
-            name, _, metavar = shown.partition(" ")
-            how: dict[str, Any] = {"type": kind, "metavar": metavar}
-            if kind is None or isinstance(kind, tuple):
-                how = {"choices": kind} if kind else {"action": "store_true"}
-            add(name, help=text, **how, **dict(*more))
+    for row in OPTIONS:
+        if isinstance(row, str):
+            add = parser.add_argument_group(row).add_argument
+            continue
+        shown, kind, text, *more = row
+        name, _, metavar = shown.partition(" ")
+        how: dict[str, Any] = {"type": kind, "metavar": metavar}
+        if kind is None or isinstance(kind, tuple):
+            how = {"choices": kind} if kind else {"action": "store_true"}
+        add(name, help=text, **how, **dict(*more))
     add = parser.add_argument
     add("--help-columns", action="version", version=columns_help(), help="explain CSV columns and exit codes, and exit")
     add("--debug", action="store_true", help="show the traceback of an internal error")
