@@ -4652,13 +4652,6 @@ class KernelClock:
         return (min(max(mapped, floor_ns), now_ns), True) if near else (now_ns, False)
 
 
-def ask_for_stamps(sock: socket.socket) -> None:
-    """Ask the kernel to stamp what arrives; elsewhere than on Linux the time of the read has to do."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-
-
 def tcp_info(sock: socket.socket, place: int) -> Optional[int]:
     """The number at this place, in bytes, of the kernel's struct tcp_info; None where it does not tell (not Linux)."""
     if sys.platform == "linux":
@@ -4797,7 +4790,6 @@ class Connection:
         self.stamps: list[int] = []
         self.pieces: list[bytes] = []
         self.unstamped = 0
-        self.hold = 1  # reads to gather before they are parsed
         self.closed = False
         self._first_hold = 1 + number % HELD_READS
         self._unsent: memoryview = memoryview(b"")
@@ -4805,12 +4797,13 @@ class Connection:
         self._parser: Any = None
         self._done: Optional[asyncio.Future[bool]] = None
         self._stamp_ns = 0
+        self._expect_reply()
+
+    def _expect_reply(self) -> None:
         self._headers: dict[bytes, bytes] = {}
-        self._chunked = False
         self._at_chunk = False  # the next byte begins a chunk
-        self._delimited = False
-        self._keep = False
-        self._complete = False
+        self._chunked = self._delimited = self._keep = self._complete = False
+        self.hold = 1  # reads to gather before they are parsed
 
     # --- sending ---
 
@@ -4818,9 +4811,7 @@ class Connection:
         """Send; `done` becomes True for a whole reply, False for a request to send again, or a CallError."""
         self.call, self._done = call, done
         self._parser = self._stopwatch.new_parser(self)
-        self._chunked = self._at_chunk = self._delimited = self._keep = self._complete = False
-        self._headers = {}
-        self.hold = 1
+        self._expect_reply()
         call.reply.http_status = None
         payload = self.tls.seal(call.payload) if self.tls else call.payload
         self._unsent = memoryview(payload)
@@ -5152,9 +5143,8 @@ class Stopwatch:
     @staticmethod
     def missing() -> str:
         """What it lacks on this machine; empty when it can run."""
-        if not hasattr(selectors.DefaultSelector, "fileno") or not hasattr(socket.socket, "recvmsg_into"):
-            return "a system with epoll or kqueue"
-        return ""
+        able = hasattr(selectors.DefaultSelector, "fileno") and hasattr(socket.socket, "recvmsg_into")
+        return "" if able else "a system with epoll or kqueue"
 
     # --- one call ---
 
@@ -5203,13 +5193,12 @@ class Stopwatch:
         begun_ns = time.perf_counter_ns()
         try:
             connection = await self._connect()
-        except CallError as error:
+        except BaseException as error:
             call.free_permit()
+            if not isinstance(error, CallError):  # cancelled: the caller has left
+                raise
             self.steps.queue(done, error)
             return
-        except BaseException:  # cancelled: the caller has left
-            call.free_permit()
-            raise
         call.reply.connect_ns = (call.reply.connect_ns or 0) + time.perf_counter_ns() - begun_ns
         call.reply.syn_resent += tcp_info(connection.sock, TCP_RESENT) or 0
         connection.carry(call, done)
@@ -5252,7 +5241,9 @@ class Stopwatch:
             if self._tls_context is not None:
                 tls = Tls(self._tls_context, self._origin.host)
                 await tls.handshake(self.loop, sock)
-            ask_for_stamps(sock)
+            if sys.platform == "linux":  # elsewhere the time of the read has to do
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         except BaseException:
             sock.close()
             raise
@@ -5596,11 +5587,9 @@ def concede(dialect: Dialect, config: Config, refusals: Sequence[ErrorGroup]) ->
     """
     other = {"limit_field": "max_completion_tokens" if config.max_tokens_field == "auto" else dialect.limit_field}
     less = {"continuous_usage": False, "include_usage": dialect.continuous_usage}
+    lessons = ("max_tokens|max_completion_tokens", other), ("stream_options|include_usage|continuous_usage", less)
     for group in refusals:
-        for words, change in (
-            ("max_tokens|max_completion_tokens", other),
-            ("stream_options|include_usage|continuous_usage", less),
-        ):
+        for words, change in lessons:
             taught = dataclasses.replace(dialect, **change)
             if group.kind in ("http_400", "http_422") and re.search(words, group.first_message) and taught != dialect:
                 return taught
@@ -5639,17 +5628,11 @@ async def settle(call: Call, exchange: Awaitable[None]) -> Reply:
     except Exception as error:  # whatever a transport raises, the request failed and the run goes on
         if call.dropped:
             raise NotSent from None
-        if not call.settled:
-            failure = failure_of(call, error)
+        answered = 200 <= (call.reply.http_status or 200) < 300  # else the status says what failed
+        if not call.settled and (answered or isinstance(error, CallError)):
+            kind, message = classify(error)
+            failure = Failure("http_error", kind, plain(message))
     return call.end(failure)
-
-
-def failure_of(call: Call, error: Exception) -> Optional[Failure]:
-    status = call.reply.http_status
-    if status is not None and not 200 <= status < 300 and not isinstance(error, CallError):
-        return None  # said by the status itself
-    kind, message = classify(error)
-    return Failure("http_error", kind, plain(message))
 
 
 def import_sdk() -> tuple[Any, ModuleType]:
@@ -6931,7 +6914,6 @@ def record_line(record: Record) -> list[Any]:
 
 
 def record_from(line: Sequence[Any]) -> Record:
-    """The inverse of `record_line`."""
     index, due_s, origin_ns, values = line
     reply = Reply(**dict(zip(_REPLY_FIELDS, values)))
     gaps = array("f")
@@ -7149,7 +7131,6 @@ class Shard:
             sink.add(record)
 
     async def aclose(self) -> None:
-        """End it, and wait until it has ended."""
         if self._process and self._process.stdin:
             self._process.stdin.close()
         if self._listening:
@@ -7656,7 +7637,6 @@ TRANSPORTS = ("auto", "stopwatch", "sdk")
 
 
 def columns_help() -> str:
-    """What --help-columns prints."""
     width = max(map(len, CSV_COLUMNS))
     return "\n".join(
         (
@@ -7825,7 +7805,6 @@ class Axis(NamedTuple):
 
 
 def is_several(options: argparse.Namespace) -> bool:
-    """Whether there is more than one point."""
     return bool(options.find_max) or len(Axis.of(options).levels) > 1 or options.repeat > 1
 
 
@@ -7999,9 +7978,11 @@ def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> N
         raise UserError(f"${name} {error}") from None
 
 
-def models_url(api_base: str) -> str:
-    parts = urlsplit(api_base)
-    return urlunsplit(parts._replace(path=f"{parts.path}/models"))
+def list_of_models(config: Any) -> Any:
+    """What /models says, by options or Config. Raises what `fetch` raises."""
+    parts = urlsplit(config.api_base)
+    url = urlunsplit(parts._replace(path=f"{parts.path}/models"))
+    return fetch_json(url, config.api_key, headers=config.headers)
 
 
 def require_model(options: argparse.Namespace) -> None:
@@ -8010,8 +7991,7 @@ def require_model(options: argparse.Namespace) -> None:
     base = Redactor.url(options.api_base)
     redactor = Redactor.of(options, os.environ)
     try:
-        listed = fetch_json(models_url(options.api_base), options.api_key, headers=options.headers)
-        names = ", ".join(str(model["id"]) for model in listed["data"][:20])
+        names = ", ".join(str(model["id"]) for model in list_of_models(options)["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
         reason = redactor.text(plain(_reason(error), 100))
         raise UserError(f"--model is missing, and {base} does not tell its models ({reason})") from None
@@ -8093,7 +8073,7 @@ async def one_token(config: Config) -> Optional[Failure]:
 def not_ready(config: Config) -> str:
     """What keeps a server from answering; empty when it does, be it that it refuses what the warm-up will explain."""
     try:
-        fetch_json(models_url(config.api_base), config.api_key, headers=config.headers)
+        list_of_models(config)
     except Exception as error:
         if getattr(error, "code", 500) >= 500 and not isinstance(error, ValueError):  # else it has no such list
             return _reason(error)
