@@ -5782,11 +5782,8 @@ class SdkTransport:
         self._timeouts = timeouts_of(config)
         origin = origin_of(config)
         _, httpx = import_sdk()
-        limits = httpx.Limits(
-            max_connections=concurrency,
-            max_keepalive_connections=concurrency,
-            keepalive_expiry=4.0,  # below the 5 s after which the usual servers close
-        )
+        bounds = dict.fromkeys(("max_connections", "max_keepalive_connections"), concurrency)
+        limits = httpx.Limits(**bounds, keepalive_expiry=4.0)  # below the 5 s after which the usual servers close
         verify = tls_context(origin) if origin.tls else False
         options = {"limits": limits, "trust_env": trust_env, "follow_redirects": False, "verify": verify}
         self._sdk = Sdk(config, self._http_client(httpx)(**options))
@@ -7071,17 +7068,10 @@ class Shard:
         self._seen = bytearray()  # 1: its record has come; by the place among this process's jobs
 
     async def start(self) -> None:
+        command, pipe = (sys.executable, THIS_FILE, "--shard", str(self._number)), asyncio.subprocess.PIPE
+        streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "limit": 1 << 26}
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                THIS_FILE,
-                "--shard",
-                str(self._number),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                limit=1 << 26,
-            )
+            self._process = await asyncio.create_subprocess_exec(*command, start_new_session=True, **streams)
         except OSError as error:
             raise RunError(f"cannot start process {self._number}: {_reason(error)}; lower --processes") from None
         self.order(self._said)
@@ -7486,6 +7476,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
+BadValue = argparse.ArgumentTypeError
+
+
 def _checked(kind: Callable[[str], Any], holds: Callable[[Any], Any], wanted: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
@@ -7493,7 +7486,7 @@ def _checked(kind: Callable[[str], Any], holds: Callable[[Any], Any], wanted: st
         except ValueError:
             value = None
         if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"takes {wanted}, not {plain(text, 60)!r}")
+            raise BadValue(f"takes {wanted}, not {plain(text, 60)!r}")
         return value
 
     return parse
@@ -7528,7 +7521,7 @@ def _text(text: str) -> str:
 
 def _path(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("takes a file name, not '': is a shell variable unset?")
+        raise BadValue("takes a file name, not '': is a shell variable unset?")
     return text
 
 
@@ -7539,7 +7532,7 @@ def _url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid or re.search(r"\s", text):
-        raise argparse.ArgumentTypeError(
+        raise BadValue(
             f"takes a URL like {DEFAULT_API_BASE}, not {plain(Redactor.url(re.sub('.*@', '***@', text)), 80)!r}"
         )
     return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
@@ -7552,7 +7545,7 @@ def _metrics_page(text: str) -> str:
 
 def _api_key(text: str) -> str:
     if not text.isascii() or not text.isprintable():
-        raise argparse.ArgumentTypeError("takes printable ASCII characters only")
+        raise BadValue("takes printable ASCII characters only")
     return text.strip()
 
 
@@ -7560,9 +7553,9 @@ def _header(text: str) -> tuple[str, str]:
     name, value = split_header(text)
     sendable = value and value.isprintable() and value.isascii()
     if not sendable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-        raise argparse.ArgumentTypeError("takes 'Name: value' or Name=value, in printable ASCII")
+        raise BadValue("takes 'Name: value' or Name=value, in printable ASCII")
     if name.lower() in ("host", "content-length", "content-type", "connection", "transfer-encoding"):
-        raise argparse.ArgumentTypeError(f"takes no {name}: HTTP itself sets it")
+        raise BadValue(f"takes no {name}: HTTP itself sets it")
     return name, value
 
 
@@ -7571,9 +7564,9 @@ def _json_object(text: str) -> dict[str, Any]:
         value = json.loads(_text(text))
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
+        raise BadValue(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError('takes a JSON object like {"ignore_eos": true}')
+        raise BadValue('takes a JSON object like {"ignore_eos": true}')
     return value
 
 
@@ -7582,9 +7575,9 @@ def _extra_body(text: str) -> dict[str, Any]:
     by = {"model": "--model", "messages": "--requests-file", "prompt": "--requests-file", "stream": "--stream"}
     for name, option in by.items():
         if name in value:
-            raise argparse.ArgumentTypeError(f"takes no {name}: {option} sets it")
+            raise BadValue(f"takes no {name}: {option} sets it")
     if value.get("n", 1) not in (1, None):
-        raise argparse.ArgumentTypeError(
+        raise BadValue(
             "takes no n but 1: first token, gaps and tokens of several choices in one reply cannot be told apart"
         )
     return value
@@ -7593,20 +7586,20 @@ def _extra_body(text: str) -> dict[str, Any]:
 def _pair(text: str) -> tuple[str, str]:
     name, sign, value = _text(text).partition("=")
     if not sign or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {plain(text, 60)!r}")
+        raise BadValue(f"takes NAME=VALUE, not {plain(text, 60)!r}")
     return name, value
 
 
 def _engine(text: str) -> str:
     if not all(isinstance(value, (int, float)) and value >= 0 for value in _json_object(text).values()):
-        raise argparse.ArgumentTypeError('takes a JSON object of numbers like {"ttft_ms": 200}')
+        raise BadValue('takes a JSON object of numbers like {"ttft_ms": 200}')
     return text
 
 
 def _each_once(kind: Callable[[str], float], text: str) -> list[float]:
     levels = [kind(word) for word in text.split(",")]
     if len(set(levels)) < len(levels):
-        raise argparse.ArgumentTypeError(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
+        raise BadValue(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
     return levels
 
 
@@ -7617,16 +7610,14 @@ def _limit(text: str) -> str:
     try:
         Limit.of(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise BadValue(str(error)) from None
     return text
 
 
 def _goal(text: str) -> tuple[str, float]:
     name, _, limit = text.partition(":")
     if name not in GOODPUT_NAMES:
-        raise argparse.ArgumentTypeError(
-            f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}"
-        )
+        raise BadValue(f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}")
     value: float = _seconds(limit)
     return GOODPUT_NAMES[name], value
 
@@ -7974,7 +7965,7 @@ def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> N
         options.api_base, name = options.servers[0], "OPENAI_API_KEY"
         if options.api_key is None:
             options.api_key = _api_key(environ.get(name) or ("" if has_key else DEFAULT_API_KEY))
-    except argparse.ArgumentTypeError as error:
+    except BadValue as error:
         raise UserError(f"${name} {error}") from None
 
 
