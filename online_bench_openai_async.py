@@ -2323,7 +2323,8 @@ class Tally:
     def summary(self, wave: int = 0) -> Summary:
         """`wave`: how many requests were in flight at the start, for the steady window."""
         steady = self.steady(wave)  # before the samples are described, which may take their values
-        values = {item.name: getattr(self, item.name, self.counts[item.name]) for item in dataclasses.fields(Summary)}
+        names = [item.name for item in dataclasses.fields(Summary)]
+        values: dict[str, Any] = {name: getattr(self, name, self.counts[name]) for name in names}
         values.update(
             distributions={key: sample.describe() for key, sample in self.samples.items()},
             error_groups=self.error_groups(),
