@@ -87,7 +87,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, NamedTuple, Optional, Protocol
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 try:
@@ -506,8 +506,6 @@ class Steady:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """The requests of one label, or of one server."""
-
     ok: int
     errors: int
     first_error: str
@@ -653,10 +651,8 @@ class Config:
     gpu_hour: Optional[float]
 
 
-class Send(Protocol):
-    """Make one call when its turn comes and say how it went; never raises for what a server does."""
-
-    def __call__(self, request: Request, turn: Turn) -> Awaitable[Reply]: ...
+# Makes one call when its turn comes and says how it went; never raises for what a server does.
+Send = Callable[[Request, "Turn"], Awaitable[Reply]]
 
 
 class Sink(Protocol):
@@ -704,7 +700,6 @@ class Sessions:
         return rounds * len(self._lines) + line, at - self._starts[line]
 
     def goes_on(self, index: int) -> bool:
-        """Whether its session has a turn after this one."""
         return self.place(index + 1)[1] > 0
 
     def request(self, index: int) -> Request:
@@ -782,7 +777,6 @@ class Schedule:
 
     @property
     def is_timed(self) -> bool:
-        """Whether its jobs have due times."""
         return self.kind != "closed"
 
     def part(self, shard: int, shards: int) -> Schedule:
@@ -815,7 +809,6 @@ class Schedule:
         return self.sessions.after(record) if self.sessions else None
 
     def goes_on(self, job: Job) -> bool:
-        """Whether a job may follow from this one."""
         return self.sessions is not None and self.sessions.goes_on(job.index)
 
     def number(self, job: Job) -> int:
@@ -1435,22 +1428,6 @@ def plain(text: str, limit: int = ERROR_TEXT_CHARS) -> str:
     return " ".join(_CONTROL.sub(" ", text[: 4 * limit]).split())[:limit]
 
 
-class Reader(Protocol):
-    """Takes a reply's body in pieces, each with the time of its arrival, and fills in the `Reply`."""
-
-    complete: bool  # nothing that could still come would matter
-
-    late: set[int]  # stamps of reads whose bytes may have queued up; each stamp is that of the last byte
-
-    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None: ...
-
-    def chunks_so_far(self, unread: int) -> int:
-        """Content chunks, as far as is known with so many pieces not yet fed."""
-
-    def finish(self) -> None:
-        """The body has ended: write what it said into the reply, a failure where it is not a complete answer."""
-
-
 SEVERAL_CHOICES = "several answers in one reply, whose times would mix: ask for one (n = 1)"
 ABORTED_REASONS = ("abort", "error", "cancelled")  # finish_reasons that mean: not finished
 
@@ -1526,19 +1503,23 @@ class WholeReader:
     """Reads a reply that comes as one JSON object."""
 
     def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
+        """`keeps_text`: what it says is to be known afterwards."""
         self._reply = reply
         self._keeps_text = keeps_text
         self._pieces: list[bytes] = []
-        self.complete = False
-        self.late: set[int] = set()
+        self.complete = False  # whether nothing that could still come would matter
+        self.late: set[int] = set()  # stamps of reads whose bytes may have queued up; each is that of the last byte
 
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
+        """Takes the body in pieces, each with the time of its arrival."""
         self._pieces += pieces
 
     def chunks_so_far(self, unread: int) -> int:
+        """Content chunks, as far as is known with so many pieces not yet fed."""
         return 0
 
     def finish(self) -> None:
+        """The body has ended: write what it said into the reply, a failure where it is not a complete answer."""
         self._reply.failure = self._read(b"".join(self._pieces))
 
     def _read(self, data: bytes) -> Optional[Failure]:
@@ -1643,7 +1624,6 @@ class StreamReader:
     """Reads server-sent events, however they are cut into packets; an event bears its last byte's stamp."""
 
     def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
-        """`keeps_text`: what it says is to be known afterwards."""
         self._reply = reply
         self._texts: Optional[list[bytes]] = [] if keeps_text else None  # as they stand in JSON
         self.complete = False
@@ -1675,16 +1655,14 @@ class StreamReader:
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
         at = 0
         while at < len(pieces):
-            plain = self._plain_run(pieces[at : at + PLAIN_RUN]) if self._ready_for_run(pieces[at]) else 0
+            ready = pieces[at].startswith(self._before) and not self._tail and not self._after_cr
+            plain = self._plain_run(pieces[at : at + PLAIN_RUN]) if ready else 0
             if plain:
                 self._content_run(stamps_ns[at : at + plain])
             else:
                 self._stamp_ns = stamps_ns[at]
                 self._feed_any(stamps_ns[at], pieces[at])
             at += plain or 1
-
-    def _ready_for_run(self, piece: bytes) -> bool:
-        return piece.startswith(self._before) and not self._tail and not self._after_cr
 
     def _plain_run(self, pieces: Sequence[bytes]) -> int:
         """How many pieces at the start are one event each that differs from the last plain one in its text alone.
@@ -1783,13 +1761,13 @@ class StreamReader:
                 self._texts.append(_JSON_TEXT.match(event, at)[0])  # type: ignore[index]
             self._content(stamp_ns, True)
             return
-        data, name = event_fields(event)
-        if data == b"[DONE]":
-            self.complete = self._finish is not None
-        elif data:
-            self._payload(stamp_ns, data, name)
+        self._payload(stamp_ns, *event_fields(event))
 
     def _payload(self, stamp_ns: int, data: bytes, name: bytes) -> None:
+        if data == b"[DONE]":
+            self.complete = self._finish is not None
+        if data in (b"", b"[DONE]"):
+            return
         try:
             body = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError):
@@ -1893,12 +1871,10 @@ class StreamReader:
             whole = data == b"[DONE]" or isinstance(json.loads(data), dict)
         except (ValueError, RecursionError):
             whole = not data
-        if not whole:
-            self._fail("truncated", "the stream ended within an event")
-        elif data and data != b"[DONE]":
+        if whole:
             self._payload(self._stamp_ns, data, name)
-        elif data:
-            self.complete = self._finish is not None
+        else:
+            self._fail("truncated", "the stream ended within an event")
 
     def _ending(self) -> Optional[Failure]:
         if self._finish is None and not self._chunks and not self._counts:
@@ -1915,6 +1891,7 @@ class StreamReader:
         return _failed("not_a_stream", f"no server-sent events but: {error_body_text(self._head)}")
 
 
+Reader = Union[WholeReader, StreamReader]
 READERS: Mapping[bool, Callable[..., Reader]] = {False: WholeReader, True: StreamReader}  # by --stream
 
 
@@ -2021,7 +1998,6 @@ class Sample:
             self._count((value,))
 
     def of_rows(self, rows: Iterable[int]) -> Iterator[float]:
-        """The values that those rows have."""
         values = (self.exact[row] for row in rows if row < len(self.exact))
         return (value for value in values if value == value)
 
@@ -2317,7 +2293,8 @@ class Tally:
     def summary(self, wave: int = 0) -> Summary:
         """`wave`: how many requests were in flight at the start, for the steady window."""
         steady = self.steady(wave)  # before the samples are described, which may take their values
-        values = {item.name: getattr(self, item.name, self.counts[item.name]) for item in dataclasses.fields(Summary)}
+        names = [item.name for item in dataclasses.fields(Summary)]
+        values: dict[str, Any] = {name: getattr(self, name, self.counts[name]) for name in names}
         values.update(
             distributions={key: sample.describe() for key, sample in self.samples.items()},
             error_groups=self.error_groups(),
@@ -2503,8 +2480,6 @@ OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 
 
 class Limit(NamedTuple):
-    """A limit on a figure of the summary."""
-
     name: str
     operator: str
     bound: float
@@ -2653,11 +2628,10 @@ def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> 
 
 
 def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.without_usage:
-        return None
     how = "counted by their content chunks" if summary.chunk_counted else "counted as 0 tokens"
     text = f"{summary.without_usage} replies carried no usage, or one of 0 tokens: {how}, prompts without a count as 0"
-    return ReportWarning(text, "a server that sends `usage`; Req/s and the latencies are right without it")
+    cure = "a server that sends `usage`; Req/s and the latencies are right without it"
+    return ReportWarning(text, cure) if summary.without_usage else None
 
 
 def _warn_prompt_length(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2946,7 +2920,6 @@ class Redactor:
 
     @staticmethod
     def config(config: Config) -> dict[str, Any]:
-        """Every option in force, secrets masked."""
         options = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
         return {
             **{name: "inf" if value == math.inf else value for name, value in options.items()},  # JSON has no infinity
@@ -3260,7 +3233,6 @@ class Level:
 
 
 def levels_of(points: Iterable[Measured]) -> list[list[Measured]]:
-    """The points by their level, in its order."""
     groups: dict[float, list[Measured]] = {}
     for point in points:
         groups.setdefault(point.level, []).append(point)
