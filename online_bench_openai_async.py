@@ -58,6 +58,7 @@ import heapq
 import importlib
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -72,17 +73,21 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
 import traceback
+import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -204,6 +209,7 @@ SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
 KV_CACHE_FULL = 0.99
 SEARCH_PRECISION = 0.04  # of the level that holds: how near the one that fails must be
 BOUND_REPEATS = 2.0  # times as many requests where this client was the limit
+SEARCH_REPEATS = 2  # of a level whose verdict chance could turn, with more requests each time,
 SEARCH_MOST = 16  # times the usual number of requests: what is not sure by then stays unresolved
 DRIFT = 0.10  # of a mean, from the first to the last third of the steady window
 NORMAL_95 = 1.96  # standard errors to either side of a mean
@@ -3279,6 +3285,8 @@ def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -
     lines = []
     if bend is not None and bend == levels[-1].level:
         lines.append(f"No knee: at {bend:g} {unit} throughput still grew by more than {KNEE_GROWTH:.0%} per doubling")
+    elif bend is None and len(levels) > 2:
+        lines.append(f"No knee: nowhere did throughput grow by more than {KNEE_GROWTH:.0%} per doubling")
     elif bend is not None:
         lines.append(f"Knee: {bend:g} {unit}; beyond it throughput grows by less than {KNEE_GROWTH:.0%} per doubling")
     bound = [f"{level.level:g}" for level in levels if any(point.client_bound for point in level.points)]
@@ -4386,7 +4394,6 @@ class Call:
         self.retry_after = retry_after
         self.location = location
         if encoding in ("gzip", "x-gzip", "deflate"):
-            zlib = importlib.import_module("zlib")
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     def body(self, stamp_ns: int, data: bytes) -> None:
@@ -4419,7 +4426,7 @@ class Call:
     def _inflated(self, data: bytes) -> bytes:
         try:
             plain_data: bytes = self._inflate.decompress(data, MAX_REPLY_BYTES - (self.size - len(data)) + 1)
-        except Exception as error:  # zlib.error, of a module imported only when a server compresses
+        except zlib.error as error:
             raise CallError("bad_http", f"broken compression: {error}") from None
         self.size += max(0, len(plain_data) - len(data))
         return plain_data
@@ -4526,13 +4533,6 @@ class KernelClock:
         return (min(max(mapped, floor_ns), now_ns), True) if near else (now_ns, False)
 
 
-def ask_for_stamps(sock: socket.socket) -> None:
-    """Ask the kernel to stamp what arrives; elsewhere than on Linux the time of the read has to do."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-
-
 def tcp_info(sock: socket.socket, place: int) -> Optional[int]:
     """The number at this place, in bytes, of the kernel's struct tcp_info; None where it does not tell (not Linux)."""
     if sys.platform == "linux":
@@ -4545,10 +4545,7 @@ def tcp_info(sock: socket.socket, place: int) -> Optional[int]:
 class Tls:
     """TLS over the same socket: bytes in, bytes out, so that the kernel's stamps serve there too."""
 
-    def __init__(self, context: Any, host: str) -> None:
-        ssl = importlib.import_module("ssl")
-        self.want_read: type[Exception] = ssl.SSLWantReadError
-        self.closed: type[Exception] = ssl.SSLZeroReturnError
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._session = context.wrap_bio(self._in, self._out, server_hostname=host)
 
@@ -4556,7 +4553,7 @@ class Tls:
         while True:
             try:
                 self._session.do_handshake()
-            except self.want_read:
+            except ssl.SSLWantReadError:
                 await loop.sock_sendall(sock, self._out.read())
                 data = await loop.sock_recv(sock, READ_BUFFER_BYTES)
                 if not data:
@@ -4568,8 +4565,7 @@ class Tls:
 
     def seal(self, data: bytes) -> bytes:
         self._session.write(data)
-        sealed: bytes = self._out.read()
-        return sealed
+        return self._out.read()
 
     def open(self, data: bytes) -> tuple[bytes, bool]:
         """(what it says, whether the other side has closed)."""
@@ -4581,15 +4577,14 @@ class Tls:
                 if not piece:
                     return b"".join(pieces), True
                 pieces.append(piece)
-        except self.want_read:
+        except ssl.SSLWantReadError:
             return b"".join(pieces), False
-        except self.closed:
+        except ssl.SSLZeroReturnError:
             return b"".join(pieces), True
 
 
-def tls_context(origin: Origin) -> Any:
+def tls_context(origin: Origin) -> ssl.SSLContext:
     """The system's trust store, or --ca-file, or no check at all. Raises UserError for a bad file."""
-    ssl = importlib.import_module("ssl")
     try:
         context = ssl.create_default_context(cafile=origin.ca_file)
     except (OSError, ValueError) as error:
@@ -4676,7 +4671,6 @@ class Connection:
         self.stamps: list[int] = []
         self.pieces: list[bytes] = []
         self.unstamped = 0
-        self.hold = 1  # reads to gather before they are parsed
         self.closed = False
         self._first_hold = 1 + number % HELD_READS
         self._unsent: memoryview = memoryview(b"")
@@ -4684,12 +4678,13 @@ class Connection:
         self._parser: Any = None
         self._done: Optional[asyncio.Future[bool]] = None
         self._stamp_ns = 0
+        self._expect_reply()
+
+    def _expect_reply(self) -> None:
         self._headers: dict[bytes, bytes] = {}
-        self._chunked = False
         self._at_chunk = False  # the next byte begins a chunk
-        self._delimited = False
-        self._keep = False
-        self._complete = False
+        self._chunked = self._delimited = self._keep = self._complete = False
+        self.hold = 1  # reads to gather before they are parsed
 
     # --- sending ---
 
@@ -4697,9 +4692,7 @@ class Connection:
         """Send; `done` becomes True for a whole reply, False for a request to send again, or a CallError."""
         self.call, self._done = call, done
         self._parser = self._stopwatch.new_parser(self)
-        self._chunked = self._at_chunk = self._delimited = self._keep = self._complete = False
-        self._headers = {}
-        self.hold = 1
+        self._expect_reply()
         call.reply.http_status = None
         payload = self.tls.seal(call.payload) if self.tls else call.payload
         self._unsent = memoryview(payload)
@@ -4958,27 +4951,11 @@ def _reason(error: BaseException) -> str:
     return f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
 
-class SelectorPoller:
+class SelectorPoller(selectors.DefaultSelector):
     """Says which connections are ready."""
 
-    def __init__(self) -> None:
-        self._selector: Any = selectors.DefaultSelector()
-        self.fileno = self._selector.fileno
-
-    def add(self, connection: Connection) -> None:
-        self._selector.register(connection.sock, _READABLE, connection)
-
-    def change(self, connection: Connection, mask: int) -> None:
-        self._selector.modify(connection.sock, mask, connection)
-
-    def remove(self, connection: Connection) -> None:
-        self._selector.unregister(connection.sock)
-
     def ready(self) -> list[tuple[Connection, int]]:
-        return [(key.data, mask) for key, mask in self._selector.select(0)]
-
-    def close(self) -> None:
-        self._selector.close()
+        return [(key.data, mask) for key, mask in self.select(0)]
 
 
 class EpollPoller:
@@ -4987,26 +4964,23 @@ class EpollPoller:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
-        self.fileno = self._epoll.fileno
+        self.fileno, self.close = self._epoll.fileno, self._epoll.close
 
-    def add(self, connection: Connection) -> None:
-        self._epoll.register(connection.sock, select.EPOLLIN)
-        self._connections[connection.sock.fileno()] = connection
+    def register(self, sock: socket.socket, _: int, connection: Connection) -> None:
+        self._epoll.register(sock, select.EPOLLIN)
+        self._connections[sock.fileno()] = connection
 
-    def change(self, connection: Connection, mask: int) -> None:
+    def modify(self, sock: socket.socket, mask: int, _: Connection) -> None:
         flags = (select.EPOLLIN if mask & _READABLE else 0) | (select.EPOLLOUT if mask & _WRITABLE else 0)
-        self._epoll.modify(connection.sock, flags)
+        self._epoll.modify(sock, flags)
 
-    def remove(self, connection: Connection) -> None:
-        self._epoll.unregister(connection.sock)
-        del self._connections[connection.sock.fileno()]
+    def unregister(self, sock: socket.socket) -> None:
+        self._epoll.unregister(sock)
+        del self._connections[sock.fileno()]
 
     def ready(self) -> list[tuple[Connection, int]]:
         found = self._connections
         return [(found[fd], _MASK_OF[flags]) for fd, flags in self._epoll.poll(0, len(found) or 1)]
-
-    def close(self) -> None:
-        self._epoll.close()
 
 
 # By epoll's flags, of which 4 is EPOLLOUT; trouble of any kind is found out by reading.
@@ -5033,7 +5007,7 @@ class Stopwatch:
         self._tls_context = tls_context(origin) if origin.tls else None
         self._timeouts = timeouts
         self._streamed = streamed
-        self._poller = EpollPoller() if hasattr(select, "epoll") else SelectorPoller()
+        self._poller: Any = EpollPoller() if hasattr(select, "epoll") else SelectorPoller()
         self._addresses: list[Any] = []
         self._connecting = asyncio.Semaphore(CONNECTS_AT_ONCE)
         self._idle: list[Connection] = []
@@ -5050,9 +5024,8 @@ class Stopwatch:
     @staticmethod
     def missing() -> str:
         """What it lacks on this machine; empty when it can run."""
-        if not hasattr(selectors.DefaultSelector, "fileno") or not hasattr(socket.socket, "recvmsg_into"):
-            return "a system with epoll or kqueue"
-        return ""
+        able = hasattr(selectors.DefaultSelector, "fileno") and hasattr(socket.socket, "recvmsg_into")
+        return "" if able else "a system with epoll or kqueue"
 
     # --- one call ---
 
@@ -5101,13 +5074,12 @@ class Stopwatch:
         begun_ns = time.perf_counter_ns()
         try:
             connection = await self._connect()
-        except CallError as error:
+        except BaseException as error:
             call.free_permit()
+            if not isinstance(error, CallError):  # cancelled: the caller has left
+                raise
             self.steps.queue(done, error)
             return
-        except BaseException:  # cancelled: the caller has left
-            call.free_permit()
-            raise
         call.reply.connect_ns = (call.reply.connect_ns or 0) + time.perf_counter_ns() - begun_ns
         call.reply.syn_resent += tcp_info(connection.sock, TCP_RESENT) or 0
         connection.carry(call, done)
@@ -5136,7 +5108,7 @@ class Stopwatch:
         connection = Connection(self, sock, tls, self.connections)
         self.connections += 1
         self._all.add(connection)
-        self._poller.add(connection)
+        self._poller.register(sock, _READABLE, connection)
         return connection
 
     async def _open(self) -> tuple[socket.socket, Optional[Tls]]:
@@ -5150,7 +5122,9 @@ class Stopwatch:
             if self._tls_context is not None:
                 tls = Tls(self._tls_context, self._origin.host)
                 await tls.handshake(self.loop, sock)
-            ask_for_stamps(sock)
+            if sys.platform == "linux":  # elsewhere the time of the read has to do
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         except BaseException:
             sock.close()
             raise
@@ -5201,7 +5175,7 @@ class Stopwatch:
 
     def watch(self, connection: Connection, mask: int) -> None:
         if not connection.closed:
-            self._poller.change(connection, mask)
+            self._poller.modify(connection.sock, mask, connection)
 
     def keep(self, connection: Connection) -> None:
         self._idle.append(connection)
@@ -5209,7 +5183,7 @@ class Stopwatch:
     def ignore(self, connection: Connection) -> None:
         """It has nothing more to say."""
         with contextlib.suppress(KeyError, ValueError, OSError):
-            self._poller.remove(connection)
+            self._poller.unregister(connection.sock)
 
     def discard(self, connection: Connection) -> None:
         if connection.closed:
@@ -5398,25 +5372,17 @@ class Watchdog:
             self._handle.cancel()
 
 
-# How an exception of any transport is called: the first name that fits, walking its causes outwards in.
-_OS_ERRORS: tuple[tuple[str, str], ...] = (
-    ("gaierror", "dns_error"),
-    ("SSLCertVerificationError", "tls_error"),
-    ("SSLError", "tls_error"),
-    ("SSLZeroReturnError", "tls_error"),
-    ("ConnectionRefusedError", "connect_refused"),
-    ("ConnectionResetError", "reset"),
-    ("BrokenPipeError", "reset"),
-    ("ConnectionAbortedError", "reset"),
-    ("ConnectTimeout", "connect_timeout"),
-    ("RemoteProtocolError", "bad_http"),
-    ("ReadTimeout", "idle_timeout"),
-    ("WriteTimeout", "timeout"),
-    ("PoolTimeout", "timeout"),
-    ("TimeoutError", "timeout"),
-    ("ReadError", "reset"),
-    ("ConnectError", "connect_error"),
-)
+# What an exception of any transport, or the class that it is one of, is called: an error class of ours.
+_ERROR_CLASSES = {
+    name: kind
+    for kind, names in {
+        "dns_error": "gaierror", "tls_error": "SSLError", "connect_refused": "ConnectionRefusedError",
+        "connect_timeout": "ConnectTimeout", "connect_error": "ConnectError", "idle_timeout": "ReadTimeout",
+        "reset": "ConnectionResetError BrokenPipeError ConnectionAbortedError ReadError",
+        "timeout": "WriteTimeout PoolTimeout TimeoutError", "bad_http": "RemoteProtocolError",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
 # What httpx says with one and the same class.
 _BY_MESSAGE: tuple[tuple[str, str], ...] = (("disconnected without", "closed"), ("peer closed", "cut"))
 _NO_FILE = "no free file descriptor: raise `ulimit -n`"
@@ -5431,7 +5397,6 @@ _UNREACHABLE = ("ENETUNREACH", "EHOSTUNREACH", "ENETDOWN", "EHOSTDOWN")
 
 def classify(error: BaseException) -> tuple[str, str]:
     """(class, one line) of a failed call; the deepest cause with a name of its own decides."""
-    kinds = dict(_OS_ERRORS)
     chain: list[BaseException] = []
     seen: Optional[BaseException] = error
     while seen is not None and seen not in chain:
@@ -5449,9 +5414,9 @@ def classify(error: BaseException) -> tuple[str, str]:
         if code in _UNREACHABLE:
             return "unreachable", _reason(cause)
         for base in type(cause).__mro__:
-            if base.__name__ in kinds:
-                said = next((kind for words, kind in _BY_MESSAGE if words in str(cause)), kinds[base.__name__])
-                return said, _reason(cause)
+            kind = _ERROR_CLASSES.get(base.__name__)
+            if kind:
+                return next((told for words, told in _BY_MESSAGE if words in str(cause)), kind), _reason(cause)
     return "other", f"{type(error).__name__}: {_reason(error)}"
 
 
@@ -5496,33 +5461,19 @@ def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str
     return {**ours, **request.fields}
 
 
-def _with_other_limit(dialect: Dialect) -> Dialect:
-    return dataclasses.replace(dialect, limit_field="max_completion_tokens")
-
-
-def _with_less_usage(dialect: Dialect) -> Dialect:
-    """First without the counts in every chunk, which fewer servers know, then without any."""
-    return dataclasses.replace(dialect, continuous_usage=False, include_usage=dialect.continuous_usage)
-
-
-# What a refusal before the load may teach: the word in the message, and the dialect to try then.
-CONCESSIONS: tuple[tuple[str, Callable[[Dialect], Dialect]], ...] = (
-    ("max_tokens", _with_other_limit),
-    ("max_completion_tokens", _with_other_limit),
-    ("stream_options", _with_less_usage),
-    ("include_usage", _with_less_usage),
-    ("continuous_usage", _with_less_usage),
-)
-
-
 def concede(dialect: Dialect, config: Config, refusals: Sequence[ErrorGroup]) -> Optional[Dialect]:
-    """The dialect to try after these refusals; None when they teach nothing."""
+    """The dialect to try after these refusals; None when they teach nothing.
+
+    Usage is given up in two steps: first the counts in every chunk, which fewer servers know, then all.
+    """
+    other = {"limit_field": "max_completion_tokens" if config.max_tokens_field == "auto" else dialect.limit_field}
+    less = {"continuous_usage": False, "include_usage": dialect.continuous_usage}
+    lessons = ("max_tokens|max_completion_tokens", other), ("stream_options|include_usage|continuous_usage", less)
     for group in refusals:
-        for word, change in CONCESSIONS:
-            fixed = change is _with_other_limit and config.max_tokens_field != "auto"
-            taught = group.kind in ("http_400", "http_422") and word in group.first_message
-            if taught and not fixed and change(dialect) != dialect:
-                return change(dialect)
+        for words, change in lessons:
+            taught = dataclasses.replace(dialect, **change)
+            if group.kind in ("http_400", "http_422") and re.search(words, group.first_message) and taught != dialect:
+                return taught
     return None
 
 
@@ -5558,17 +5509,11 @@ async def settle(call: Call, exchange: Awaitable[None]) -> Reply:
     except Exception as error:  # whatever a transport raises, the request failed and the run goes on
         if call.dropped:
             raise NotSent from None
-        if not call.settled:
-            failure = failure_of(call, error)
+        answered = 200 <= (call.reply.http_status or 200) < 300  # else the status says what failed
+        if not call.settled and (answered or isinstance(error, CallError)):
+            kind, message = classify(error)
+            failure = Failure("http_error", kind, plain(message))
     return call.end(failure)
-
-
-def failure_of(call: Call, error: Exception) -> Optional[Failure]:
-    status = call.reply.http_status
-    if status is not None and not 200 <= status < 300 and not isinstance(error, CallError):
-        return None  # said by the status itself
-    kind, message = classify(error)
-    return Failure("http_error", kind, plain(message))
 
 
 def import_sdk() -> tuple[Any, ModuleType]:
@@ -5718,11 +5663,8 @@ class SdkTransport:
         self._timeouts = timeouts_of(config)
         origin = origin_of(config)
         _, httpx = import_sdk()
-        limits = httpx.Limits(
-            max_connections=concurrency,
-            max_keepalive_connections=concurrency,
-            keepalive_expiry=4.0,  # below the 5 s after which the usual servers close
-        )
+        bounds = dict.fromkeys(("max_connections", "max_keepalive_connections"), concurrency)
+        limits = httpx.Limits(**bounds, keepalive_expiry=4.0)  # below the 5 s after which the usual servers close
         verify = tls_context(origin) if origin.tls else False
         options = {"limits": limits, "trust_env": trust_env, "follow_redirects": False, "verify": verify}
         self._sdk = Sdk(config, self._http_client(httpx)(**options))
@@ -5864,9 +5806,8 @@ def is_loopback(host: str) -> bool:
     """
     if host == "localhost" or host.endswith(".localhost"):
         return True
-    ipaddress = importlib.import_module("ipaddress")
     try:
-        return bool(ipaddress.ip_address(host).is_loopback)
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -6215,9 +6156,8 @@ class FigureReader:
             for url in self._urls:
                 try:
                     context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
-                    pages.append(
-                        page_figures(fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context).decode())
-                    )
+                    page = fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context)
+                    pages.append(page_figures(page.decode()))
                 except Exception as error:  # whatever a page may hold, the run goes on without it
                     return f"{Redactor.url(url)}: {_reason(error)}"
             figures = added_up(pages)
@@ -6254,12 +6194,8 @@ class FigureReader:
             self._samples.clear()
         zero, chosen = point["origin_s"], self._orders["gpus"]
         worked = {row.gpu for row in self._gpu_rows if row.facts.get("utilization")}
-        gpus = (
-            worked
-            if chosen == "worked"
-            else {row.gpu for row in self._gpu_rows if chosen == "all"} or chosen.split(",")
-        )
-        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus]
+        gpus = worked if chosen == "worked" else chosen.split(",")
+        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus or chosen == "all"]
         samples = [(at_s - zero, figures) for at_s, figures in self._samples]
         found = {**server_figures([figures for _, figures in samples]), **gpu_figures(rows, *point["between_s"])}
         for name, count in point["per"].items():
@@ -6269,7 +6205,6 @@ class FigureReader:
 
     def watch_gpus(self) -> None:
         """Rows of the GPU tool for as long as this process lives and the tool works."""
-        subprocess = importlib.import_module("subprocess")
         name, interval_s = self._orders["tool"], self._orders["interval_s"]
         words, parse = [name, *ROCM_QUERY.split()], rocm_samples
         if name == "nvidia-smi":
@@ -6318,7 +6253,7 @@ class ServerFigures:
             "tls": [config.ca_file, config.insecure],
         }  # fmt: skip
         self._process: Optional[asyncio.subprocess.Process] = None
-        self._series: dict[str, list[list[float]]] = {}
+        self.series: Mapping[str, Any] = {}  # by result key, lists of [seconds from the start of the timed part, value]
 
     async def start(self) -> None:
         """Let the process start, to be ready when the warm-up is over."""
@@ -6347,15 +6282,11 @@ class ServerFigures:
                 "counted": {} if tally.errors + tally.aborted else counted,
                 "per": {"output_token": tally.completion_tokens, "request": tally.ok},
             })  # fmt: skip
-        found, self._series = (await self._answer() if begun else None) or ({}, {})
+        found, self.series = (await self._answer() if begun else None) or ({}, {})
         await self._end()
         if origin_ns and self._asked_gpus and "gpu_name" not in found:
             note(f"--gpu-metrics {self._asked_gpus}: neither nvidia-smi nor rocm-smi tells of it here")
         return found
-
-    def series(self) -> dict[str, list[list[float]]]:
-        """How the figures went: by result key, lists of [seconds from the start of the timed part, value]."""
-        return self._series
 
     def _say(self, what: Any) -> None:
         """By pipe, never by argv: a URL may hold a login."""
@@ -6520,12 +6451,7 @@ class Pool:
         for _ in range(self._load.ahead):
             self._begin_next()
         if self._tasks:
-            ready = asyncio.ensure_future(self.permits.ready(len(self._tasks)))
-            stopped = asyncio.ensure_future(self._stop.draining.wait())
-            either: set[asyncio.Future[Any]] = {ready, stopped, self._over}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            ready.cancel()
-            stopped.cancel()
+            await self._until(self.permits.ready(len(self._tasks)), self._stop.draining.wait())
 
     async def drain(self, origin_ns: int) -> None:
         """Send, until every job is done, the duration is over or a stop; what is left unfinished then is aborted."""
@@ -6535,11 +6461,11 @@ class Pool:
         draining, schedule = self._stop.draining, self._load.schedule
         if not draining.is_set():
             self.permits.open(origin_ns, schedule.permits_s(self._load.concurrency or 0))
-        await self._until(draining, schedule.duration_s - self._now_s() + TIMER_ERROR_S)
+        await self._until(draining.wait(), limit_s=schedule.duration_s - self._now_s() + TIMER_ERROR_S)
         self._closed_s = self._now_s() if self.permits.is_open else -math.inf
         self.permits.close()
-        await self._until(draining, self._load.grace_s)
-        await self._until(self._stop.now, DRAIN_GRACE_S if draining.is_set() else 0.0)
+        await self._until(draining.wait(), limit_s=self._load.grace_s)
+        await self._until(self._stop.now.wait(), limit_s=DRAIN_GRACE_S if draining.is_set() else 0.0)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -6551,13 +6477,13 @@ class Pool:
     def _now_s(self) -> float:
         return (self._clock.now_ns() - self._origin_ns) / 1e9
 
-    async def _until(self, event: asyncio.Event, limit_s: Optional[float]) -> None:
-        """Wait for all jobs, for the event, or for the time limit."""
-        waiting = asyncio.ensure_future(event.wait())
-        either: set[asyncio.Future[Any]] = {self._over, waiting}
+    async def _until(self, *others: Coroutine[Any, Any, Any], limit_s: Optional[float] = None) -> None:
+        """Wait for all jobs, for one of the others, or for the time limit."""
+        waiting: list[asyncio.Future[Any]] = [asyncio.ensure_future(other) for other in others]
         timeout = None if limit_s is None or math.isinf(limit_s) else max(0.0, limit_s)
-        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
+        await asyncio.wait([self._over, *waiting], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for future in waiting:
+            future.cancel()
 
     async def _work(self, job: Optional[Job]) -> None:
         held_ns: Optional[int] = None
@@ -6866,7 +6792,6 @@ def record_line(record: Record) -> list[Any]:
 
 
 def record_from(line: Sequence[Any]) -> Record:
-    """The inverse of `record_line`."""
     index, due_s, origin_ns, values = line
     reply = Reply(**dict(zip(_REPLY_FIELDS, values)))
     gaps = array("f")
@@ -6939,7 +6864,7 @@ async def shard_point(runner: Runner, corpus: Optional[Corpus], point: Mapping[s
     finally:
         for task in telling:
             task.cancel()
-    send_to_parent({"health": dataclasses.asdict(health[0]) if health else None})
+    send_to_parent({"health": [dataclasses.asdict(one) for one in health]})
 
 
 async def tell_progress(arriving: Callable[[], int]) -> None:
@@ -7017,28 +6942,17 @@ class Shard:
         self._expect()
 
     def _expect(self) -> None:
-        """What it will tell of a point."""
-        loop = asyncio.get_running_loop()
-        self.lesson: asyncio.Future[Optional[Lesson]] = loop.create_future()
-        self.ready: asyncio.Future[None] = loop.create_future()
-        self.over: asyncio.Future[Optional[Health]] = loop.create_future()
+        """What it will tell of a point: each of `told` once (None: it died before), of `newest` again and again."""
+        future, names = asyncio.get_running_loop().create_future, ("lesson", "ready", "health")
+        self.told: dict[str, asyncio.Future[Any]] = {name: future() for name in names}
+        self.newest: dict[str, Any] = {"arriving": 0, "fatal": ""}
         self._seen = bytearray()  # 1: its record has come; by the place among this process's jobs
-        self.done = False
-        self.arriving_tokens = 0
-        self.fatal = ""
 
     async def start(self) -> None:
+        command, pipe = (sys.executable, THIS_FILE, "--shard", str(self._number)), asyncio.subprocess.PIPE
+        streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "limit": 1 << 26}
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                THIS_FILE,
-                "--shard",
-                str(self._number),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                limit=1 << 26,
-            )
+            self._process = await asyncio.create_subprocess_exec(*command, start_new_session=True, **streams)
         except OSError as error:
             raise RunError(f"cannot start process {self._number}: {_reason(error)}; lower --processes") from None
         self.order(self._said)
@@ -7066,21 +6980,15 @@ class Shard:
                 message = json.loads(line)
             except ValueError:  # cut by its death
                 break
-            if "record" in message:
-                self._take(record_from(message["record"]))
-            elif "arriving" in message:
-                self.arriving_tokens = message["arriving"]
-            elif "lesson" in message:
-                self.lesson.set_result(lesson_from(message["lesson"]))
-            elif "ready" in message:
-                self.ready.set_result(None)
-            elif "fatal" in message:
-                self.fatal = message["fatal"]
+            ((name, value),) = message.items()
+            if name == "record":
+                self._take(record_from(value))
+            elif name in self.told:
+                self.told[name].set_result(value)
             else:
-                self.done = True
-                self.over.set_result(Health(**message["health"]) if message["health"] else None)
+                self.newest[name] = value
         self.alive = False
-        for waiting in (self.lesson, self.ready, self.over):
+        for waiting in self.told.values():
             if not waiting.done():
                 waiting.set_result(None)
         await self._process.wait()
@@ -7094,7 +7002,6 @@ class Shard:
             sink.add(record)
 
     async def aclose(self) -> None:
-        """End it, and wait until it has ended."""
         if self._process and self._process.stdin:
             self._process.stdin.close()
         if self._listening:
@@ -7107,14 +7014,14 @@ class Shard:
 
     def record_lost(self, origin_ns: int) -> None:
         """Jobs that died with it become records, too."""
-        if self.done:
+        if self.told["health"].result() is not None:
             return
         lost = Failure("http_error", "process_lost", "the client process that had this request died")
         jobs, most = self._part.schedule, self._part.concurrency or 0
         known = jobs if jobs.count or jobs.is_timed else itertools.islice(jobs, len(self._seen) + most)
         seen = itertools.chain(self._seen, itertools.repeat(0))
         unfinished = [job for job, was in zip(known, seen) if not was]
-        why = f"died ({self.fatal})" if self.fatal else "died"
+        why = f"died ({self.newest['fatal']})" if self.newest["fatal"] else "died"
         note(f"process {self._number} {why}; its {len(unfinished)} unfinished requests count as errors")
         for job in unfinished:
             for sink in self._part.sinks:
@@ -7147,30 +7054,35 @@ class Crew:
         try:
             for number, shard in enumerate(shards):
                 shard.begin(dataclasses.replace(part, schedule=part.schedule.part(number, count)))
-            lessons = await asyncio.gather(*(shard.lesson for shard in shards))
-            fatal = next((shard.fatal for shard in shards if shard.fatal), "")
+            lessons = await _told("lesson", shards)
+            fatal = next(filter(None, (shard.newest["fatal"] for shard in shards)), "")
             if fatal:
                 raise RunError(fatal)
-            lesson = agreed(part.config, [one for one in lessons if one])
+            lesson = agreed(part.config, [lesson_from(one) for one in lessons if one])
             for shard in shards:
                 shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
-            await asyncio.gather(*(shard.ready for shard in shards))
+            await _told("ready", shards)
             if part.before:
                 await part.before()
             origin_ns = start_ns(part.schedule)
             if not part.stop.draining.is_set():
-                part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
+                config = part.after(lesson).config
+                part.begin(origin_ns, config, lambda: sum(shard.newest["arriving"] for shard in shards))
             for shard in shards:
                 shard.order(f"go {origin_ns}")
-            fared = await asyncio.gather(*(shard.over for shard in shards))
+            fared = await _told("health", shards)
             for shard in shards:
                 shard.record_lost(origin_ns)
         finally:
             passing_on.cancel()
-        return [health for health in fared if health]
+        return [Health(**health) for told in fared for health in told or ()]
 
     async def aclose(self) -> None:
         await asyncio.gather(*(shard.aclose() for shard in self._shards))
+
+
+async def _told(name: str, shards: Sequence[Shard]) -> list[Any]:
+    return await asyncio.gather(*(shard.told[name] for shard in shards))
 
 
 async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
@@ -7249,9 +7161,9 @@ def _take(held: list[tuple[float, Answer]], fails: Optional[float], level: float
 
 
 def _made_sure(level: float, answer: Answer) -> Generator[Step, Answer, Answer]:
-    """Repeat a level with more requests until its verdict is no chance, or SEARCH_MOST times as many were made."""
+    """Repeat a level with more requests, twice at most, until its verdict is no chance."""
     factor, repeat = 1, 1
-    while not answer.sure and factor < SEARCH_MOST:
+    while not answer.sure and factor < SEARCH_MOST and repeat <= SEARCH_REPEATS:
         factor = min(SEARCH_MOST, factor * math.ceil(min(SEARCH_MOST, max(2.0, 1.2 * answer.needed))))
         repeat += 1
         answer = yield Step(level, repeat, factor)
@@ -7351,7 +7263,7 @@ class Point:
             for line in live:
                 line.finish()
             self.tally.server = await figures.stop(self.tally, self.origin_ns)
-            self.series = figures.series()
+            self.series = figures.series
 
     @property
     def level(self) -> Optional[float]:
@@ -7445,14 +7357,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def _checked(kind: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+BadValue = argparse.ArgumentTypeError
+
+
+def _checked(kind: Callable[[str], Any], holds: Callable[[Any], Any], wanted: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
         if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"takes {wanted}, not {plain(text, 60)!r}")
+            raise BadValue(f"takes {wanted}, not {plain(text, 60)!r}")
         return value
 
     return parse
@@ -7467,6 +7382,17 @@ _price_of = _checked(float, lambda x: 0 < x < math.inf, "a price above 0")
 _fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _temperature = _checked(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 _processes = _checked(lambda text: 0 if text == "auto" else int(text), lambda n: 0 <= n <= 256, "a number or auto")
+_gpus = _checked(str, partial(re.fullmatch, r"off|all|\d+(,\d+)*"), "all, off, or numbers of GPUs like 0,1")
+_calibration = _checked(
+    lambda text: [float(word) for word in text.split(",")],
+    lambda told: len(told) == 2 and 0 < told[0] < math.inf and abs(told[1]) < math.inf,
+    "two numbers, tokens per word and tokens besides, as a report shows them",
+)
+_range = _checked(
+    lambda text: [float(word) for word in text.split(":")],
+    lambda ends: len(ends) == 2 and 0 < ends[0] < ends[1] < math.inf,
+    "the least and the greatest level as in 1:512",
+)
 
 
 def _text(text: str) -> str:
@@ -7476,7 +7402,7 @@ def _text(text: str) -> str:
 
 def _path(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("takes a file name, not '': is a shell variable unset?")
+        raise BadValue("takes a file name, not '': is a shell variable unset?")
     return text
 
 
@@ -7487,7 +7413,7 @@ def _url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid or re.search(r"\s", text):
-        raise argparse.ArgumentTypeError(
+        raise BadValue(
             f"takes a URL like {DEFAULT_API_BASE}, not {plain(Redactor.url(re.sub('.*@', '***@', text)), 80)!r}"
         )
     return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
@@ -7498,29 +7424,19 @@ def _metrics_page(text: str) -> str:
     return url if text == "off" or urlsplit(url).path else f"{url}/metrics"
 
 
-def _gpus(text: str) -> str:
-    if not re.fullmatch(r"off|all|\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"takes all, off, or numbers of GPUs like 0,1, not {plain(text, 60)!r}")
-    return text
-
-
 def _api_key(text: str) -> str:
     if not text.isascii() or not text.isprintable():
-        raise argparse.ArgumentTypeError("takes printable ASCII characters only")
+        raise BadValue("takes printable ASCII characters only")
     return text.strip()
 
 
 def _header(text: str) -> tuple[str, str]:
     name, value = split_header(text)
-    if (
-        not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII)
-        or not value
-        or not value.isprintable()
-        or not value.isascii()
-    ):
-        raise argparse.ArgumentTypeError("takes 'Name: value' or Name=value, in printable ASCII")
+    sendable = value and value.isprintable() and value.isascii()
+    if not sendable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+        raise BadValue("takes 'Name: value' or Name=value, in printable ASCII")
     if name.lower() in ("host", "content-length", "content-type", "connection", "transfer-encoding"):
-        raise argparse.ArgumentTypeError(f"takes no {name}: HTTP itself sets it")
+        raise BadValue(f"takes no {name}: HTTP itself sets it")
     return name, value
 
 
@@ -7529,9 +7445,9 @@ def _json_object(text: str) -> dict[str, Any]:
         value = json.loads(_text(text))
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
+        raise BadValue(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError('takes a JSON object like {"ignore_eos": true}')
+        raise BadValue('takes a JSON object like {"ignore_eos": true}')
     return value
 
 
@@ -7540,75 +7456,49 @@ def _extra_body(text: str) -> dict[str, Any]:
     by = {"model": "--model", "messages": "--requests-file", "prompt": "--requests-file", "stream": "--stream"}
     for name, option in by.items():
         if name in value:
-            raise argparse.ArgumentTypeError(f"takes no {name}: {option} sets it")
+            raise BadValue(f"takes no {name}: {option} sets it")
     if value.get("n", 1) not in (1, None):
-        raise argparse.ArgumentTypeError(
+        raise BadValue(
             "takes no n but 1: first token, gaps and tokens of several choices in one reply cannot be told apart"
         )
     return value
 
 
-def _calibration(text: str) -> list[float]:
-    try:
-        per_word, constant = map(float, text.split(","))
-        if 0 < per_word < math.inf and abs(constant) < math.inf:
-            return [per_word, constant]
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(
-        f"takes two numbers, tokens per word and tokens besides, as a report shows them, not {plain(text, 60)!r}"
-    )
-
-
 def _pair(text: str) -> tuple[str, str]:
     name, sign, value = _text(text).partition("=")
     if not sign or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {plain(text, 60)!r}")
+        raise BadValue(f"takes NAME=VALUE, not {plain(text, 60)!r}")
     return name, value
 
 
 def _engine(text: str) -> str:
     if not all(isinstance(value, (int, float)) and value >= 0 for value in _json_object(text).values()):
-        raise argparse.ArgumentTypeError('takes a JSON object of numbers like {"ttft_ms": 200}')
+        raise BadValue('takes a JSON object of numbers like {"ttft_ms": 200}')
     return text
 
 
-def _rates(text: str) -> list[float]:
-    return _each_once(text, [_above_0(word) for word in text.split(",")])
-
-
-def _levels(text: str) -> list[float]:
-    return _each_once(text, [_positive(word) for word in text.split(",")])
-
-
-def _each_once(text: str, levels: list[float]) -> list[float]:
+def _each_once(kind: Callable[[str], float], text: str) -> list[float]:
+    levels = [kind(word) for word in text.split(",")]
     if len(set(levels)) < len(levels):
-        raise argparse.ArgumentTypeError(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
+        raise BadValue(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
     return levels
 
 
-def _range(text: str) -> list[float]:
-    low, _, high = text.partition(":")
-    with contextlib.suppress(ValueError):
-        if 0 < float(low) < float(high) < math.inf:
-            return [float(low), float(high)]
-    raise argparse.ArgumentTypeError(f"takes the least and the greatest level as in 1:512, not {plain(text, 60)!r}")
+_rates, _levels = partial(_each_once, _above_0), partial(_each_once, _positive)
 
 
 def _limit(text: str) -> str:
     try:
         Limit.of(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise BadValue(str(error)) from None
     return text
 
 
 def _goal(text: str) -> tuple[str, float]:
     name, _, limit = text.partition(":")
     if name not in GOODPUT_NAMES:
-        raise argparse.ArgumentTypeError(
-            f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}"
-        )
+        raise BadValue(f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}")
     value: float = _seconds(limit)
     return GOODPUT_NAMES[name], value
 
@@ -7619,7 +7509,6 @@ TRANSPORTS = ("auto", "stopwatch", "sdk")
 
 
 def columns_help() -> str:
-    """What --help-columns prints."""
     width = max(map(len, CSV_COLUMNS))
     return "\n".join(
         (
@@ -7645,104 +7534,91 @@ examples:
 Results go to stdout; progress, notes and errors to stderr."""
 
 
-def _add_judging(add: Callable[..., Any]) -> None:
-    """Several points, and what is asked of their figures."""
-    add(
-        "--requests-per-slot",
-        type=_positive,
-        metavar="N",
-        help=f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})",
-    )
-    add("--repeat", type=_positive, metavar="N", help="measure each level N times (default: %(default)s)")
-    add("--cooldown", type=_pause, metavar="S", help="seconds between two points (default: %(default)s)")
-    add("--slo", type=_limit, action="append", metavar="LIMIT", help="exit 3 unless a level holds 'p99_ttft_ms<500'")
-    add("--find-max", type=_range, metavar="LOW:HIGH", help="search the highest concurrency that holds every --slo")
-    add("--assert", dest="asserts", type=_limit, action="append", metavar="LIMIT", help="exit 3 where it does not hold")
-    add("--goodput", type=_goal, nargs="+", metavar="NAME:MS", help="count requests within ttft:500 tpot:50 e2el:5000")
-    add("--gpus", type=_positive, metavar="N", help="GPUs of the server: throughput of each")
-    add("--gpu-hour", type=_price_of, metavar="PRICE", help="of one GPU: price of a million tokens")
-
-
-def _add_load(parser: Parser) -> None:
-    """How many requests, when, and what for."""
-    add = parser.add_argument_group("Load").add_argument
-    add(
-        "--concurrency",
-        type=_levels,
-        metavar="N[,N...]",
-        help="requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep",
-    )
-    add(
-        "--total-requests",
-        type=_positive,
-        metavar="N",
-        help="requests to make (default: 1024, or one per prompt given; with --duration, no limit)",
-    )
-    add("--duration", type=_seconds, metavar="S", help="seconds after which no more requests are sent")
-    add("--grace", type=_pause, metavar="S", help="seconds for what is in flight then (default: until all is done)")
-    add(
-        "--request-rate",
-        type=_rates,
-        metavar="R[,R...]",
-        help="requests a second, answered or not (default: inf, no rate); a list is a sweep",
-    )
-    add(
-        "--burstiness",
-        type=_above_0,
-        metavar="B",
-        help="of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)",
-    )
-    add("--ramp-up", type=_seconds, metavar="S", help="seconds in which rate or concurrency grow to their full value")
-    add(
-        "--speed", type=_above_0, metavar="X", help="replay a trace so many times as fast; inf: regardless of its times"
-    )
-    add("--timestamp-unit", choices=TIMESTAMP_UNITS, help="of a trace's timestamps (default: ms)")
-    add(
-        "--warmup",
-        type=_count_or_none,
-        metavar="N",
-        help="unmeasured requests before, all at once (default: as many as are in flight)",
-    )
-    add("--stream", action="store_true", help="stream the replies: adds TTFT, TPOT and gaps between chunks")
-    add("--continuous-usage", action="store_true", help="with --stream: token counts in every chunk (vLLM, SGLang)")
-    add("--temperature", type=_temperature, metavar="T", help="sampling temperature (default: %(default)s)")
-    add(
-        "--max-tokens-field",
-        choices=TOKEN_FIELDS,
-        help="name of the output limit (auto: whichever the warm-up accepts)",
-    )
-    add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
-
-
-def _add_output(parser: Parser) -> None:
-    """What is read of the server beside the replies, and where results go."""
-    add = parser.add_argument_group("Server's own figures").add_argument
-    add(
-        "--server-metrics",
-        type=_metrics_page,
-        action="append",
-        metavar="URL",
-        help="read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
-    )
-    add("--metrics-interval", type=_seconds, metavar="S", help="seconds between two readings (default: %(default)s)")
-    add(
-        "--gpu-metrics",
-        type=_gpus,
-        metavar="GPUS",
-        help="read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)",
-    )
-    add = parser.add_argument_group("Output").add_argument
-    add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
-    add("--append", action="store_true", help="add to an existing --results-csv")
-    add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
-    add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
-    add("--summary-json", type=_path, metavar="PATH", help="write them to a new file; DIR/: to a new file in it")
-    add("--save-detailed", action="store_true", help="add the per-request lists of vLLM and SGLang to both")
-    add("--metadata", type=_pair, action="append", metavar="K=V", help="add a key to both, such as gpu_type=H100")
-    add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
-    add("--no-progress", action="store_true", help="do not show the progress line")
-    add("--verbose", action="store_true", help="confidence intervals, and all details of every level")
-    _add_judging(parser.add_argument_group("Sweeps and limits").add_argument)
+AGAIN = {"action": "append"}
+# Groups, and below each its options: how one is shown, how its value is read (None: a switch; words: one of them), its
+# help, and what else argparse is to know.
+OPTIONS: Sequence[Any] = (
+    "Server",
+    ("--api-base URL", _url,
+     f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})", AGAIN),
+    ("--api-key KEY", _api_key, "bearer token, never shown (default: $OPENAI_API_KEY, else vllm)"),
+    ("--header N:V", _header, "sent with every request", {**AGAIN, "dest": "headers"}),
+    ("--model MODEL", _text, "model name; required unless --demo is given or every corpus line has one"),
+    ("--endpoint-type", (*ENDPOINT_TYPES,), "completions: plain prompts (default: %(default)s)"),
+    ("--wait-ready S", _seconds, "wait up to so long until every server answers"),
+    ("--ca-file FILE", _path, "trust the certificate authority in this PEM file"),
+    ("--insecure", None, "do not check the server's TLS certificate"),
+    "Load",
+    ("--concurrency N[,N...]", _levels,
+     "requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep"),
+    ("--total-requests N", _positive,
+     "requests to make (default: 1024, or one per prompt given; with --duration, no limit)"),
+    ("--duration S", _seconds, "seconds after which no more requests are sent"),
+    ("--grace S", _pause, "seconds for what is in flight then (default: until all is done)"),
+    ("--request-rate R[,R...]", _rates,
+     "requests a second, answered or not (default: inf, no rate); a list is a sweep"),
+    ("--burstiness B", _above_0,
+     "of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)"),
+    ("--ramp-up S", _seconds, "seconds in which rate or concurrency grow to their full value"),
+    ("--speed X", _above_0, "replay a trace so many times as fast; inf: regardless of its times"),
+    ("--timestamp-unit", (*TIMESTAMP_UNITS,), "of a trace's timestamps (default: ms)"),
+    ("--warmup N", _count_or_none, "unmeasured requests before, all at once (default: as many as are in flight)"),
+    ("--stream", None, "stream the replies: adds TTFT, TPOT and gaps between chunks"),
+    ("--continuous-usage", None, "with --stream: token counts in every chunk (vLLM, SGLang)"),
+    ("--temperature T", _temperature, "sampling temperature (default: %(default)s)"),
+    ("--max-tokens-field", TOKEN_FIELDS, "name of the output limit (auto: whichever the warm-up accepts)"),
+    ("--extra-body JSON", _extra_body, "object merged into every request body"),
+    "Prompts",
+    ("--prompt-tokens N", _positive, "length of generated prompts, by the server's count (default: %(default)s)"),
+    ("--output-tokens N", _positive, "most tokens of a reply (default: 1024; with --demo 128)"),
+    ("--requests-file FILE", _path, "JSONL: text, prompt, messages or turns; body fields"),
+    ("--history", HISTORIES, "whose answers a later turn of a session holds (default: %(default)s)"),
+    ("--system-prompt TEXT", _text, "system message before every prompt"),
+    ("--seed N", int, "makes generated prompts repeatable (default: random, reported)"),
+    ("--prompt-calibration A,B", _calibration,
+     "tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)"),
+    "Server's own figures",
+    ("--server-metrics URL", _metrics_page,
+     "read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)", AGAIN),
+    ("--metrics-interval S", _seconds, "seconds between two readings (default: %(default)s)"),
+    ("--gpu-metrics GPUS", _gpus,
+     "read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)"),
+    "Output",
+    ("--results-csv FILE", _path, "write one row per request; see --help-columns"),
+    ("--append", None, "add to an existing --results-csv"),
+    ("--overwrite", None, "replace an existing --results-csv, once the warm-up has succeeded"),
+    ("--summary-jsonl FILE", _path, "append the results of the run as one line of JSON"),
+    ("--summary-json PATH", _path, "write them to a new file; DIR/: to a new file in it"),
+    ("--save-detailed", None, "add the per-request lists of vLLM and SGLang to both"),
+    ("--metadata K=V", _pair, "add a key to both, such as gpu_type=H100", AGAIN),
+    ("--report FILE", _path, "draw the results into an HTML page; needs bench_report.py"),
+    ("--no-progress", None, "do not show the progress line"),
+    ("--verbose", None, "confidence intervals, and all details of every level"),
+    "Sweeps and limits",
+    ("--requests-per-slot N", _positive,
+     f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})"),
+    ("--repeat N", _positive, "measure each level N times (default: %(default)s)"),
+    ("--cooldown S", _pause, "seconds between two points (default: %(default)s)"),
+    ("--slo LIMIT", _limit, "exit 3 unless a level holds 'p99_ttft_ms<500'", AGAIN),
+    ("--find-max LOW:HIGH", _range, "search the highest concurrency that holds every --slo"),
+    ("--assert LIMIT", _limit, "exit 3 where it does not hold", {**AGAIN, "dest": "asserts"}),
+    ("--goodput NAME:MS", _goal, "count requests within ttft:500 tpot:50 e2el:5000", {"nargs": "+"}),
+    ("--gpus N", _positive, "GPUs of the server: throughput of each"),
+    ("--gpu-hour PRICE", _price_of, "of one GPU: price of a million tokens"),
+    "Client",
+    ("--processes N", _processes, "client processes, or auto (default: %(default)s)"),
+    ("--transport", TRANSPORTS, "stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client"),
+    "Limits",
+    ("--timeout S", _seconds, "seconds for one whole request (default: %(default)s)"),
+    ("--connect-timeout S", _seconds, "seconds to connect (default: %(default)s)"),
+    ("--first-byte-timeout S", _seconds, "seconds until a reply begins (default: no limit)"),
+    ("--idle-timeout S", _seconds, "seconds between two reads of a reply (default: no limit)"),
+    ("--max-error-rate F", _fraction, "exit 1 above this share of errors (default: %(default)s)"),
+    ("--stop-after-errors N", _positive, "stop the run at this many errors"),
+    "Demo",
+    ("--demo", None, "start a simulated server and measure it"),
+    ("--demo-engine JSON", _engine, 'its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}'),
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -7755,61 +7631,16 @@ def build_parser() -> Parser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("Server").add_argument
-    add(
-        "--api-base",
-        type=_url,
-        metavar="URL",
-        action="append",
-        help=f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})",
-    )
-    add(
-        "--api-key",
-        type=_api_key,
-        metavar="KEY",
-        help="bearer token, never shown (default: $OPENAI_API_KEY, else vllm)",
-    )
-    add("--header", dest="headers", type=_header, metavar="N:V", action="append", help="sent with every request")
-    add("--model", type=_text, help="model name; required unless --demo is given or every corpus line has one")
-    add("--endpoint-type", choices=[*ENDPOINT_TYPES], help="completions: plain prompts (default: %(default)s)")
-    add("--wait-ready", type=_seconds, metavar="S", help="wait up to so long until every server answers")
-    add("--ca-file", type=_path, metavar="FILE", help="trust the certificate authority in this PEM file")
-    add("--insecure", action="store_true", help="do not check the server's TLS certificate")
-    _add_load(parser)
-    add = parser.add_argument_group("Prompts").add_argument
-    add(
-        "--prompt-tokens",
-        type=_positive,
-        metavar="N",
-        help="length of generated prompts, by the server's count (default: %(default)s)",
-    )
-    add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
-    add("--requests-file", type=_path, metavar="FILE", help="JSONL: text, prompt, messages or turns; body fields")
-    add("--history", choices=HISTORIES, help="whose answers a later turn of a session holds (default: %(default)s)")
-    add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
-    add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
-    add(
-        "--prompt-calibration",
-        type=_calibration,
-        metavar="A,B",
-        help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
-    )
-    _add_output(parser)
-    add = parser.add_argument_group("Client").add_argument
-    add("--processes", type=_processes, metavar="N", help="client processes, or auto (default: %(default)s)")
-    add("--transport", choices=TRANSPORTS, help="stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client")
-    add = parser.add_argument_group("Limits").add_argument
-    add("--timeout", type=_seconds, metavar="S", help="seconds for one whole request (default: %(default)s)")
-    add("--connect-timeout", type=_seconds, metavar="S", help="seconds to connect (default: %(default)s)")
-    add("--first-byte-timeout", type=_seconds, metavar="S", help="seconds until a reply begins (default: no limit)")
-    add("--idle-timeout", type=_seconds, metavar="S", help="seconds between two reads of a reply (default: no limit)")
-    add(
-        "--max-error-rate", type=_fraction, metavar="F", help="exit 1 above this share of errors (default: %(default)s)"
-    )
-    add("--stop-after-errors", type=_positive, metavar="N", help="stop the run at this many errors")
-    add = parser.add_argument_group("Demo").add_argument
-    add("--demo", action="store_true", help="start a simulated server and measure it")
-    add("--demo-engine", type=_engine, metavar="JSON", help='its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}')
+    for row in OPTIONS:
+        if isinstance(row, str):
+            add = parser.add_argument_group(row).add_argument
+            continue
+        shown, kind, text, *more = row
+        name, _, metavar = shown.partition(" ")
+        how: dict[str, Any] = {"type": kind, "metavar": metavar}
+        if kind is None or isinstance(kind, tuple):
+            how = {"choices": kind} if kind else {"action": "store_true"}
+        add(name, help=text, **how, **dict(*more))
     add = parser.add_argument
     add("--help-columns", action="version", version=columns_help(), help="explain CSV columns and exit codes, and exit")
     add("--debug", action="store_true", help="show the traceback of an internal error")
@@ -7846,7 +7677,6 @@ class Axis(NamedTuple):
 
 
 def is_several(options: argparse.Namespace) -> bool:
-    """Whether there is more than one point."""
     return bool(options.find_max) or len(Axis.of(options).levels) > 1 or options.repeat > 1
 
 
@@ -7926,12 +7756,44 @@ def loads_of(options: argparse.Namespace) -> dict[str, Any]:
     return {"request_rate" if axis.by_rate else "concurrency": levels, "warmup": options.warmup, **told}
 
 
+def refuse(*rules: tuple[Any, str]) -> None:
+    """Raises UserError with the reason of the first rule whose condition holds."""
+    for wrong, why in rules:
+        if wrong:
+            raise UserError(why)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together, or would do nothing, whatever the corpus."""
+    axis, rates, levels = Axis.of(options), options.request_rate or (), options.concurrency or ()
+    searching, lists = options.find_max, len(levels) > 1 or len(rates) > 1
+    endless = axis.by_rate and is_several(options) and not (options.total_requests or options.duration)
+    unseen = [name for name, _ in options.goodput or () if name in STREAMED_METRICS and not options.stream]
+    kept = options.summary_json or options.summary_jsonl or options.report
+    refuse(
+        (options.append and options.overwrite, "--append and --overwrite exclude each other"),
+        (options.demo_engine and not options.demo, "--demo-engine needs --demo"),
+        (len(levels) > 1 < len(rates), "two lists at once: --concurrency or --request-rate, not both"),
+        (searching and (lists or options.repeat > 1),
+         "--find-max chooses levels and repeats them: no list, no --repeat"),
+        (searching and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
+        (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
+        (endless, "how long is each rate? --total-requests or --duration"),
+        (options.total_requests and options.requests_per_slot,
+         "--total-requests and --requests-per-slot exclude each other"),
+        (unseen, f"--goodput {' '.join(unseen)} needs --stream: a whole reply does not tell it"),
+        (options.endpoint_type == "completions" and options.system_prompt,
+         "--system-prompt is of a chat; /completions takes plain prompts: --endpoint-type chat"),
+        (options.save_detailed and not kept, "--save-detailed needs --summary-json, --summary-jsonl or --report"),
+    )  # fmt: skip
+
+
 def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> None:
-    """Raises UserError for options that do not go together, or would do nothing."""
+    """Raises UserError for options that do not go with this corpus, or with none."""
     rated = math.inf > min(options.request_rate or [math.inf])
     replayed = trace and options.speed < math.inf
     name, asked = options.requests_file, options.total_requests or 0
-    for wrong, why in (
+    refuse(
         (replayed and rated, f"--request-rate: {name} has timestamps, which say when; --speed inf leaves them aside"),
         (replayed and is_several(options), f"{name} has timestamps: it is replayed once, at its own load"),
         (replayed and options.ramp_up, f"--ramp-up: {name} has timestamps, which say when"),
@@ -7940,9 +7802,7 @@ def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> No
         (not trace and options.timestamp_unit, "--timestamp-unit is that of a trace: --requests-file needs timestamps"),
         (not rated and options.burstiness != 1, "--burstiness is that of a rate: add --request-rate"),
         (options.grace is not None and not options.duration, "--grace begins when --duration is over: add --duration"),
-    ):
-        if wrong:
-            raise UserError(why)
+    )
 
 
 def enough_processes(config: Config) -> int:
@@ -7978,23 +7838,23 @@ def read_cost_us() -> float:
 
 def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """Fill in base URLs, headers and key, from the environment where need be. Raises UserError for unusable values."""
-    try:
-        options.servers = options.api_base or [_url(environ.get("OPENAI_BASE_URL") or DEFAULT_API_BASE)]
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"$OPENAI_BASE_URL {error}") from None
-    options.api_base = options.servers[0]
     options.headers = dict(options.headers or ())
     has_key = any(name in options.headers for name in ("Api-Key", "X-Api-Key", "Authorization"))
+    name = "OPENAI_BASE_URL"
     try:
+        options.servers = options.api_base or [_url(environ.get(name) or DEFAULT_API_BASE)]
+        options.api_base, name = options.servers[0], "OPENAI_API_KEY"
         if options.api_key is None:
-            options.api_key = _api_key(environ.get("OPENAI_API_KEY") or ("" if has_key else DEFAULT_API_KEY))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"$OPENAI_API_KEY {error}") from None
+            options.api_key = _api_key(environ.get(name) or ("" if has_key else DEFAULT_API_KEY))
+    except BadValue as error:
+        raise UserError(f"${name} {error}") from None
 
 
-def models_url(api_base: str) -> str:
-    parts = urlsplit(api_base)
-    return urlunsplit(parts._replace(path=f"{parts.path}/models"))
+def list_of_models(config: Any) -> Any:
+    """What /models says, by options or Config. Raises what `fetch` raises."""
+    parts = urlsplit(config.api_base)
+    url = urlunsplit(parts._replace(path=f"{parts.path}/models"))
+    return fetch_json(url, config.api_key, headers=config.headers)
 
 
 def require_model(options: argparse.Namespace) -> None:
@@ -8003,8 +7863,7 @@ def require_model(options: argparse.Namespace) -> None:
     base = Redactor.url(options.api_base)
     redactor = Redactor.of(options, os.environ)
     try:
-        listed = fetch_json(models_url(options.api_base), options.api_key, headers=options.headers)
-        names = ", ".join(str(model["id"]) for model in listed["data"][:20])
+        names = ", ".join(str(model["id"]) for model in list_of_models(options)["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
         reason = redactor.text(plain(_reason(error), 100))
         raise UserError(f"--model is missing, and {base} does not tell its models ({reason})") from None
@@ -8086,7 +7945,7 @@ async def one_token(config: Config) -> Optional[Failure]:
 def not_ready(config: Config) -> str:
     """What keeps a server from answering; empty when it does, be it that it refuses what the warm-up will explain."""
     try:
-        fetch_json(models_url(config.api_base), config.api_key, headers=config.headers)
+        list_of_models(config)
     except Exception as error:
         if getattr(error, "code", 500) >= 500 and not isinstance(error, ValueError):  # else it has no such list
             return _reason(error)
@@ -8123,14 +7982,13 @@ class DemoServer:
         path = os.path.join(os.path.dirname(THIS_FILE), "demo_server.py")
         if not os.path.exists(path):
             raise UserError(f"--demo needs demo_server.py: copy it to {os.path.dirname(THIS_FILE)}")
-        subprocess = importlib.import_module("subprocess")
         command = [sys.executable, path, "--port", "0", "--until-stdin-closes", "--engine", engine or "{}"]
+        pipe = subprocess.PIPE
         try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
         except OSError as error:
             raise RunError(f"cannot start the demo server: {_reason(error)}") from None
+        assert self._process.stdout is not None
         self.api_base: str = self._process.stdout.readline().decode().strip()
         if not self.api_base:
             raise RunError("the demo server did not start")
@@ -8146,9 +8004,7 @@ class DemoServer:
         }
 
     def stop(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._process.communicate()  # its standard input ends by it
 
 
 class Page:
@@ -8166,7 +8022,6 @@ class Page:
     def draw(self, name: str) -> None:
         """A page that cannot be drawn costs one line, which says how to draw it later."""
         script = os.path.join(os.path.dirname(THIS_FILE), "bench_report.py")
-        subprocess = importlib.import_module("subprocess")
         command = [sys.executable, script, "html", f"{name.replace('=', ' ')}={self.folder}", "-o", self._path]
         why = f"copy bench_report.py to {os.path.dirname(script)}"
         if os.path.exists(script):
@@ -8184,10 +8039,10 @@ class Page:
 class Invocation:
     """One command line: its outputs, opened before any load, its signals, and its exit code."""
 
-    def __init__(self, config: Config, loads: Mapping[str, Any], argv: Sequence[str]) -> None:
-        """`config`: that of the highest level; `loads`: what the report says of all.
+    def __init__(self, config: Config, loads: Mapping[str, Any], argv: Sequence[str], ends: ExitStack) -> None:
+        """`config`: that of the highest level; `loads`: what the report says of all; `ends` closes the outputs.
 
-        Raises UserError when an output cannot be opened.
+        Raises UserError when one cannot be opened.
         """
         self.config = config
         self._loads = loads
@@ -8198,11 +8053,16 @@ class Invocation:
         self._csvs: list[CsvSink] = []
         self._summaries: list[SummarySink] = []
         self._page: Optional[Page] = None
-        try:
-            self._open(config)
-        except UserError:
-            self.close()
-            raise
+        ends.callback(self._close)
+        self._open(config)
+
+    def _close(self) -> None:
+        for csv_sink in self._csvs:
+            csv_sink.discard_if_empty()
+        for sink in self._summaries:
+            sink.close()
+        if self._page:
+            self._page.close()
 
     def _open(self, config: Config) -> None:
         point = Point(dataclasses.replace(config, metadata=None), None, Step(1.0), 0)
@@ -8217,20 +8077,10 @@ class Invocation:
             self._summaries.append(SummarySink(config.summary_jsonl))
         if config.summary_json:
             self._summaries.append(SummarySink(config.summary_json, new=True, points=1 + self._several))
-        if config.save_detailed and not (self._summaries or config.report):
-            raise UserError("--save-detailed needs --summary-json, --summary-jsonl or --report")
         if config.report:
             self._page = Page(config.report)
             self._csvs.append(CsvSink(os.path.join(self._page.folder, "results.csv"), append=False, overwrite=False))
             self._summaries.append(SummarySink(os.path.join(self._page.folder, "results.jsonl")))
-
-    def close(self) -> None:
-        for csv_sink in self._csvs:
-            csv_sink.discard_if_empty()
-        for sink in self._summaries:
-            sink.close()
-        if self._page:
-            self._page.close()
 
     def run(self, sweep: Sweep, demo: Optional[DemoServer]) -> int:
         """Measure and report; the exit code."""
@@ -8274,9 +8124,8 @@ class Invocation:
         levels = self._levels(measured)
         bend = None if self.config.find_max else sweep_knee(levels)
         if self._several:
-            report(
-                "\n".join([*sweep_table(levels, self._unit, bend), "", *sweep_sentences(levels, self._unit, bend), ""])
-            )
+            table, sentences = (make(levels, self._unit, bend) for make in (sweep_table, sweep_sentences))
+            report("\n".join([*table, "", *sentences, ""]))
         report(config_block(measured[-1].config, self._loads))
         limits = limits_of(self.config)
         if self._several and limits:
@@ -8357,15 +8206,7 @@ class Invocation:
 
 def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Check everything, then load, then report. Raises UserError and RunError."""
-    if options.append and options.overwrite:
-        raise UserError("--append and --overwrite exclude each other")
-    if options.demo_engine and not options.demo:
-        raise UserError("--demo-engine needs --demo")
-    if options.extra_body.get("n") not in (None, 1):
-        raise UserError(f"--extra-body: n = {options.extra_body['n']!r:.40} makes {SEVERAL_CHOICES}")
-    check_load(options)
-    if options.endpoint_type == "completions" and options.system_prompt:
-        raise UserError("--system-prompt is of a chat; /completions takes plain prompts: --endpoint-type chat")
+    check_options(options)
     resolve_server(options, os.environ)
     if options.demo:
         options.model = options.model or "demo"
@@ -8374,46 +8215,16 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.ca_file or options.insecure:
         tls_context(Origin.of("https://localhost", options.ca_file, options.insecure))
     keep_files_apart(options)
-    corpus = None
-    if options.requests_file:
-        corpus = load_requests(options.requests_file, options.system_prompt, options.endpoint_type, options.history)
-    try:
-        return benchmark_with(corpus, options, argv)
-    finally:
-        if corpus:
-            corpus.close()
+    corpus, name = None, options.requests_file
+    with ExitStack() as ends:
+        if name:
+            corpus = load_requests(name, options.system_prompt, options.endpoint_type, options.history)
+            ends.callback(corpus.close)
+        return benchmark_with(corpus, options, argv, ends)
 
 
-def check_load(options: argparse.Namespace) -> None:
-    """Raises UserError where the options of a sweep, a search, and of judging do not go together."""
-    axis, rates = Axis.of(options), options.request_rate or ()
-    lists = len(options.concurrency or ()) > 1 or len(rates) > 1
-    unseen = [name for name, _ in options.goodput or () if name in STREAMED_METRICS and not options.stream]
-    lasting = options.total_requests or options.duration
-    for wrong, why in (
-        (
-            len(options.concurrency or ()) > 1 < len(rates),
-            "two lists at once: --concurrency or --request-rate, not both",
-        ),
-        (
-            options.find_max and (lists or options.repeat > 1),
-            "--find-max chooses levels and repeats them: no list, no --repeat",
-        ),
-        (options.find_max and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
-        (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
-        (axis.by_rate and is_several(options) and not lasting, "how long is each rate? --total-requests or --duration"),
-        (
-            options.total_requests and options.requests_per_slot,
-            "--total-requests and --requests-per-slot exclude each other",
-        ),
-        (unseen, f"--goodput {' '.join(unseen)} needs --stream: a whole reply does not tell it"),
-    ):
-        if wrong:
-            raise UserError(why)
-
-
-def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """The same from where the prompts are known."""
+def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str], ends: ExitStack) -> int:
+    """The same from where the prompts are known; `ends` closes what is opened."""
     prompts = len(corpus) if corpus else 0
     trace = corpus is not None and corpus.is_trace
     check_schedule(options, prompts, trace)
@@ -8428,24 +8239,20 @@ def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: 
     # The simulated server inherits the limit and has every connection; of several servers each may have all.
     sockets = config.concurrency and config.concurrency * len(config.servers)
     need_descriptors(sockets if config.demo or sockets is None else -(-sockets // config.processes))
-    invocation = Invocation(config, loads_of(options), argv)
+    invocation = Invocation(config, loads_of(options), argv, ends)
     demo = None
-    try:
-        if config.demo:
-            demo = DemoServer(options.demo_engine)
-            options.api_base, options.servers = demo.api_base, [demo.api_base]
-            invocation.config = config = config_of(options, corpus, trace, most)
-        if importlib.util.find_spec("openai") is None:  # before any socket is opened
-            raise UserError("cannot import openai: pip install openai")
-        if config.wait_ready:
-            wait_until_ready(config, config.wait_ready)
-        for line in notes_before(config):
-            note(line)
-        return invocation.run(Sweep(plan_of(options), partial(config_of, options, corpus, trace), corpus), demo)
-    finally:
-        invocation.close()
-        if demo:
-            demo.stop()
+    if config.demo:
+        demo = DemoServer(options.demo_engine)
+        ends.callback(demo.stop)
+        options.api_base, options.servers = demo.api_base, [demo.api_base]
+        invocation.config = config = config_of(options, corpus, trace, most)
+    if importlib.util.find_spec("openai") is None:  # before any socket is opened
+        raise UserError("cannot import openai: pip install openai")
+    if config.wait_ready:
+        wait_until_ready(config, config.wait_ready)
+    for line in notes_before(config):
+        note(line)
+    return invocation.run(Sweep(plan_of(options), partial(config_of, options, corpus, trace), corpus), demo)
 
 
 def fill_standard_places() -> None:
