@@ -1085,7 +1085,7 @@ def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: En
     if not isinstance(body.get("model", row.get("model", "")), str):
         raise ValueError("'model' is not a text")
     label = row.get("label", row.get("custom_id"))
-    said["timestamp"] = _timestamp_of(row)
+    said["timestamp"] = float(_not_negative(row["timestamp"], "the timestamp")) if "timestamp" in row else None
     said["label"] = None if label is None else str(label)[:LABEL_CHARS]
     fields = {key: value for key, value in row.items() if key in BODY_KEYS}
     has_prompt = any(key in row for key in PROMPT_KEYS)
@@ -1130,11 +1130,9 @@ def _session_of(row: Mapping[str, Any]) -> tuple[list[SessionTurn], Optional[str
 
 
 def _turn_of(item: Mapping[str, Any], content: Any) -> SessionTurn:
-    delay_ms = item.get("delay_ms") or 0
     if not content or not isinstance(content, (str, list)):
         raise ValueError("a turn without content")
-    if isinstance(delay_ms, bool) or not isinstance(delay_ms, (int, float)) or delay_ms < 0:
-        raise ValueError(f"delay_ms is not a number of 0 or more: {delay_ms!r:.40}")
+    delay_ms = _not_negative(item.get("delay_ms") or 0, "delay_ms")
     limit = _limit_of({key: value for key, value in item.items() if value is not None})
     return SessionTurn(content, limit, delay_ms)
 
@@ -1157,11 +1155,10 @@ def _refuse_fields(fields: Mapping[str, Any]) -> None:
         raise ValueError("'n' in a line: the times of several answers in one reply would mix")
 
 
-def _timestamp_of(row: Mapping[str, Any]) -> Optional[float]:
-    stamp = row.get("timestamp")
-    if stamp is None or (type(stamp) in (int, float) and stamp >= 0):
-        return None if stamp is None else float(stamp)
-    raise ValueError(f"the timestamp is not a number of 0 or more: {stamp!r:.40}")
+def _not_negative(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{what} is not a number of 0 or more: {value!r:.40}")
+    return value
 
 
 def _trace_line(row: Mapping[str, Any]) -> tuple[int, int, Sequence[Any]]:
@@ -2460,13 +2457,9 @@ def _stats() -> Iterator[tuple[str, Stat]]:
     for steady, metric, name in itertools.product((False, True), METRICS, names):
         for stem in metric.stems:
             if not (steady and metric.pooled):
-                key = count_key(stem) if name == "n" else f"{name}_{stem}"
+                # Only durations end in `_ms`.
+                key = f"{stem.removesuffix('_ms')}_count" if name == "n" else f"{name}_{stem}"
                 yield f"{'steady_' if steady else ''}{key}", Stat(metric.key, name, steady)
-
-
-def count_key(stem: str) -> str:
-    """The key of a metric's number of values: only durations end in `_ms`."""
-    return f"{stem[: -len('_ms')] if stem.endswith('_ms') else stem}_count"
 
 
 STATS: Mapping[str, Stat] = dict(_stats())
@@ -2917,7 +2910,8 @@ class Redactor:
             if option == "--api-key":
                 text = text if text in PLAIN_KEYS else "***"
             elif option == "--header":
-                text = shown_header(text)
+                header, said = split_header(text)
+                text = f"{header}: {said if is_harmless(header, said) else '***'}"
             elif option == "--extra-body":
                 with contextlib.suppress(ValueError):
                     text = json.dumps(self.fields(json.loads(text)))
@@ -2954,11 +2948,6 @@ def split_header(text: str) -> tuple[str, str]:
     """
     name, _, value = re.split("([:=])", text, maxsplit=1) if re.search("[:=]", text) else ("", "", "")
     return "-".join(part.capitalize() for part in name.strip().split("-")), value.strip()
-
-
-def shown_header(text: str) -> str:
-    name, value = split_header(text)
-    return f"{name}: {value if is_harmless(name, value) else '***'}"
 
 
 def split_login(url: str) -> tuple[str, dict[str, str]]:
@@ -3039,17 +3028,15 @@ def _ms(value: Optional[float]) -> str:
 def summary_block(summary: Summary, concurrency: Optional[int]) -> str:
     """The seven lines that scripts read."""
     latency = summary.distributions["latency"]
-    return "\n".join(
-        (
-            f"Requests (ok/err): {summary.ok}/{summary.errors}  Concurrency: {concurrency or 'unlimited'}"
-            f"  Elapsed: {summary.elapsed_s:.3f}s",
-            f"Req/s: {summary.requests_per_s:.2f}",
-            f"Generated tokens/s: {summary.generated_per_s:.2f}",
-            f"Total tokens/s (in+out): {summary.total_per_s:.2f}",
-            f"p50 latency: {_ms(latency.percentiles.get(50.0))}",
-            f"p95 latency: {_ms(latency.percentiles.get(95.0))}",
-            f"Avg latency: {_ms(latency.mean)}",
-        )
+    return (
+        f"Requests (ok/err): {summary.ok}/{summary.errors}  Concurrency: {concurrency or 'unlimited'}"
+        f"  Elapsed: {summary.elapsed_s:.3f}s\n"
+        f"Req/s: {summary.requests_per_s:.2f}\n"
+        f"Generated tokens/s: {summary.generated_per_s:.2f}\n"
+        f"Total tokens/s (in+out): {summary.total_per_s:.2f}\n"
+        f"p50 latency: {_ms(latency.percentiles.get(50.0))}\n"
+        f"p95 latency: {_ms(latency.percentiles.get(95.0))}\n"
+        f"Avg latency: {_ms(latency.mean)}"
     )
 
 
@@ -3161,11 +3148,6 @@ def figure_words(name: str) -> tuple[str, str]:
     stat = STATS[name]
     metric = METRIC[stat.metric]
     return f"{'steady ' * stat.steady}{stat.name} {_short_label(metric)}", " ms" * metric.label.endswith("(ms)")
-
-
-def limit_words(limit: Limit) -> str:
-    called, unit = figure_words(limit.name)
-    return f"{called} {limit.operator} {limit.bound:g}{unit}"
 
 
 # --- several points: a table with a line for each level, and what it shows in words ---
@@ -3297,7 +3279,8 @@ def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -
 
 def capacity_sentence(levels: Sequence[Level], limits: Sequence[Limit], unit: str) -> str:
     """The highest level that holds the limits, and what is above it."""
-    wanted = " and ".join(limit_words(limit) for limit in limits)
+    named = [(limit, *figure_words(limit.name)) for limit in limits]
+    wanted = " and ".join(f"{called} {limit.operator} {limit.bound:g}{suffix}" for limit, called, suffix in named)
     best = next((level for level in reversed(levels) if level.holds), None)
     above = [level for level in levels if not level.holds and (best is None or level.level > best.level)]
     unsure, failing = ([level for level in above if level.resolved is told] for told in (False, True))
@@ -3334,10 +3317,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(line).rstrip() for line in cells]
 
 
-def _metric_label(metric: Metric, summary: Summary) -> str:
-    return "ITL (ms)" if metric.key == "gap" and gaps_are_of_tokens(summary) else metric.label
-
-
 def _shown(metric: Metric, summary: Summary) -> bool:
     other, factor = metric.above
     mean, than = summary.distributions[metric.key].mean, summary.distributions[other].mean if other else None
@@ -3359,7 +3338,8 @@ def distribution_table(summary: Summary) -> list[str]:
     for metric in METRICS:
         if not _shown(metric, summary):
             continue
-        rows.append(_table_row(_metric_label(metric, summary), summary.distributions[metric.key]))
+        label = "ITL (ms)" if metric.key == "gap" and gaps_are_of_tokens(summary) else metric.label
+        rows.append(_table_row(label, summary.distributions[metric.key]))
         if summary.steady and metric.key in MAIN_METRICS:
             rows.append(_table_row("  steady", summary.steady.distributions[metric.key]))
     notes = _few_note(summary, rows)
@@ -3420,10 +3400,17 @@ def steady_lines(summary: Summary) -> list[str]:
 
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
     """A row for each group; only what one of them has gets a column."""
-    labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
     told = [key for key in MAIN_METRICS if any(got.distributions[key].n for got in groups.values())]
     figures = [(key, rank) for key in told for rank in (50.0, 99.0)]
-    rows = [[name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), "cached"]]
+    rows = [
+        [
+            name,
+            "ok",
+            "errors",
+            *(f"{METRIC[key].label} p{rank:g}".replace(" (ms)", "") for key, rank in figures),
+            "cached",
+        ]
+    ]
     for group, got in groups.items():
         cells = [_figure(got.distributions[key].percentiles.get(rank)) for key, rank in figures]
         share = "-" if got.cached_share is None else f"{got.cached_share:.1%}"
