@@ -1273,9 +1273,8 @@ class Corpus(Sequence[Request]):
     def _add_timestamp(self, stamp: Optional[float]) -> None:
         stamps = self._timestamps
         if (stamp is None) != (not stamps) and len(self._starts) > 1:
-            raise ValueError(
-                f"{'no' if stamp is None else 'a'} timestamp, unlike the lines above: all have one or none"
-            )
+            said = "no" if stamp is None else "a"
+            raise ValueError(f"{said} timestamp, unlike the lines above: all have one or none")
         if stamp is not None and stamps and stamp < stamps[-1]:
             raise ValueError(f"its timestamp is before that of the line above, {stamps[-1]:g}: sort the trace")
         stamps.extend(() if stamp is None else (stamp,))
@@ -1439,8 +1438,7 @@ def usage_of(usage: Any) -> dict[str, Any]:
     """Token counts of a usage object, by Reply's field names; empty when it counts nothing or is malformed."""
     if not isinstance(usage, dict):
         return {}
-    prompt = _whole_number(usage.get("prompt_tokens"))
-    completion = _whole_number(usage.get("completion_tokens"))
+    prompt, completion = (_whole_number(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
     if not prompt and not completion:
         return {}
     details = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
@@ -1852,9 +1850,8 @@ class StreamReader:
         if tail.strip(b"\n"):
             self._last_words(tail)
         reply = self._reply
-        reply.first_ns, reply.visible_ns = (
-            None if stamp_ns in self._packed else stamp_ns for stamp_ns in (self._first_ns, self._visible_ns)
-        )
+        seen = self._first_ns, self._visible_ns
+        reply.first_ns, reply.visible_ns = (None if stamp_ns in self._packed else stamp_ns for stamp_ns in seen)
         reply.last_ns, reply.late_gaps = self._last_ns, self._late_gaps
         reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
@@ -3095,10 +3092,8 @@ def judging_lines(summary: Summary, config: Config, health: Fared) -> list[str]:
     lines = [judged_line(name, judge(limit, summary, config, health), config) for name, limit in asked]
     ended = summary.ok + summary.errors
     if config.goodput:
-        kept = ", ".join(
-            f"{_short_label(METRIC[key])} <= {limit:g} ms {percent(summary.good[key], ended):.1f} %"
-            for key, limit in config.goodput.items()
-        )
+        shares = [(key, limit, percent(summary.good[key], ended)) for key, limit in config.goodput.items()]
+        kept = ", ".join(f"{_short_label(METRIC[key])} <= {limit:g} ms {part:.1f} %" for key, limit, part in shares)
         rate, share_kept = _rate(summary.good["all"], summary.elapsed_s), percent(summary.good["all"], ended)
         lines.append(f"Goodput: {rate:.2f} req/s, {share_kept:.1f} % of the requests kept all limits ({kept})")
     if config.gpus:
@@ -3706,12 +3701,7 @@ class Column(NamedTuple):
     """A column of --results-csv: what it says, for --help-columns, and how a record fills it."""
 
     meaning: str
-    cell: Callable[[Record], str]
-
-
-def _said_by_the_point(record: Record) -> str:
-    """The same in all rows of a point, as `CsvSink.begin` was told."""
-    return ""
+    cell: Callable[[Record], str] = lambda record: ""  # the same in all rows of a point, as `CsvSink.begin` is told
 
 
 CSV_COLUMNS: Mapping[str, Column] = {
@@ -3746,9 +3736,9 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "session": Column("number of its session, from 0", _count("reply.session")),
     "turn": Column("number of its turn in the session, from 1", _count("reply.turn")),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
-    "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
-    "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
-    "start_unix_s": Column("when its point began, in seconds since 1970: the start of all others", _said_by_the_point),
+    "level": Column("the concurrency, or the request rate, of its point"),
+    "repeat": Column("which measurement of that level, from 1"),
+    "start_unix_s": Column("when its point began, in seconds since 1970: the start of all others"),
 }
 
 
