@@ -6155,7 +6155,7 @@ class FigureReader:
         while True:
             due = max(due + self._orders["interval_s"], time.monotonic())
             with contextlib.suppress(queue.Empty):
-                return said.get(timeout=due - time.monotonic())
+                return said.get(timeout=max(0.0, due - time.monotonic()))
             if self._urls and not self._read():  # a line over time needs only some of it
                 at_s, figures = self._samples[-1]
                 self._samples[-1] = (at_s, {name: value for name, value in figures.items() if name in SERVER_SERIES})
