@@ -3858,7 +3858,7 @@ class CsvSink:
         try:
             self._prepare()
         except UserError:
-            self.discard_if_empty()
+            self.close()
             raise
 
     def _prepare(self) -> None:
@@ -3924,9 +3924,6 @@ class CsvSink:
         return self._out.gone()
 
     def close(self) -> None:
-        self._out.close()
-
-    def discard_if_empty(self) -> None:
         """A run that measured nothing leaves no file in the way of the next."""
         self._out.close(-1 if self.rows else len(self._header))
 
@@ -8034,9 +8031,7 @@ class Invocation:
         self._open(config)
 
     def _close(self) -> None:
-        for csv_sink in self._csvs:
-            csv_sink.discard_if_empty()
-        for sink in self._summaries:
+        for sink in (*self._csvs, *self._summaries):
             sink.close()
         if self._page:
             self._page.close()
