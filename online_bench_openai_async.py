@@ -92,7 +92,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, NamedTuple, Optional, Protocol
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 try:
@@ -512,8 +512,6 @@ class Steady:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """The requests of one label, or of one server."""
-
     ok: int
     errors: int
     first_error: str
@@ -659,10 +657,8 @@ class Config:
     gpu_hour: Optional[float]
 
 
-class Send(Protocol):
-    """Make one call when its turn comes and say how it went; never raises for what a server does."""
-
-    def __call__(self, request: Request, turn: Turn) -> Awaitable[Reply]: ...
+# Makes one call when its turn comes and says how it went; never raises for what a server does.
+Send = Callable[[Request, "Turn"], Awaitable[Reply]]
 
 
 class Sink(Protocol):
@@ -710,7 +706,6 @@ class Sessions:
         return rounds * len(self._lines) + line, at - self._starts[line]
 
     def goes_on(self, index: int) -> bool:
-        """Whether its session has a turn after this one."""
         return self.place(index + 1)[1] > 0
 
     def request(self, index: int) -> Request:
@@ -788,7 +783,6 @@ class Schedule:
 
     @property
     def is_timed(self) -> bool:
-        """Whether its jobs have due times."""
         return self.kind != "closed"
 
     def part(self, shard: int, shards: int) -> Schedule:
@@ -821,7 +815,6 @@ class Schedule:
         return self.sessions.after(record) if self.sessions else None
 
     def goes_on(self, job: Job) -> bool:
-        """Whether a job may follow from this one."""
         return self.sessions is not None and self.sessions.goes_on(job.index)
 
     def number(self, job: Job) -> int:
@@ -1092,7 +1085,7 @@ def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: En
     if not isinstance(body.get("model", row.get("model", "")), str):
         raise ValueError("'model' is not a text")
     label = row.get("label", row.get("custom_id"))
-    said["timestamp"] = _timestamp_of(row)
+    said["timestamp"] = float(_not_negative(row["timestamp"], "the timestamp")) if "timestamp" in row else None
     said["label"] = None if label is None else str(label)[:LABEL_CHARS]
     fields = {key: value for key, value in row.items() if key in BODY_KEYS}
     has_prompt = any(key in row for key in PROMPT_KEYS)
@@ -1137,11 +1130,9 @@ def _session_of(row: Mapping[str, Any]) -> tuple[list[SessionTurn], Optional[str
 
 
 def _turn_of(item: Mapping[str, Any], content: Any) -> SessionTurn:
-    delay_ms = item.get("delay_ms") or 0
     if not content or not isinstance(content, (str, list)):
         raise ValueError("a turn without content")
-    if isinstance(delay_ms, bool) or not isinstance(delay_ms, (int, float)) or delay_ms < 0:
-        raise ValueError(f"delay_ms is not a number of 0 or more: {delay_ms!r:.40}")
+    delay_ms = _not_negative(item.get("delay_ms") or 0, "delay_ms")
     limit = _limit_of({key: value for key, value in item.items() if value is not None})
     return SessionTurn(content, limit, delay_ms)
 
@@ -1164,11 +1155,10 @@ def _refuse_fields(fields: Mapping[str, Any]) -> None:
         raise ValueError("'n' in a line: the times of several answers in one reply would mix")
 
 
-def _timestamp_of(row: Mapping[str, Any]) -> Optional[float]:
-    stamp = row.get("timestamp")
-    if stamp is None or (type(stamp) in (int, float) and stamp >= 0):
-        return None if stamp is None else float(stamp)
-    raise ValueError(f"the timestamp is not a number of 0 or more: {stamp!r:.40}")
+def _not_negative(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{what} is not a number of 0 or more: {value!r:.40}")
+    return value
 
 
 def _trace_line(row: Mapping[str, Any]) -> tuple[int, int, Sequence[Any]]:
@@ -1283,9 +1273,8 @@ class Corpus(Sequence[Request]):
     def _add_timestamp(self, stamp: Optional[float]) -> None:
         stamps = self._timestamps
         if (stamp is None) != (not stamps) and len(self._starts) > 1:
-            raise ValueError(
-                f"{'no' if stamp is None else 'a'} timestamp, unlike the lines above: all have one or none"
-            )
+            said = "no" if stamp is None else "a"
+            raise ValueError(f"{said} timestamp, unlike the lines above: all have one or none")
         if stamp is not None and stamps and stamp < stamps[-1]:
             raise ValueError(f"its timestamp is before that of the line above, {stamps[-1]:g}: sort the trace")
         stamps.extend(() if stamp is None else (stamp,))
@@ -1441,22 +1430,6 @@ def plain(text: str, limit: int = ERROR_TEXT_CHARS) -> str:
     return " ".join(_CONTROL.sub(" ", text[: 4 * limit]).split())[:limit]
 
 
-class Reader(Protocol):
-    """Takes a reply's body in pieces, each with the time of its arrival, and fills in the `Reply`."""
-
-    complete: bool  # nothing that could still come would matter
-
-    late: set[int]  # stamps of reads whose bytes may have queued up; each stamp is that of the last byte
-
-    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None: ...
-
-    def chunks_so_far(self, unread: int) -> int:
-        """Content chunks, as far as is known with so many pieces not yet fed."""
-
-    def finish(self) -> None:
-        """The body has ended: write what it said into the reply, a failure where it is not a complete answer."""
-
-
 SEVERAL_CHOICES = "several answers in one reply, whose times would mix: ask for one (n = 1)"
 ABORTED_REASONS = ("abort", "error", "cancelled")  # finish_reasons that mean: not finished
 
@@ -1465,8 +1438,7 @@ def usage_of(usage: Any) -> dict[str, Any]:
     """Token counts of a usage object, by Reply's field names; empty when it counts nothing or is malformed."""
     if not isinstance(usage, dict):
         return {}
-    prompt = _whole_number(usage.get("prompt_tokens"))
-    completion = _whole_number(usage.get("completion_tokens"))
+    prompt, completion = (_whole_number(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
     if not prompt and not completion:
         return {}
     details = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
@@ -1532,19 +1504,23 @@ class WholeReader:
     """Reads a reply that comes as one JSON object."""
 
     def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
+        """`keeps_text`: what it says is to be known afterwards."""
         self._reply = reply
         self._keeps_text = keeps_text
         self._pieces: list[bytes] = []
-        self.complete = False
-        self.late: set[int] = set()
+        self.complete = False  # whether nothing that could still come would matter
+        self.late: set[int] = set()  # stamps of reads whose bytes may have queued up; each is that of the last byte
 
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
+        """Takes the body in pieces, each with the time of its arrival."""
         self._pieces += pieces
 
     def chunks_so_far(self, unread: int) -> int:
+        """Content chunks, as far as is known with so many pieces not yet fed."""
         return 0
 
     def finish(self) -> None:
+        """The body has ended: write what it said into the reply, a failure where it is not a complete answer."""
         self._reply.failure = self._read(b"".join(self._pieces))
 
     def _read(self, data: bytes) -> Optional[Failure]:
@@ -1649,7 +1625,6 @@ class StreamReader:
     """Reads server-sent events, however they are cut into packets; an event bears its last byte's stamp."""
 
     def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
-        """`keeps_text`: what it says is to be known afterwards."""
         self._reply = reply
         self._texts: Optional[list[bytes]] = [] if keeps_text else None  # as they stand in JSON
         self.complete = False
@@ -1681,16 +1656,14 @@ class StreamReader:
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
         at = 0
         while at < len(pieces):
-            plain = self._plain_run(pieces[at : at + PLAIN_RUN]) if self._ready_for_run(pieces[at]) else 0
+            ready = pieces[at].startswith(self._before) and not self._tail and not self._after_cr
+            plain = self._plain_run(pieces[at : at + PLAIN_RUN]) if ready else 0
             if plain:
                 self._content_run(stamps_ns[at : at + plain])
             else:
                 self._stamp_ns = stamps_ns[at]
                 self._feed_any(stamps_ns[at], pieces[at])
             at += plain or 1
-
-    def _ready_for_run(self, piece: bytes) -> bool:
-        return piece.startswith(self._before) and not self._tail and not self._after_cr
 
     def _plain_run(self, pieces: Sequence[bytes]) -> int:
         """How many pieces at the start are one event each that differs from the last plain one in its text alone.
@@ -1789,13 +1762,13 @@ class StreamReader:
                 self._texts.append(_JSON_TEXT.match(event, at)[0])  # type: ignore[index]
             self._content(stamp_ns, True)
             return
-        data, name = event_fields(event)
-        if data == b"[DONE]":
-            self.complete = self._finish is not None
-        elif data:
-            self._payload(stamp_ns, data, name)
+        self._payload(stamp_ns, *event_fields(event))
 
     def _payload(self, stamp_ns: int, data: bytes, name: bytes) -> None:
+        if data == b"[DONE]":
+            self.complete = self._finish is not None
+        if data in (b"", b"[DONE]"):
+            return
         try:
             body = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError):
@@ -1877,9 +1850,8 @@ class StreamReader:
         if tail.strip(b"\n"):
             self._last_words(tail)
         reply = self._reply
-        reply.first_ns, reply.visible_ns = (
-            None if stamp_ns in self._packed else stamp_ns for stamp_ns in (self._first_ns, self._visible_ns)
-        )
+        seen = self._first_ns, self._visible_ns
+        reply.first_ns, reply.visible_ns = (None if stamp_ns in self._packed else stamp_ns for stamp_ns in seen)
         reply.last_ns, reply.late_gaps = self._last_ns, self._late_gaps
         reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
@@ -1899,12 +1871,10 @@ class StreamReader:
             whole = data == b"[DONE]" or isinstance(json.loads(data), dict)
         except (ValueError, RecursionError):
             whole = not data
-        if not whole:
-            self._fail("truncated", "the stream ended within an event")
-        elif data and data != b"[DONE]":
+        if whole:
             self._payload(self._stamp_ns, data, name)
-        elif data:
-            self.complete = self._finish is not None
+        else:
+            self._fail("truncated", "the stream ended within an event")
 
     def _ending(self) -> Optional[Failure]:
         if self._finish is None and not self._chunks and not self._counts:
@@ -1921,6 +1891,7 @@ class StreamReader:
         return _failed("not_a_stream", f"no server-sent events but: {error_body_text(self._head)}")
 
 
+Reader = Union[WholeReader, StreamReader]
 READERS: Mapping[bool, Callable[..., Reader]] = {False: WholeReader, True: StreamReader}  # by --stream
 
 
@@ -2027,7 +1998,6 @@ class Sample:
             self._count((value,))
 
     def of_rows(self, rows: Iterable[int]) -> Iterator[float]:
-        """The values that those rows have."""
         values = (self.exact[row] for row in rows if row < len(self.exact))
         return (value for value in values if value == value)
 
@@ -2485,13 +2455,9 @@ def _stats() -> Iterator[tuple[str, Stat]]:
     for steady, metric, name in itertools.product((False, True), METRICS, names):
         for stem in metric.stems:
             if not (steady and metric.pooled):
-                key = count_key(stem) if name == "n" else f"{name}_{stem}"
+                # Only durations end in `_ms`.
+                key = f"{stem.removesuffix('_ms')}_count" if name == "n" else f"{name}_{stem}"
                 yield f"{'steady_' if steady else ''}{key}", Stat(metric.key, name, steady)
-
-
-def count_key(stem: str) -> str:
-    """The key of a metric's number of values: only durations end in `_ms`."""
-    return f"{stem[: -len('_ms')] if stem.endswith('_ms') else stem}_count"
 
 
 STATS: Mapping[str, Stat] = dict(_stats())
@@ -2511,8 +2477,6 @@ OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 
 
 class Limit(NamedTuple):
-    """A limit on a figure of the summary."""
-
     name: str
     operator: str
     bound: float
@@ -2673,11 +2637,10 @@ def _warn_cut_off(summary: Summary, config: Config, health: Sequence[Health]) ->
 
 
 def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.without_usage:
-        return None
     how = "counted by their content chunks" if summary.chunk_counted else "counted as 0 tokens"
     text = f"{summary.without_usage} replies carried no usage, or one of 0 tokens: {how}, prompts without a count as 0"
-    return ReportWarning(text, "a server that sends `usage`; Req/s and the latencies are right without it")
+    cure = "a server that sends `usage`; Req/s and the latencies are right without it"
+    return ReportWarning(text, cure) if summary.without_usage else None
 
 
 def _warn_prompt_length(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2958,7 +2921,8 @@ class Redactor:
             if option == "--api-key":
                 text = text if text in PLAIN_KEYS else "***"
             elif option == "--header":
-                text = shown_header(text)
+                header, said = split_header(text)
+                text = f"{header}: {said if is_harmless(header, said) else '***'}"
             elif option == "--extra-body":
                 with contextlib.suppress(ValueError):
                     text = json.dumps(self.fields(json.loads(text)))
@@ -2967,7 +2931,6 @@ class Redactor:
 
     @staticmethod
     def config(config: Config) -> dict[str, Any]:
-        """Every option in force, secrets masked."""
         options = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
         return {
             **{name: "inf" if value == math.inf else value for name, value in options.items()},  # JSON has no infinity
@@ -2996,11 +2959,6 @@ def split_header(text: str) -> tuple[str, str]:
     """
     name, _, value = re.split("([:=])", text, maxsplit=1) if re.search("[:=]", text) else ("", "", "")
     return "-".join(part.capitalize() for part in name.strip().split("-")), value.strip()
-
-
-def shown_header(text: str) -> str:
-    name, value = split_header(text)
-    return f"{name}: {value if is_harmless(name, value) else '***'}"
 
 
 def split_login(url: str) -> tuple[str, dict[str, str]]:
@@ -3081,17 +3039,15 @@ def _ms(value: Optional[float]) -> str:
 def summary_block(summary: Summary, concurrency: Optional[int]) -> str:
     """The seven lines that scripts read."""
     latency = summary.distributions["latency"]
-    return "\n".join(
-        (
-            f"Requests (ok/err): {summary.ok}/{summary.errors}  Concurrency: {concurrency or 'unlimited'}"
-            f"  Elapsed: {summary.elapsed_s:.3f}s",
-            f"Req/s: {summary.requests_per_s:.2f}",
-            f"Generated tokens/s: {summary.generated_per_s:.2f}",
-            f"Total tokens/s (in+out): {summary.total_per_s:.2f}",
-            f"p50 latency: {_ms(latency.percentiles.get(50.0))}",
-            f"p95 latency: {_ms(latency.percentiles.get(95.0))}",
-            f"Avg latency: {_ms(latency.mean)}",
-        )
+    return (
+        f"Requests (ok/err): {summary.ok}/{summary.errors}  Concurrency: {concurrency or 'unlimited'}"
+        f"  Elapsed: {summary.elapsed_s:.3f}s\n"
+        f"Req/s: {summary.requests_per_s:.2f}\n"
+        f"Generated tokens/s: {summary.generated_per_s:.2f}\n"
+        f"Total tokens/s (in+out): {summary.total_per_s:.2f}\n"
+        f"p50 latency: {_ms(latency.percentiles.get(50.0))}\n"
+        f"p95 latency: {_ms(latency.percentiles.get(95.0))}\n"
+        f"Avg latency: {_ms(latency.mean)}"
     )
 
 
@@ -3150,10 +3106,8 @@ def judging_lines(summary: Summary, config: Config, health: Fared) -> list[str]:
     lines = [judged_line(name, judge(limit, summary, config, health), config) for name, limit in asked]
     ended = summary.ok + summary.errors
     if config.goodput:
-        kept = ", ".join(
-            f"{_short_label(METRIC[key])} <= {limit:g} ms {percent(summary.good[key], ended):.1f} %"
-            for key, limit in config.goodput.items()
-        )
+        shares = [(key, limit, percent(summary.good[key], ended)) for key, limit in config.goodput.items()]
+        kept = ", ".join(f"{_short_label(METRIC[key])} <= {limit:g} ms {part:.1f} %" for key, limit, part in shares)
         rate, share_kept = _rate(summary.good["all"], summary.elapsed_s), percent(summary.good["all"], ended)
         lines.append(f"Goodput: {rate:.2f} req/s, {share_kept:.1f} % of the requests kept all limits ({kept})")
     if config.gpus:
@@ -3203,11 +3157,6 @@ def figure_words(name: str) -> tuple[str, str]:
     stat = STATS[name]
     metric = METRIC[stat.metric]
     return f"{'steady ' * stat.steady}{stat.name} {_short_label(metric)}", " ms" * metric.label.endswith("(ms)")
-
-
-def limit_words(limit: Limit) -> str:
-    called, unit = figure_words(limit.name)
-    return f"{called} {limit.operator} {limit.bound:g}{unit}"
 
 
 # --- several points: a table with a line for each level, and what it shows in words ---
@@ -3281,7 +3230,6 @@ class Level:
 
 
 def levels_of(points: Iterable[Measured]) -> list[list[Measured]]:
-    """The points by their level, in its order."""
     groups: dict[float, list[Measured]] = {}
     for point in points:
         groups.setdefault(point.level, []).append(point)
@@ -3349,7 +3297,8 @@ def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -
 
 def capacity_sentence(levels: Sequence[Level], limits: Sequence[Limit], unit: str) -> str:
     """The highest level that holds the limits, and what is above it."""
-    wanted = " and ".join(limit_words(limit) for limit in limits)
+    named = [(limit, *figure_words(limit.name)) for limit in limits]
+    wanted = " and ".join(f"{called} {limit.operator} {limit.bound:g}{suffix}" for limit, called, suffix in named)
     best = next((level for level in reversed(levels) if level.holds), None)
     above = [level for level in levels if not level.holds and (best is None or level.level > best.level)]
     unsure, failing = ([level for level in above if level.resolved is told] for told in (False, True))
@@ -3386,10 +3335,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(line).rstrip() for line in cells]
 
 
-def _metric_label(metric: Metric, summary: Summary) -> str:
-    return "ITL (ms)" if metric.key == "gap" and gaps_are_of_tokens(summary) else metric.label
-
-
 def _shown(metric: Metric, summary: Summary) -> bool:
     other, factor = metric.above
     mean, than = summary.distributions[metric.key].mean, summary.distributions[other].mean if other else None
@@ -3411,7 +3356,8 @@ def distribution_table(summary: Summary) -> list[str]:
     for metric in METRICS:
         if not _shown(metric, summary):
             continue
-        rows.append(_table_row(_metric_label(metric, summary), summary.distributions[metric.key]))
+        label = "ITL (ms)" if metric.key == "gap" and gaps_are_of_tokens(summary) else metric.label
+        rows.append(_table_row(label, summary.distributions[metric.key]))
         if summary.steady and metric.key in MAIN_METRICS:
             rows.append(_table_row("  steady", summary.steady.distributions[metric.key]))
     notes = _few_note(summary, rows)
@@ -3472,10 +3418,17 @@ def steady_lines(summary: Summary) -> list[str]:
 
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
     """A row for each group; only what one of them has gets a column."""
-    labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
     told = [key for key in MAIN_METRICS if any(got.distributions[key].n for got in groups.values())]
     figures = [(key, rank) for key in told for rank in (50.0, 99.0)]
-    rows = [[name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), "cached"]]
+    rows = [
+        [
+            name,
+            "ok",
+            "errors",
+            *(f"{METRIC[key].label} p{rank:g}".replace(" (ms)", "") for key, rank in figures),
+            "cached",
+        ]
+    ]
     for group, got in groups.items():
         cells = [_figure(got.distributions[key].percentiles.get(rank)) for key, rank in figures]
         share = "-" if got.cached_share is None else f"{got.cached_share:.1%}"
@@ -3771,12 +3724,7 @@ class Column(NamedTuple):
     """A column of --results-csv: what it says, for --help-columns, and how a record fills it."""
 
     meaning: str
-    cell: Callable[[Record], str]
-
-
-def _said_by_the_point(record: Record) -> str:
-    """The same in all rows of a point, as `CsvSink.begin` was told."""
-    return ""
+    cell: Callable[[Record], str] = lambda record: ""  # the same in all rows of a point, as `CsvSink.begin` is told
 
 
 CSV_COLUMNS: Mapping[str, Column] = {
@@ -3811,9 +3759,9 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "session": Column("number of its session, from 0", _count("reply.session")),
     "turn": Column("number of its turn in the session, from 1", _count("reply.turn")),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
-    "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
-    "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
-    "start_unix_s": Column("when its point began, in seconds since 1970: the start of all others", _said_by_the_point),
+    "level": Column("the concurrency, or the request rate, of its point"),
+    "repeat": Column("which measurement of that level, from 1"),
+    "start_unix_s": Column("when its point began, in seconds since 1970: the start of all others"),
 }
 
 
@@ -3933,7 +3881,7 @@ class CsvSink:
         try:
             self._prepare()
         except UserError:
-            self.discard_if_empty()
+            self.close()
             raise
 
     def _prepare(self) -> None:
@@ -3999,9 +3947,6 @@ class CsvSink:
         return self._out.gone()
 
     def close(self) -> None:
-        self._out.close()
-
-    def discard_if_empty(self) -> None:
         """A run that measured nothing leaves no file in the way of the next."""
         self._out.close(-1 if self.rows else len(self._header))
 
@@ -8114,9 +8059,7 @@ class Invocation:
         self._open(config)
 
     def _close(self) -> None:
-        for csv_sink in self._csvs:
-            csv_sink.discard_if_empty()
-        for sink in self._summaries:
+        for sink in (*self._csvs, *self._summaries):
             sink.close()
         if self._page:
             self._page.close()
