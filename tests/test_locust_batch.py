@@ -70,7 +70,7 @@ def test_percentile_is_the_inclusive_quantile_of_the_statistics_module(lb):
 
 def body_of(lb, settings, line, **given):
     wanted = settings(**given)
-    return lb.request_head(wanted).decode(), json.loads(lb.request_body(wanted, json.dumps(line)))
+    return lb.request_head(wanted).decode(), json.loads(lb.Talk(wanted, lb.Prompt(0, 0, json.dumps(line))).body())
 
 
 def test_request_holds_what_was_asked_for_and_nothing_else(lb, settings):
@@ -148,6 +148,43 @@ def test_what_a_server_repeats_of_a_secret_is_blanked(lb, settings):
 def test_wrong_settings_are_refused(lb, settings, given):
     with pytest.raises(lb.UsageError):
         settings(**given)
+
+
+@pytest.mark.parametrize("history", ["server", "corpus"])
+def test_a_session_says_all_that_was_said_before(lb, settings, history):
+    turns = [
+        {"role": "user", "content": "one", "max_tokens": 3},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "two", "delay_ms": 250},
+    ]
+    line = json.dumps({"turns": turns, "system": "mine", "output_tokens": 9, "top_k": 1})
+    talk = lb.Talk(settings(history=history), lb.Prompt(4, 17, line))
+    first, place = json.loads(talk.body()), talk.place
+    assert (talk.index, place, talk.goes_on()) == (17, {"session": 4, "turn": 1}, True)
+    assert talk.go_on("\ud83d" + "\ude00 \udc00") == 0.25
+    second = json.loads(talk.body())
+    assert (talk.index, talk.place, talk.goes_on()) == (18, {"session": 4, "turn": 2}, False)
+    assert (first["max_tokens"], second["max_tokens"], first["top_k"]) == (3, 9, 1)
+    assert [message["content"] for message in first["messages"]] == ["mine", "one"]
+    answer = "A" if history == "corpus" else "\U0001f600 ?"
+    assert second["messages"] == [
+        *first["messages"],
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "two"},
+    ]
+
+
+def test_a_session_that_has_begun_is_not_given_back(lb):
+    assignments = lb.Assignments(range(3), lb.Plan(3, 3))
+    assignments.grant("a", 3, 0)
+    assert assignments.note("a", 1, 0)
+    assert not assignments.note("a", 1, 0)
+    assert assignments.note("a", 1, 1)
+    assert assignments.release("a") == 2
+    assert list(assignments.unsent) == [0, 2]
+    assignments.grant("b", 1, 0)
+    assert assignments.note("b", 0, 0)
+    assert assignments.lost() == [(0, 1)]
 
 
 GOOD = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
@@ -241,6 +278,8 @@ def test_assignments_gives_every_prompt_to_one_worker_at_a_time(lb):
                 assert index not in closed
                 holder[index] = worker
             for index in rng.sample(sorted(holder), min(2, len(holder))):
+                assert assignments.note(holder[index], index, 0)
+                assert not assignments.note(holder[index], index, 0)
                 assert assignments.close(holder[index], index)
                 assert not assignments.close(holder.pop(index), index)
                 closed.append(index)
@@ -495,7 +534,7 @@ def test_fewer_and_more_users_than_prompts(bench, serve):
     bench.corpus(texts)
     code, out, err = bench.run(server, 3)
     rows, truth = check_complete(bench, server, texts, out)
-    assert "each takes the next prompt until none is left" in err
+    assert "each takes the next one until none is left" in err
     assert (code, truth["most"], truth["connections"]) == (0, 3, 3 + 1)
     assert min(late_by(rows, truth["took_ms"], texts)) > -1
     assert Counter(row["new_connection"] for row in rows) == {"1": 3, "0": 47}
@@ -589,7 +628,7 @@ def connection_to(url, **given):
     connection = lb.Connection(settings, None, lb.LoopWatch())
 
     def call(text):
-        body = lb.request_body(settings, json.dumps({"text": text}))
+        body = lb.Talk(settings, lb.Prompt(0, 0, json.dumps({"text": text}))).body()
         return connection.call(lb.request_head(settings) + b"%d\\r\\n\\r\\n" % len(body) + body).stream
 
     return connection, call
@@ -731,6 +770,32 @@ def test_interrupt_keeps_the_rows_and_prints_the_summary(bench, serve, workers):
     assert set(kinds) <= {"", "aborted"}
     assert len(rows) == sum(server.truth()["texts"].values()), "a row for everything that was sent"
     assert f"{kinds['']} of 500 prompts answered" in out
+    assert (code, "Traceback" in err) == (1, False)
+
+
+@at_once
+def test_a_stop_ends_sessions_after_the_turn_under_way(bench, serve):
+    """Of sessions of three turns, some think long before the last one, others before the second: nobody waits."""
+    server = serve("--delay-ms", "10")
+    delays = {number: (0, 0, 60_000) if number % 2 else (0, 60_000, 0) for number in range(8)}
+    lines = [
+        json.dumps({"turns": [{"content": f"{number}/{turn}", "delay_ms": delay} for turn, delay in enumerate(row)]})
+        for number, row in delays.items()
+    ]
+    (bench.path / "requests.jsonl").write_text("\n".join(lines), "utf-8")
+    load = ("--headless", "--host", server.url, "-u", 6, "-r", 6, "--stop-timeout", 10 * WAIT_S)
+    process = bench.start(*load, *forked(2))
+    server.wait_for(9)
+    process.send_signal(signal.SIGINT)
+    code, out, err = bench.finish(process)
+    rows = sorted((int(row["session"]), int(row["turn"]), int(row["index"]), row["status"]) for row in bench.rows())
+    turns = [(number, turn) for number in range(6) for turn in ((1, 2) if number % 2 else (1,))]
+    assert rows == [(number, turn, 3 * number + turn - 1, "success") for number, turn in turns]
+    assert sum(server.truth()["texts"].values()) == 9
+    assert "8 sessions, 6 users: each takes the next one" in err
+    assert "9 of 24 prompts answered, 15 not" in out
+    assert re.search(r"! never sent +6  ", out)
+    assert re.search(r"! turns not sent +9  of the 6 sessions begun: a turn before them failed, or the run ended", out)
     assert (code, "Traceback" in err) == (1, False)
 
 
