@@ -135,7 +135,7 @@ class Prompt(NamedTuple):
     """One line of the corpus, as it stands there; it travels to the workers in this order."""
 
     number: int
-    index: int  # of its first request: the turns of sessions are numbered through
+    first: int  # index of its first request: the turns of sessions are numbered through
     line: str
 
 
@@ -549,10 +549,10 @@ class Talk:
 
     @property
     def index(self) -> int:
-        return self.prompt.index + self.turn
+        return self.prompt.first + self.turn
 
     @property
-    def place(self) -> dict[str, int]:
+    def place(self) -> dict[str, Any]:
         """The columns `session` and `turn`."""
         return {"session": self.prompt.number, "turn": self.turn + 1} if self.asked.turns else {}
 
@@ -2025,10 +2025,11 @@ class PromptSource:
 
     def send_rows(self) -> None:
         while self.rows or self.ended:
-            rows, ended = self.rows[:BATCH_ROWS], self.ended if len(self.rows) <= BATCH_ROWS else []
-            data = {"run": self.run, "rows": [row.values() for row in rows], "ended": list(ended)}
+            rows = self.rows[:BATCH_ROWS]
+            ended = self.ended[: len(self.ended) if rows == self.rows else 0]  # after their last rows
+            data = {"run": self.run, "rows": [row.values() for row in rows], "ended": ended}
             self.runner.send_message(MESSAGE + "rows", data)
-            del self.rows[: len(rows)], self.ended[: len(data["ended"])]
+            del self.rows[: len(rows)], self.ended[: len(ended)]
 
     def on_halt(self, environment: Any, msg: Any, **_: Any) -> None:
         if msg.data["run"] == self.run:
