@@ -525,20 +525,6 @@ def request_head(settings: Settings) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def request_body(settings: Settings, asked: Asked) -> bytes:
-    """What the line asks for goes before EXTRA_BODY, and that before our own defaults; one limit is sent, not two."""
-    ours = {**settings.defaults, **settings.extra_body}
-    limited = next((name for name in LIMITS if name in settings.extra_body), LIMITS[0])
-    own = {} if asked.limit is None else {limited: asked.limit}
-    if asked.whole:
-        ours = {name: ours[name] for name in ("model", "stream", "stream_options") if name in ours}
-    own = {} if any(name in asked.fields for name in LIMITS) else own
-    if own or any(name in asked.fields for name in LIMITS):
-        ours = {name: value for name, value in ours.items() if name not in LIMITS}
-    body = {**ours, **own, **asked.fields}
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-
-
 class Talk:
     """The requests that a line asks for, one after the other: of a session each with all that was said before."""
 
@@ -557,11 +543,19 @@ class Talk:
         return {"session": self.prompt.number, "turn": self.turn + 1} if self.asked.turns else {}
 
     def body(self) -> bytes:
-        if not self.asked.turns:
-            return request_body(self.settings, self.asked)
-        fields = {**self.asked.fields, "messages": self.said}
-        limit = self.asked.turns[self.turn].limit or self.asked.limit
-        return request_body(self.settings, self.asked._replace(fields=fields, limit=limit))
+        """What the line asks for goes before EXTRA_BODY, and that before our own defaults; one limit, not two."""
+        fields, limit, whole, turns = self.asked
+        settings, limit = self.settings, (turns[self.turn].limit if turns else None) or limit
+        ours = {**settings.defaults, **settings.extra_body}
+        name_of_limit = next((name for name in LIMITS if name in settings.extra_body), LIMITS[0])
+        if whole:
+            ours = {name: ours[name] for name in ("model", "stream", "stream_options") if name in ours}
+        if limit is not None or any(name in fields for name in LIMITS):
+            ours = {name: value for name, value in ours.items() if name not in LIMITS}
+        if limit is not None and not any(name in fields for name in LIMITS):
+            ours[name_of_limit] = limit
+        body = {**ours, **fields, "messages": self.said}
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
     def goes_on(self) -> bool:
         return self.turn + 1 < len(self.asked.turns)
@@ -772,21 +766,21 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class StreamReader:
     """Reads server-sent events, however they are cut into packets; an event bears the stamp of its last byte."""
 
+    complete = False  # nothing that could still come would matter
+    first_s: Optional[float] = None  # None, too, where it was read late, together with the next
+    last_s: Optional[float] = None
+    late_read = opened = after_cr = False
+    chunks = 0
+    stamp_s = 0.0
+    head = b""
+    choice: Any = None
+    finish = ""
+    counts: Mapping[str, Any] = {}
+    problem: Optional[tuple[str, str]] = None
+
     def __init__(self) -> None:
-        self.complete = False  # nothing that could still come would matter
-        self.first_s: Optional[float] = None  # None, too, where it was read late, together with the next
-        self.last_s: Optional[float] = None
-        self.late_read = False
-        self.chunks = 0
-        self.texts: list[str] = []
-        self.stamp_s = 0.0
-        self.head = b""
         self.tail = bytearray()
-        self.opened = self.after_cr = False
-        self.choice: Any = None
-        self.finish = ""
-        self.counts: Mapping[str, Any] = {}
-        self.problem: Optional[tuple[str, str]] = None
+        self.texts: list[str] = []
 
     def feed(self, data: bytes, stamp_s: float, late: bool) -> None:
         """`late`: what this read holds may have queued up, and its stamp is that of its last byte."""
@@ -825,9 +819,7 @@ class StreamReader:
             body = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError):
             text = data[:120].decode("utf-8", "replace")
-            self.fail("stream_error", text) if is_error else self.fail(
-                "bad_event", f"an event that is not JSON: {text}"
-            )
+            self.fail(*(("stream_error", text) if is_error else ("bad_event", f"an event that is not JSON: {text}")))
             return
         message = error_text(body)
         if message or is_error:
@@ -1099,20 +1091,15 @@ def summary_text(tally: Tally, unsent: int, unsent_turns: int, results: str) -> 
     asked = tally.rows + unsent + unsent_turns
     lines = [("Total time (s)", shown(tally.elapsed_s), "first request sent to last reply")]
     lines.append(("Requests/s", shown(tally.rate(tally.successes), 2), ""))
-    for name, tokens in (
-        ("In", tally.tokens_in),
-        ("Out", tally.tokens_out),
-        ("Total", tally.tokens_in + tally.tokens_out),
-    ):
+    tokens_in, tokens_out = tally.tokens_in, tally.tokens_out
+    for name, tokens in (("In", tokens_in), ("Out", tokens_out), ("Total", tokens_in + tokens_out)):
         lines.append((f"{name} tokens/s", shown(tally.rate(tokens), 2), f"{tokens} tokens"))
     for name, title in SAMPLED.items():
         sample = sorted(tally.samples[name])
         for q in (50, 90, 99) if sample or name == "latency_ms" else ():
             lines.append((f"{title} p{q} (ms)", shown(percentile(sample, q)), f"exact, n={len(sample)}"))
-    lines += [
-        (f"! {kind}", str(times), f"first: {tally.first_errors[kind]}")
-        for (_, kind), times in tally.failures.most_common()
-    ]
+    for (_, kind), times in tally.failures.most_common():
+        lines.append((f"! {kind}", str(times), f"first: {tally.first_errors[kind]}"))
     if unsent:
         lines.append(("! never sent", str(unsent), "the run ended before their turn"))
     if unsent_turns:
@@ -1120,12 +1107,9 @@ def summary_text(tally: Tally, unsent: int, unsent_turns: int, results: str) -> 
         lines.append(("! turns not sent", str(unsent_turns), why))
     lines += [(f"! {title}", str(getattr(tally, name)), why) for name, title, why in NOTES if getattr(tally, name)]
     if tally.successes:
-        late_ms = sorted(tally.late_ms)
-        late = (
-            f"p50 {shown(percentile(late_ms, 50), 1)}, p99 {shown(percentile(late_ms, 99), 1)}, max {late_ms[-1]:.1f}"
-        )
-        share = f"{tally.by_kernel / tally.successes:.0%}"
-        lines.append(("Stamped by kernel", share, f"of the replies; their bytes waited here for up to {late} ms"))
+        p50, p99, most = (shown(percentile(sorted(tally.late_ms), q), 1) for q in (50, 99, 100))
+        late = f"of the replies; their bytes waited here for up to p50 {p50}, p99 {p99}, max {most} ms"
+        lines.append(("Stamped by kernel", f"{tally.by_kernel / tally.successes:.0%}", late))
     lines.append(("Rows", str(tally.rows), f"in {results}"))
     head = f"=== locust_batch: {tally.successes} of {asked} prompts answered, {asked - tally.successes} not ==="
     return "\n".join([head, *(f"  {name:<22}{value:>14}  {note}".rstrip() for name, value, note in lines)])
@@ -1705,10 +1689,8 @@ class Coordinator:
         self.host = ""
         self.listening: set[str] = set()  # workers that can take our messages: Locust counts them in earlier
         self.server_url()
-        self.runner.register_message(MESSAGE + "hello", lambda msg, **_: self.listening.add(msg.node_id))
-        self.runner.register_message(MESSAGE + "want", self.on_want)
-        self.runner.register_message(MESSAGE + "rows", self.on_rows)
-        self.runner.register_message(MESSAGE + "released", self.on_released)
+        for name in ("hello", "want", "rows", "released"):
+            self.runner.register_message(MESSAGE + name, getattr(self, f"on_{name}"))
         gevent.spawn(self.watch_for_the_end)
 
     def server_url(self) -> str:
@@ -1754,7 +1736,13 @@ class Coordinator:
             return [LOCAL]
         return [node.id for node in self.runner.clients.all if node.state != "missing"]
 
+    def live_holders(self, run: Run) -> set[str]:
+        return set(run.assignments.holders()).intersection(self.live_workers())
+
     # Dealing
+
+    def on_hello(self, environment: Any, msg: Any, **_: Any) -> None:
+        self.listening.add(msg.node_id)
 
     def on_want(self, environment: Any, msg: Any, **_: Any) -> None:
         if self.run is not None:
@@ -1847,8 +1835,7 @@ class Coordinator:
 
     def is_over(self, run: Run) -> bool:
         """Nobody who is alive holds a prompt, and none is left, or none is dealt, or nobody is left to take one."""
-        live = self.live_workers()
-        if any(worker in live for worker in run.assignments.holders()):
+        if self.live_holders(run):
             return False
         idle = run.all_users_started and time.perf_counter() - run.heard > IDLE_S
         return not run.assignments.unsent or run.given_up or idle
@@ -1877,10 +1864,7 @@ class Coordinator:
         self.halt(run, self.environment.stop_timeout)
         deadline = time.perf_counter() + self.environment.stop_timeout + DRAIN_GRACE_S
         try:
-            while time.perf_counter() < deadline:
-                live = self.live_workers()
-                if not any(worker in live for worker in run.assignments.holders()):
-                    return
+            while self.live_holders(run) and time.perf_counter() < deadline:
                 gevent.sleep(TICK_S / 4)
         except KeyboardInterrupt:
             logger.warning("interrupted again: not waiting for what is in flight")
@@ -1926,15 +1910,12 @@ class PromptSource:
     head: bytes
     context: Any = None
     one_each = False
+    zero = 0.0
+    run = in_flight = stock = left = more = asks = asks_sent = asks_answered = 0
 
     def __init__(self, environment: Any) -> None:
         self.runner = environment.runner
-        self.run = 0
-        self.zero = 0.0
-        self.in_flight = 0
         self.at_hand: deque[Prompt] = deque()
-        self.stock = self.left = self.more = 0
-        self.asks = self.asks_sent = self.asks_answered = 0
         self.halted = Event()
         self.watch = LoopWatch()
         self.rows: list[Record] = []

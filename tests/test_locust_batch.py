@@ -182,9 +182,26 @@ def test_a_session_that_has_begun_is_not_given_back(lb):
     assert assignments.note("a", 1, 1)
     assert assignments.release("a") == 2
     assert list(assignments.unsent) == [0, 2]
-    assignments.grant("b", 1, 0)
-    assert assignments.note("b", 0, 0)
-    assert assignments.lost() == [(0, 1)]
+
+
+def test_of_a_session_that_is_lost_with_its_worker_one_turn_has_a_row(lb, settings):
+    session = {"turns": [{"content": "a"}, {"content": "b"}, {"content": "c"}]}
+    lines = [json.dumps(line).encode() for line in (session, {"text": "x"}, session, {"text": "y"}, session)]
+    *_, corpus = lb.read_corpus(lines, "corpus")
+    assignments = lb.Assignments(range(5), lb.Plan(5, 4))
+    results = types.SimpleNamespace(add=lambda records: None)
+    run = lb.Run(1, settings(), corpus, assignments, results, 0.0, 0.0)
+    assignments.grant("killed", 4, 0)
+    begun = [lb.Record(index, lb.Outcome("success")) for index in (0, 1, 3)]
+    assert [run.is_fresh("killed", record) for record in begun] == [True] * 3
+    assert not run.is_fresh("killed", begun[0]), "its row is written"
+    run.keep(begun)
+    assert assignments.close("killed", 1)
+    lost = run.lost()
+    assert [(row.index, row.session, row.turn) for row in lost] == [(2, 0, 3), (4, 2, 1), (7, None, None)]
+    assert {row.outcome.error_kind for row in lost} == {"process_lost"}
+    run.keep(lost)
+    assert run.unsent() == (3, 2), "the last session, and two turns of the one before it"
 
 
 GOOD = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
