@@ -58,6 +58,7 @@ import heapq
 import importlib
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -72,17 +73,21 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
 import traceback
+import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -178,7 +183,6 @@ SPARE_DESCRIPTORS = 64
 CONNECTS_AT_ONCE = 64  # below the listening queue of the usual servers
 NEXT_ADDRESS_S = 0.25  # until the next address of a name is tried as well (RFC 8305, Connection Attempt Delay)
 STALE_S = 1.0  # a kept connection that is reset later than this after the sending had not been closed before it
-SOCKET_BACKLOG = 4096
 AUTO_TOKENS_PER_S = 100  # of each stream, where --processes auto reckons
 AUTO_CORE_SHARE = 0.5  # of a core that a process is to need at most
 READS_PER_REQUEST = 60  # what sending a request through the SDK costs, in reads of a chunk (benchmarks/client_cost.py)
@@ -205,6 +209,7 @@ SERVER_QUEUE_SHARE = 0.05  # of the server's own latency, or of its requests
 KV_CACHE_FULL = 0.99
 SEARCH_PRECISION = 0.04  # of the level that holds: how near the one that fails must be
 BOUND_REPEATS = 2.0  # times as many requests where this client was the limit
+SEARCH_REPEATS = 2  # of a level whose verdict chance could turn, with more requests each time,
 SEARCH_MOST = 16  # times the usual number of requests: what is not sure by then stays unresolved
 DRIFT = 0.10  # of a mean, from the first to the last third of the steady window
 NORMAL_95 = 1.96  # standard errors to either side of a mean
@@ -976,10 +981,8 @@ class EndpointType(NamedTuple):
 
 
 ENDPOINT_TYPES: Mapping[str, EndpointType] = {
-    "chat": EndpointType("/chat/completions", "messages", chat, lambda client: client.chat.completions.create),
-    "completions": EndpointType(
-        "/completions", "prompt", lambda text, _: text, lambda client: client.completions.create
-    ),
+    "chat": EndpointType("/chat/completions", "messages", chat, lambda sdk: sdk.chat.completions.create),
+    "completions": EndpointType("/completions", "prompt", lambda text, _: text, lambda sdk: sdk.completions.create),
 }
 
 
@@ -1565,7 +1568,7 @@ def read_completion(body: Any, reply: Reply, keeps_text: bool = False) -> Option
         return _failed("no_choices", f"no choices in {glimpse(body)[:120]}")
     if len(choices) > 1:
         return _failed("several_choices", SEVERAL_CHOICES)
-    set_fields(reply, usage_of(body.get("usage")))
+    vars(reply).update(usage_of(body.get("usage")))
     finish, said = choices[0].get("finish_reason"), _said(choices[0], "message")
     reply.finish_reason = finish if finish and isinstance(finish, str) else None
     if not isinstance(said, dict):
@@ -1575,11 +1578,6 @@ def read_completion(body: Any, reply: Reply, keeps_text: bool = False) -> Option
     if has_text and not reply.completion_tokens:
         reply.completion_tokens, reply.has_usage = None, False
     return _verdict(reply.finish_reason, has_text, reply.completion_tokens)
-
-
-def set_fields(reply: Reply, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(reply, name, value)
 
 
 def _verdict(finish: Optional[str], has_text: bool, tokens: Optional[int]) -> Optional[Failure]:
@@ -1886,7 +1884,7 @@ class StreamReader:
         reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
         reply.content_reads, reply.merged_reads = self._content_reads, self._merged_reads
-        set_fields(reply, self._counts)
+        vars(reply).update(self._counts)
         if self._texts is not None:
             with contextlib.suppress(ValueError):
                 reply.text = json.loads(b'"%s"' % b"".join(self._texts), strict=False)
@@ -1929,16 +1927,6 @@ READERS: Mapping[bool, Callable[..., Reader]] = {False: WholeReader, True: Strea
 def reader_of(config: Config) -> Callable[[Reply], Reader]:
     keeps_text = bool(config.corpus.get("sessions")) and config.history == "server"
     return partial(READERS[config.stream], keeps_text=keeps_text)
-
-
-def read_reply(streamed: bool, arrivals: Iterable[tuple[int, bytes]]) -> Reply:
-    """(stamp in ns, bytes) of a body as they came -> Reply; the same however the bytes were cut."""
-    reply = Reply()
-    reader = READERS[streamed](reply)
-    for stamp_ns, data in arrivals:
-        reader.feed([stamp_ns], [data])
-    reader.finish()
-    return reply
 
 
 # === 6. Metrics (pure) ===
@@ -2118,7 +2106,7 @@ METRICS = (
 
 METRIC = {metric.key: metric for metric in METRICS}
 STREAMED_METRICS = ("ttft", "visible", "tpot", "gap", "tail")
-WITH_STEADY = ("latency", "ttft", "tpot")  # their lines of the steady window stand beside those of the whole run
+MAIN_METRICS = ("latency", "ttft", "tpot")  # those of groups, and of the steady window beside the whole run
 # What --goodput sets limits on, in vLLM's words -> key of the metric.
 GOODPUT_NAMES = {"ttft": "ttft", "tpot": "tpot", "e2el": "latency", "latency": "latency"}
 
@@ -2142,13 +2130,6 @@ GROUPINGS: Mapping[str, tuple[Callable[[Record], Optional[str]], int]] = {
     "server": (lambda r: r.reply.server, 256),
     "turn": (lambda r: None if r.reply.turn is None else str(r.reply.turn), 100),
 }
-GROUP_METRICS = ("latency", "ttft", "tpot")
-# What is counted besides, by the summary's field names.
-COUNTED_BESIDES = (
-    "new_connections", "cached_tokens", "cache_told", "without_usage", "chunk_counted", "gap_ends", "chunked_tokens",
-    "streams", "first_merged", "with_first", "one_piece", "late_read", "late_first", "corpus_tokens", "corpus_counted",
-    "prefix_tokens", "held_back", "sessions", "unsent_turns",
-)  # fmt: skip
 
 
 class Span:
@@ -2172,7 +2153,7 @@ class GroupTally:
     def __init__(self) -> None:
         self.ok = self.errors = self.prompt_tokens = self.cached_tokens = self.cache_told = 0
         self.first_error = ""
-        self._samples = {metric: Sample() for metric in METRICS if metric.key in GROUP_METRICS}
+        self._samples = {metric: Sample() for metric in METRICS if metric.key in MAIN_METRICS}
 
     def add(self, record: Record) -> None:
         for metric, sample in self._samples.items():
@@ -2203,14 +2184,10 @@ class Tally:
         self._own_tokens = own_tokens
         self._goodput = goodput or {}
         self.good: Counter[str] = Counter()
-        self.sent_s = array("d")  # of each row; NaN: it was not sent
+        self.sent_s, self.done_s = array("d"), array("d")  # of each row; NaN: it was not sent, did not succeed
         self.last_index = -1
-        self.ok = 0
-        self.errors = 0
-        self.aborted = 0
+        self.ok = self.errors = self.aborted = self.prompt_tokens = self.completion_tokens = 0
         self.arriving_tokens = 0  # of replies under way, for the progress line
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
         self.busy_s = 0.0
         self.first_sent_s = math.inf
         self.last_done_s = -math.inf
@@ -2226,6 +2203,7 @@ class Tally:
     def add(self, record: Record) -> None:
         row, self.last_index = len(self.sent_s), max(self.last_index, record.job.index)
         self.sent_s.append(math.nan if record.sent_s is None else record.sent_s)
+        self.done_s.append(record.done_s if record.ok and record.done_s is not None else math.nan)
         for metric in METRICS:
             values = metric.read(record)
             if values and metric.pooled:
@@ -2316,8 +2294,8 @@ class Tally:
 
     def steady(self, wave: int) -> Optional[Steady]:
         """The steady window of a run whose first `wave` requests were sent at once; None without one."""
-        sent_s, latency = self.sent_s, self.samples["latency"]
-        done = {row: sent_s[row] + ms / 1e3 for row, ms in enumerate(latency.exact) if ms == ms}
+        sent_s = self.sent_s[:EXACT_SAMPLES]
+        done = {row: at for row, at in enumerate(self.done_s[:EXACT_SAMPLES]) if at == at}
         ends = sorted(done.values())
         if not 0 < wave < len(ends):
             return None
@@ -2338,22 +2316,16 @@ class Tally:
             prompt_tokens=int(sum(self.samples["prompt"].of_rows(ended))),
             completion_tokens=int(sum(self.samples["output"].of_rows(ended))),
             distributions={key: describe(self.samples[key].of_rows(rows)) for key in METRIC if not METRIC[key].pooled},
-            opening={key: describe(self.samples[key].of_rows(before)) for key in WITH_STEADY},
-            drifts=drifts(*({key: list(self.samples[key].of_rows(part)) for key in WITH_STEADY} for part in thirds)),
+            opening={key: describe(self.samples[key].of_rows(before)) for key in MAIN_METRICS},
+            drifts=drifts(*({key: list(self.samples[key].of_rows(part)) for key in MAIN_METRICS} for part in thirds)),
         )
 
     def summary(self, wave: int = 0) -> Summary:
         """`wave`: how many requests were in flight at the start, for the steady window."""
         steady = self.steady(wave)  # before the samples are described, which may take their values
-        distributions = {key: sample.describe() for key, sample in self.samples.items()}
-        return Summary(
-            ok=self.ok,
-            errors=self.errors,
-            aborted=self.aborted,
-            elapsed_s=self.elapsed_s,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            distributions=distributions,
+        values = {item.name: getattr(self, item.name, self.counts[item.name]) for item in dataclasses.fields(Summary)}
+        values.update(
+            distributions={key: sample.describe() for key, sample in self.samples.items()},
             error_groups=self.error_groups(),
             groups={
                 name: {group: tally.summary() for group, tally in self.groups[name].items()}
@@ -2361,15 +2333,12 @@ class Tally:
                 if 0 < len(self.groups[name]) <= most
             },
             finish_reasons=dict(self.finish_reasons),
-            busy_s=self.busy_s,
-            first_error_s=self.first_error_s,
             good={key: self.good[key] for key in (*self._goodput, "all")} if self._goodput else {},
             steady=steady,
             due_rate=self.due.per_s,
             issued_rate=self.issued.per_s,
-            server=self.server,
-            **{name: self.counts[name] for name in (*COUNTED, *COUNTED_BESIDES)},
         )
+        return Summary(**values)
 
 
 def drifts(first: Mapping[str, Sequence[float]], last: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -2427,18 +2396,16 @@ def _per(amount: float, whole: Optional[float]) -> Optional[float]:
     return amount / whole if whole else None
 
 
-def _price(config: Config, tokens_per_s: float) -> Optional[float]:
+def _price(config: Config, per_s: float) -> Optional[float]:
     """Of a million such tokens, all GPUs' cost laid on them."""
-    return (
-        config.gpu_hour * (config.gpus or 1) / 3600 / tokens_per_s * 1e6 if config.gpu_hour and tokens_per_s else None
-    )
+    return config.gpu_hour * (config.gpus or 1) / 3600 / per_s * 1e6 if config.gpu_hour and per_s else None
 
 
 def input_per_s(summary: Summary) -> float:
     return _rate(summary.prompt_tokens, summary.elapsed_s)
 
 
-def _share_within(key: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
+def _share_kept(key: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
     return _per(summary.good[key], summary.ok + summary.errors) if key in summary.good else None
 
 
@@ -2457,9 +2424,7 @@ FIGURES: Mapping[str, Callable[[Summary, Config, Fared], Optional[float]]] = {
     "request_throughput": lambda s, c, h: s.requests_per_s,
     "request_goodput": lambda s, c, h: _rate(s.good["all"], s.elapsed_s) if s.good else None,
     "goodput_share": lambda s, c, h: _per(s.good.get("all", 0), s.ok + s.errors) if s.good else None,
-    **{
-        f"goodput_share_{name}": partial(_share_within, key) for name, key in GOODPUT_NAMES.items() if name != "latency"
-    },
+    **{f"goodput_share_{name}": partial(_share_kept, key) for name, key in GOODPUT_NAMES.items() if name != "latency"},
     "input_throughput": lambda s, c, h: input_per_s(s),
     "output_throughput": lambda s, c, h: s.generated_per_s,
     "total_token_throughput": lambda s, c, h: s.total_per_s,
@@ -2531,8 +2496,11 @@ STATS: Mapping[str, Stat] = dict(_stats())
 
 
 def figure_of(name: str, summary: Summary, config: Config, health: Fared) -> Optional[float]:
-    """A figure by its key; None where it was not measured. Raises KeyError."""
-    return STATS[name].of(STATS[name].sample(summary)) if name in STATS else FIGURES[name](summary, config, health)
+    """A figure by its key, also one of the server's own; None where it was not measured."""
+    if name in STATS:
+        return STATS[name].of(STATS[name].sample(summary))
+    value = FIGURES[name](summary, config, health) if name in FIGURES else summary.server.get(name)
+    return value if isinstance(value, (int, float)) else None
 
 
 OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -2558,7 +2526,7 @@ class Limit(NamedTuple):
         if not match:
             raise ValueError("takes a figure, <, <=, > or >=, and a number, as in p99_ttft_ms<500")
         names = [*FIGURES, *STATS]
-        if match[1] not in names:
+        if match[1] not in names and not match[1].startswith(("server_", "gpu_")):
             nearest = ", ".join(difflib.get_close_matches(match[1], names, 4, 0.5)) or "output_throughput, p99_ttft_ms"
             raise ValueError(f"knows no figure {plain(match[1], 60)!r}; nearest: {nearest}")
         return cls(match[1], match[2], float(match[3]))
@@ -2688,17 +2656,6 @@ def _client_cure(health: Sequence[Health]) -> str:
 def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     reason = client_bound(summary, health)
     return ReportWarning(f"client-bound: {reason}", _client_cure(health)) if reason else None
-
-
-def _warn_held_back(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.held_back:
-        return None
-    late = summary.distributions["late"]
-    text = (
-        f"--concurrency {config.concurrency} held the schedule back: {summary.held_back} requests were due before a"
-        f" permit was free (sent up to {late.max or 0:.0f} ms late), so the server had less to do than was asked"
-    )
-    return ReportWarning(text, "read the response time, which counts from the due time; or no --concurrency, no cap")
 
 
 def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2833,39 +2790,11 @@ def _warn_merged(summary: Summary, config: Config, health: Sequence[Health]) -> 
     return ReportWarning(text, f"{cure}; else the server sends them so" + ("" if "TPOT" in figures else "; read TPOT"))
 
 
-def _warn_one_piece(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.one_piece:
-        return None
-    text = f"{summary.one_piece} replies of several tokens came all at once: they have no TPOT"
-    return ReportWarning(text, "read the latency; a server or proxy that streams token by token gives the rest")
-
-
-def _warn_backlog(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.syn_resent:
-        return None
-    text = (
-        f"the first packet of connections had to be repeated {summary.syn_resent} times, 1, 3, 7 s later: the server's"
-        " listen queue was full, or the network lost it (connect_ms; in no latency)"
-    )
-    cure = "a longer listen queue there (its backlog, net.core.somaxconn), or kept connections"
-    return ReportWarning(text, cure)
-
-
 def _warn_servers(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    dead = {name: group for name, group in summary.groups.get("server", {}).items() if group.errors and not group.ok}
-    if not dead:
-        return None
-    said = "; ".join(
-        f"{name}: {group.errors} requests, none answered: {group.first_error}" for name, group in dead.items()
-    )
-    return ReportWarning(said, "mend it, or leave its --api-base out: every figure is of the others alone")
-
-
-def _warn_reconnects(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.reconnects:
-        return None
-    text = f"{summary.reconnects} requests were sent anew: the server had closed the kept connection"
-    return ReportWarning(text, "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)")
+    dead = [(name, got) for name, got in summary.groups.get("server", {}).items() if got.errors and not got.ok]
+    said = "; ".join(f"{name}: {got.errors} requests, none answered: {got.first_error}" for name, got in dead)
+    cure = "mend it, or leave its --api-base out: every figure is of the others alone"
+    return ReportWarning(said, cure) if dead else None
 
 
 def error_warning(summary: Summary) -> Optional[ReportWarning]:
@@ -2888,24 +2817,41 @@ def _warn_drift(summary: Summary, config: Config, health: Sequence[Health]) -> O
     return ReportWarning(text, "a longer --warmup or run, or a load that the server can take for ever")
 
 
-WARNINGS = (
-    _warn_client,
-    _warn_drift,
-    _warn_held_back,
-    _warn_servers,
-    _warn_usage,
-    _warn_prompt_length,
-    _warn_short_replies,
-    _warn_corpus,
-    _warn_cache,
-    _warn_others,
-    _warn_server_queue,
-    _warn_kv_cache,
-    _warn_merged,
-    _warn_one_piece,
-    _warn_backlog,
-    _warn_reconnects,
-)
+# Counts that are 0 in a good run: field of the summary -> what one that is not says.
+COUNT_WARNINGS = {
+    "held_back": ReportWarning(
+        "--concurrency {concurrency} held the schedule back: {n} requests were due before a permit was free (sent up to"
+        " {late:.0f} ms late), so the server had less to do than was asked",
+        "read the response time, which counts from the due time; or no --concurrency, no cap",
+    ),
+    "one_piece": ReportWarning(
+        "{n} replies of several tokens came all at once: they have no TPOT",
+        "read the latency; a server or proxy that streams token by token gives the rest",
+    ),
+    "syn_resent": ReportWarning(
+        "the first packet of connections had to be repeated {n} times, 1, 3, 7 s later: the server's listen queue was"
+        " full, or the network lost it (connect_ms; in no latency)",
+        "a longer listen queue there (its backlog, net.core.somaxconn), or kept connections",
+    ),
+    "reconnects": ReportWarning(
+        "{n} requests were sent anew: the server had closed the kept connection",
+        "a longer keep-alive time-out on the server (uvicorn: --timeout-keep-alive)",
+    ),
+}
+
+
+def _warn_count(field: str, summary: Summary, config: Config, health: Fared) -> Optional[ReportWarning]:
+    count, warning = getattr(summary, field), COUNT_WARNINGS[field]
+    late = summary.distributions["late"].max or 0.0
+    text = warning.text.format(n=count, concurrency=config.concurrency, late=late)
+    return warning._replace(text=text) if count else None
+
+
+WARNINGS: Sequence[Callable[[Summary, Config, Fared], Optional[ReportWarning]]] = (
+    _warn_client, _warn_drift, partial(_warn_count, "held_back"), _warn_servers, _warn_usage, _warn_prompt_length,
+    _warn_short_replies, _warn_corpus, _warn_cache, _warn_others, _warn_server_queue, _warn_kv_cache, _warn_merged,
+    *(partial(_warn_count, name) for name in ("one_piece", "syn_resent", "reconnects")),
+)  # fmt: skip
 
 
 def warnings_of(summary: Summary, config: Config, health: Sequence[Health]) -> list[ReportWarning]:
@@ -2939,10 +2885,8 @@ class Redactor:
         logins = [login for url in urls for raw in _LOGIN.findall(url) for login in (raw, unquote(raw))]
         basic = [base64.b64encode(login.encode()).decode() for login in logins]
         queries = [text for url in urls for _, name, text in _QUERY.findall(url) if _SECRET_NAME.search(name)]
-        words = [config.api_key, *logins, *basic, *queries, *map(unquote, queries), *named]
-        return cls(
-            [*words, *(login.partition(":")[2] for login in logins), *(word.rpartition(" ")[2] for word in named)]
-        )
+        ends = [login.partition(":")[2] for login in logins] + [value.rpartition(" ")[2] for value in named]
+        return cls([config.api_key, *logins, *basic, *queries, *map(unquote, queries), *named, *ends])
 
     def text(self, text: str) -> str:
         """Any text, a server's words above all, with every secret blanked, also one that is cut off at the end.
@@ -3026,9 +2970,8 @@ HARMLESS_HEADERS = ("accept", "accept-language", "openai-beta", "user-agent")
 
 def is_harmless(name: str, value: str) -> bool:
     """Whether a header may be shown: by its name, or because its value is too short to keep anybody out."""
-    return (
-        name.lower() in HARMLESS_HEADERS or len(value) < LEAST_SECRET_CHARS or value in ("true", "false", *PLAIN_KEYS)
-    )
+    plain_value = len(value) < LEAST_SECRET_CHARS or value in ("true", "false", *PLAIN_KEYS)
+    return plain_value or name.lower() in HARMLESS_HEADERS
 
 
 def split_header(text: str) -> tuple[str, str]:
@@ -3255,24 +3198,14 @@ def limit_words(limit: Limit) -> str:
 # --- several points: a table with a line for each level, and what it shows in words ---
 
 
-class SweepColumn(NamedTuple):
-    head: str
-    below: str  # second line of the heading
-    figure: str
-
-
-SWEEP_COLUMNS = (
-    SweepColumn("req/s", "", "request_throughput"),
-    SweepColumn("out", "tok/s", "output_throughput"),
-    SweepColumn("tok/s", "/user", "median_tokens_per_s_per_user"),
-    SweepColumn("TTFT", "p50", "p50_ttft_ms"),
-    SweepColumn("TTFT", "p99", "p99_ttft_ms"),
-    SweepColumn("TPOT", "p50", "p50_tpot_ms"),
-    SweepColumn("TPOT", "p99", "p99_tpot_ms"),
-    SweepColumn("latency", "p50", "p50_latency_ms"),
-    SweepColumn("latency", "p95", "p95_latency_ms"),
-    SweepColumn("latency", "p99", "p99_latency_ms"),
-)
+# figure -> the two lines of its heading
+SWEEP_COLUMNS = {
+    "request_throughput": ("req/s", ""), "output_throughput": ("out", "tok/s"),
+    "median_tokens_per_s_per_user": ("tok/s", "/user"),
+    "p50_ttft_ms": ("TTFT", "p50"), "p99_ttft_ms": ("TTFT", "p99"),
+    "p50_tpot_ms": ("TPOT", "p50"), "p99_tpot_ms": ("TPOT", "p99"),
+    "p50_latency_ms": ("latency", "p50"), "p95_latency_ms": ("latency", "p95"), "p99_latency_ms": ("latency", "p99"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -3358,20 +3291,21 @@ def sweep_knee(levels: Sequence[Level]) -> Optional[float]:
 
 def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None) -> list[str]:
     """A line for each level; with repetitions its median, and the least and the greatest below. `bend`: the knee."""
-    columns = [column for column in SWEEP_COLUMNS if any(level.values(column.figure) for level in levels)]
-    rows = [[unit, *(c.head for c in columns), "errors"], ["", *(c.below for c in columns), ""]]
+    figures = [name for name in SWEEP_COLUMNS if any(level.values(name) for level in levels)]
+    heads, below = ([SWEEP_COLUMNS[name][line] for name in figures] for line in (0, 1))
+    rows = [[unit, *heads, "errors"], ["", *below, ""]]
     ends = ["verdict", ""]
     for level in levels:
         errors = sum(point.summary.errors for point in level.points)
-        rows.append([f"{level.level:g}", *(level.cell(column.figure) for column in columns), str(errors)])
+        rows.append([f"{level.level:g}", *map(level.cell, figures), str(errors)])
         ends.append(level.verdict(bend if bend != levels[-1].level else None))
         for name, pick in (("min", 0), ("max", -1)) if len(level.points) > 1 else ():
-            extremes = [level.values(column.figure) for column in columns]
-            rows.append([f"  {name}", *(brief(values[pick] if values else None) for values in extremes), ""])
+            extremes = [values[pick] if values else None for values in map(level.values, figures)]
+            rows.append([f"  {name}", *map(brief, extremes), ""])
             ends.append("")
     starred = any(cell.endswith("*") for row in rows for cell in row)
     note = ["* too few values for that percentile: more --requests-per-slot, or --total-requests"] * starred
-    return [*(f"{row}  {end}".rstrip() for row, end in zip(padded(rows), ends)), *note]
+    return [*(f"{row}  {end}".rstrip() for row, end in zip(table(rows), ends)), *note]
 
 
 def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -> list[str]:
@@ -3379,6 +3313,8 @@ def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -
     lines = []
     if bend is not None and bend == levels[-1].level:
         lines.append(f"No knee: at {bend:g} {unit} throughput still grew by more than {KNEE_GROWTH:.0%} per doubling")
+    elif bend is None and len(levels) > 2:
+        lines.append(f"No knee: nowhere did throughput grow by more than {KNEE_GROWTH:.0%} per doubling")
     elif bend is not None:
         lines.append(f"Knee: {bend:g} {unit}; beyond it throughput grows by less than {KNEE_GROWTH:.0%} per doubling")
     bound = [f"{level.level:g}" for level in levels if any(point.client_bound for point in level.points)]
@@ -3419,17 +3355,11 @@ def _why_not(level: Level) -> str:
     return f"at {level.level:g} {' and '.join(told)}"
 
 
-def padded(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-
-
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    return [line.rstrip() for line in padded(rows)]
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows))
+    cells = ([row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows)
+    return ["  ".join(line).rstrip() for line in cells]
 
 
 def _metric_label(metric: Metric, summary: Summary) -> str:
@@ -3458,7 +3388,7 @@ def distribution_table(summary: Summary) -> list[str]:
         if not _shown(metric, summary):
             continue
         rows.append(_table_row(_metric_label(metric, summary), summary.distributions[metric.key]))
-        if summary.steady and metric.key in WITH_STEADY:
+        if summary.steady and metric.key in MAIN_METRICS:
             rows.append(_table_row("  steady", summary.steady.distributions[metric.key]))
     notes = _few_note(summary, rows)
     if max(sample.n for sample in summary.distributions.values()) > EXACT_SAMPLES:
@@ -3489,7 +3419,7 @@ def interval_table(summary: Summary) -> list[str]:
     rows = [["95 % confidence", *(f"p{rank:g}" for rank in INTERVALS_SHOWN)]]
     for metric in METRICS:
         sample = summary.distributions[metric.key]
-        if metric.key in WITH_STEADY and sample.n:
+        if metric.key in MAIN_METRICS and sample.n:
             ends = [["?" if math.isinf(end) else _figure(end) for end in sample.intervals[r]] for r in INTERVALS_SHOWN]
             rows.append([metric.label, *map(" to ".join, ends)])
     return table(rows) if len(rows) > 1 else []
@@ -3519,7 +3449,7 @@ def steady_lines(summary: Summary) -> list[str]:
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
     """A row for each group; only what one of them has gets a column."""
     labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
-    told = [key for key in GROUP_METRICS if any(got.distributions[key].n for got in groups.values())]
+    told = [key for key in MAIN_METRICS if any(got.distributions[key].n for got in groups.values())]
     figures = [(key, rank) for key in told for rank in (50.0, 99.0)]
     rows = [[name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), "cached"]]
     for group, got in groups.items():
@@ -3553,9 +3483,7 @@ def circumstances(summary: Summary, config: Config, health: Sequence[Health]) ->
         lines.append(f"Sessions: {summary.sessions} begun; {summary.unsent_turns} of their turns were not sent{why}")
     lines += [part for line in steady_lines(summary) for part in wrapped(line, len("Steady: "))]
     if summary.aborted:
-        lines.append(
-            f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"
-        )
+        lines += [f"Aborted: {summary.aborted} requests, cut off or not sent at the end: neither completed nor failed"]
     if summary.finish_reasons:
         reasons = sorted(summary.finish_reasons.items(), key=lambda item: -item[1])
         lines.append(shortened(plain("Finish reasons: " + ", ".join(f"{name} {count}" for name, count in reasons))))
@@ -3687,15 +3615,16 @@ def summary_json(summary: Summary, config: Config, health: Sequence[Health], run
 
     Readers call float() on all that ends in `_ms`, and refuse repetitions whose keys differ.
     """
-    figures = _metric_keys(summary.distributions)
-    connecting = figures.pop("connect")  # no keys of its own: whether a connection has to be opened again is chance
-    steady = _flat(_metric_keys(summary.steady.distributions, "steady_")) if summary.steady else {}
+    stats = stats_of(summary.distributions)
+    # These have no keys of their own: whether a connection has to be opened again is chance.
+    connecting = {key: stats.pop(key) for key in list(stats) if STATS[key].metric == "connect"}
+    steady = stats_of(summary.steady.distributions, steady=True) if summary.steady else {}
     told = ((name, figure_of(name, summary, config, health)) for name in FIGURES)
     requests = {"model_id": config.model, **{name: value for name, value in told if value is not None}}
     shares = {name: requests.pop(name) for name in list(requests) if name.startswith("goodput_share_")}
     nested = {"confidence_95": _intervals(summary.distributions), "goodput_shares": shares, "connecting": connecting}
     ours = {**nested, **_our_keys(summary, config, health)}  # nested: readers divide by all that has "tpot" in its name
-    return {**(config.metadata or {}), **run, **requests, **_flat(figures), **steady, **summary.server, **ours}
+    return {**(config.metadata or {}), **run, **requests, **stats, **steady, **summary.server, **ours}
 
 
 def _our_keys(summary: Summary, config: Config, health: Sequence[Health]) -> dict[str, Any]:
@@ -3735,33 +3664,24 @@ def _group_json(groups: Mapping[str, GroupSummary]) -> dict[str, Any]:
     told = {}
     for name, got in groups.items():
         shares = {} if got.cached_share is None else {"cached_share": got.cached_share}
-        told[name] = {"completed": got.ok, "failed": got.errors, **shares, **_flat(_metric_keys(got.distributions))}
+        told[name] = {"completed": got.ok, "failed": got.errors, **shares, **stats_of(got.distributions)}
     return told
 
 
-def _flat(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: value for keys in figures.values() for name, value in keys.items()}
-
-
-def _metric_keys(distributions: Mapping[str, Distribution], prefix: str = "") -> dict[str, dict[str, Any]]:
-    """By the metrics' keys, the figures of each under all its stems; none where nothing was measured."""
-    found: dict[str, dict[str, Any]] = {}
-    for metric, sample in ((metric, distributions.get(metric.key, Distribution(0))) for metric in METRICS):
-        values = {"mean": sample.mean, "median": sample.percentiles.get(50.0), "max": sample.max}
-        values.update({f"p{rank:g}": value for rank, value in sample.percentiles.items()})
-        if sample.n > 1:  # of one value there is none, and readers divide by it
-            values["std"] = sample.std
-        keys = found[metric.key] = {
-            f"{prefix}{name}_{stem}": v for stem in metric.stems for name, v in values.items() if sample.n
-        }
-        keys.update({f"{prefix}{count_key(stem)}": sample.n for stem in metric.stems if sample.n})
-    return found
+def stats_of(distributions: Mapping[str, Distribution], steady: bool = False) -> dict[str, Any]:
+    """Every number of these distributions by its key; of a metric without values there is none."""
+    told = {}
+    for key, one in STATS.items():
+        sample = distributions.get(one.metric, Distribution(0))
+        if one.steady == steady and sample.n > (one.name == "std"):  # of one value it is 0, and readers divide by it
+            told[key] = one.of(sample)
+    return told
 
 
 def _intervals(distributions: Mapping[str, Distribution]) -> dict[str, list[float]]:
     """Where percentiles lie with 95 % confidence; only those of which both ends are known."""
     found = {}
-    for key, rank in itertools.product(WITH_STEADY, INTERVALS_SHOWN):
+    for key, rank in itertools.product(MAIN_METRICS, INTERVALS_SHOWN):
         ends = distributions[key].intervals.get(rank, (math.inf,))
         if not any(map(math.isinf, ends)):
             found[f"p{rank:g}_{METRIC[key].stems[0]}"] = list(ends)
@@ -3800,17 +3720,21 @@ def detail_lists(records: Sequence[Record]) -> dict[str, list[Any]]:
 # === 8. Sinks (the only writers) ===
 
 
-def _number(value: Optional[float], digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _time(path: str, digits: int = 3) -> Callable[[Record], str]:
+    """The cell of a time; `path`: the attribute of the record that holds it."""
+    read = operator.attrgetter(path)
+    return lambda record: "" if read(record) is None else f"{read(record):.{digits}f}"
 
 
-def _count(value: Optional[int]) -> str:
-    return "" if value is None else str(int(value))
+def _count(path: str) -> Callable[[Record], str]:
+    read = operator.attrgetter(path)
+    return lambda record: "" if read(record) is None else str(int(read(record)))
 
 
-def _good(record: Record, value: Optional[int]) -> str:
-    """A count of a success; of a failure, which enters no total, nothing."""
-    return _count(value if record.ok else None)
+def _tokens(path: str) -> Callable[[Record], str]:
+    """A count of successes; failures enter no total."""
+    count = _count(path)
+    return lambda record: count(record) if record.ok else ""
 
 
 def _cell(text: Optional[str]) -> str:
@@ -3833,41 +3757,35 @@ def _said_by_the_point(record: Record) -> str:
 
 CSV_COLUMNS: Mapping[str, Column] = {
     "index": Column("number of the request, from 0", lambda r: str(r.job.index)),
-    "prompt_tokens": Column(
-        "as the server's usage counted them; successes only", lambda r: _good(r, r.reply.prompt_tokens)
-    ),
-    "completion_tokens": Column(
-        "likewise; a stream without usage: its chunks", lambda r: _good(r, r.reply.completion_tokens)
-    ),
-    "total_tokens": Column("their sum", lambda r: _good(r, r.total_tokens)),
-    "latency_ms": Column("sent -> last byte (streamed: last token); successes only", lambda r: _number(r.latency_ms)),
+    "prompt_tokens": Column("as the server's usage counted them; successes only", _tokens("reply.prompt_tokens")),
+    "completion_tokens": Column("likewise; a stream without usage: its chunks", _tokens("reply.completion_tokens")),
+    "total_tokens": Column("their sum", _tokens("total_tokens")),
+    "latency_ms": Column("sent -> last byte (streamed: last token); successes only", _time("latency_ms")),
     "status": Column("success, http_error (call failed), decode_error (incomplete answer)", lambda r: r.status),
     "error": Column(f"the first {ERROR_TEXT_CHARS} characters of what went wrong", lambda r: _cell(r.error)),
     "error_kind": Column("its class: http_429, timeout, connect_refused, cut, ...", lambda r: _cell(r.error_kind)),
-    "scheduled_s": Column("when it was due, from the start; blank in a closed loop", lambda r: _number(r.job.due_s, 6)),
-    "sent_s": Column("when its last byte was handed to the socket, from the start", lambda r: _number(r.sent_s, 6)),
-    "ttft_ms": Column("sent -> first token (streamed)", lambda r: _number(r.ttft_ms)),
-    "tpot_ms": Column("(last - first token) / (completion_tokens - 1) (streamed)", lambda r: _number(r.tpot_ms)),
-    "response_ms": Column("due -> completion; blank in a closed loop", lambda r: _number(r.response_ms)),
-    "queue_ms": Column(
-        "permit free (or due) -> ready to write, without connecting; in no latency", lambda r: _number(r.queue_ms)
-    ),
-    "connect_ms": Column("opening its connection; blank on a kept one; in no latency", lambda r: _number(r.connect_ms)),
-    "e2e_ms": Column("permit free (or due) -> completion, queue and connecting included", lambda r: _number(r.e2e_ms)),
-    "tail_ms": Column("last token -> last byte of the reply (streamed)", lambda r: _number(r.tail_ms)),
+    "scheduled_s": Column("when it was due, from the start; blank in a closed loop", _time("job.due_s", 6)),
+    "sent_s": Column("when its last byte was handed to the socket, from the start", _time("sent_s", 6)),
+    "ttft_ms": Column("sent -> first token (streamed)", _time("ttft_ms")),
+    "tpot_ms": Column("(last - first token) / (completion_tokens - 1) (streamed)", _time("tpot_ms")),
+    "response_ms": Column("due -> completion; blank in a closed loop", _time("response_ms")),
+    "queue_ms": Column("permit free (or due) -> ready to write, without connecting; in no latency", _time("queue_ms")),
+    "connect_ms": Column("opening its connection; blank on a kept one; in no latency", _time("connect_ms")),
+    "e2e_ms": Column("permit free (or due) -> completion, queue and connecting included", _time("e2e_ms")),
+    "tail_ms": Column("last token -> last byte of the reply (streamed)", _time("tail_ms")),
     "late_read": Column(
         "1 when chunks queued up in this client: their gaps, or ttft_ms, are left out",
         lambda r: str(int(r.reply.late_gaps > 0)) if r.reply.chunks is not None else "",
     ),
     "finish_reason": Column("stop, length, ...", lambda r: _cell(r.reply.finish_reason)),
-    "chunks": Column("content chunks received (streamed)", lambda r: _count(r.reply.chunks)),
-    "cached_tokens": Column("prompt tokens from the server's prefix cache", lambda r: _good(r, r.reply.cached_tokens)),
-    "reasoning_tokens": Column("completion tokens spent on reasoning", lambda r: _good(r, r.reply.reasoning_tokens)),
-    "new_connection": Column("1 when a connection was opened for it", lambda r: _count(r.reply.new_connection)),
-    "http_status": Column("the HTTP status; blank when none came", lambda r: _count(r.reply.http_status)),
+    "chunks": Column("content chunks received (streamed)", _count("reply.chunks")),
+    "cached_tokens": Column("prompt tokens from the server's prefix cache", _tokens("reply.cached_tokens")),
+    "reasoning_tokens": Column("completion tokens spent on reasoning", _tokens("reply.reasoning_tokens")),
+    "new_connection": Column("1 when a connection was opened for it", _count("reply.new_connection")),
+    "http_status": Column("the HTTP status; blank when none came", _count("reply.http_status")),
     "label": Column("`label` or `custom_id` of its corpus line", lambda r: _cell(r.reply.label)),
-    "session": Column("number of its session, from 0", lambda r: _count(r.reply.session)),
-    "turn": Column("number of its turn in the session, from 1", lambda r: _count(r.reply.turn)),
+    "session": Column("number of its session, from 0", _count("reply.session")),
+    "turn": Column("number of its turn in the session, from 1", _count("reply.turn")),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
     "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
     "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
@@ -4504,7 +4422,6 @@ class Call:
         self.retry_after = retry_after
         self.location = location
         if encoding in ("gzip", "x-gzip", "deflate"):
-            zlib = importlib.import_module("zlib")
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     def body(self, stamp_ns: int, data: bytes) -> None:
@@ -4537,7 +4454,7 @@ class Call:
     def _inflated(self, data: bytes) -> bytes:
         try:
             plain_data: bytes = self._inflate.decompress(data, MAX_REPLY_BYTES - (self.size - len(data)) + 1)
-        except Exception as error:  # zlib.error, of a module imported only when a server compresses
+        except zlib.error as error:
             raise CallError("bad_http", f"broken compression: {error}") from None
         self.size += max(0, len(plain_data) - len(data))
         return plain_data
@@ -4644,13 +4561,6 @@ class KernelClock:
         return (min(max(mapped, floor_ns), now_ns), True) if near else (now_ns, False)
 
 
-def ask_for_stamps(sock: socket.socket) -> None:
-    """Ask the kernel to stamp what arrives; elsewhere than on Linux the time of the read has to do."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-
-
 def tcp_info(sock: socket.socket, place: int) -> Optional[int]:
     """The number at this place, in bytes, of the kernel's struct tcp_info; None where it does not tell (not Linux)."""
     if sys.platform == "linux":
@@ -4663,10 +4573,7 @@ def tcp_info(sock: socket.socket, place: int) -> Optional[int]:
 class Tls:
     """TLS over the same socket: bytes in, bytes out, so that the kernel's stamps serve there too."""
 
-    def __init__(self, context: Any, host: str) -> None:
-        ssl = importlib.import_module("ssl")
-        self.want_read: type[Exception] = ssl.SSLWantReadError
-        self.closed: type[Exception] = ssl.SSLZeroReturnError
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._session = context.wrap_bio(self._in, self._out, server_hostname=host)
 
@@ -4674,7 +4581,7 @@ class Tls:
         while True:
             try:
                 self._session.do_handshake()
-            except self.want_read:
+            except ssl.SSLWantReadError:
                 await loop.sock_sendall(sock, self._out.read())
                 data = await loop.sock_recv(sock, READ_BUFFER_BYTES)
                 if not data:
@@ -4686,8 +4593,7 @@ class Tls:
 
     def seal(self, data: bytes) -> bytes:
         self._session.write(data)
-        sealed: bytes = self._out.read()
-        return sealed
+        return self._out.read()
 
     def open(self, data: bytes) -> tuple[bytes, bool]:
         """(what it says, whether the other side has closed)."""
@@ -4699,15 +4605,14 @@ class Tls:
                 if not piece:
                     return b"".join(pieces), True
                 pieces.append(piece)
-        except self.want_read:
+        except ssl.SSLWantReadError:
             return b"".join(pieces), False
-        except self.closed:
+        except ssl.SSLZeroReturnError:
             return b"".join(pieces), True
 
 
-def tls_context(origin: Origin) -> Any:
+def tls_context(origin: Origin) -> ssl.SSLContext:
     """The system's trust store, or --ca-file, or no check at all. Raises UserError for a bad file."""
-    ssl = importlib.import_module("ssl")
     try:
         context = ssl.create_default_context(cafile=origin.ca_file)
     except (OSError, ValueError) as error:
@@ -4794,7 +4699,6 @@ class Connection:
         self.stamps: list[int] = []
         self.pieces: list[bytes] = []
         self.unstamped = 0
-        self.hold = 1  # reads to gather before they are parsed
         self.closed = False
         self._first_hold = 1 + number % HELD_READS
         self._unsent: memoryview = memoryview(b"")
@@ -4802,12 +4706,13 @@ class Connection:
         self._parser: Any = None
         self._done: Optional[asyncio.Future[bool]] = None
         self._stamp_ns = 0
+        self._expect_reply()
+
+    def _expect_reply(self) -> None:
         self._headers: dict[bytes, bytes] = {}
-        self._chunked = False
         self._at_chunk = False  # the next byte begins a chunk
-        self._delimited = False
-        self._keep = False
-        self._complete = False
+        self._chunked = self._delimited = self._keep = self._complete = False
+        self.hold = 1  # reads to gather before they are parsed
 
     # --- sending ---
 
@@ -4815,9 +4720,7 @@ class Connection:
         """Send; `done` becomes True for a whole reply, False for a request to send again, or a CallError."""
         self.call, self._done = call, done
         self._parser = self._stopwatch.new_parser(self)
-        self._chunked = self._at_chunk = self._delimited = self._keep = self._complete = False
-        self._headers = {}
-        self.hold = 1
+        self._expect_reply()
         call.reply.http_status = None
         payload = self.tls.seal(call.payload) if self.tls else call.payload
         self._unsent = memoryview(payload)
@@ -5076,27 +4979,11 @@ def _reason(error: BaseException) -> str:
     return f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
 
-class SelectorPoller:
+class SelectorPoller(selectors.DefaultSelector):
     """Says which connections are ready."""
 
-    def __init__(self) -> None:
-        self._selector: Any = selectors.DefaultSelector()
-        self.fileno = self._selector.fileno
-
-    def add(self, connection: Connection) -> None:
-        self._selector.register(connection.sock, _READABLE, connection)
-
-    def change(self, connection: Connection, mask: int) -> None:
-        self._selector.modify(connection.sock, mask, connection)
-
-    def remove(self, connection: Connection) -> None:
-        self._selector.unregister(connection.sock)
-
     def ready(self) -> list[tuple[Connection, int]]:
-        return [(key.data, mask) for key, mask in self._selector.select(0)]
-
-    def close(self) -> None:
-        self._selector.close()
+        return [(key.data, mask) for key, mask in self.select(0)]
 
 
 class EpollPoller:
@@ -5105,26 +4992,23 @@ class EpollPoller:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
-        self.fileno = self._epoll.fileno
+        self.fileno, self.close = self._epoll.fileno, self._epoll.close
 
-    def add(self, connection: Connection) -> None:
-        self._epoll.register(connection.sock, select.EPOLLIN)
-        self._connections[connection.sock.fileno()] = connection
+    def register(self, sock: socket.socket, _: int, connection: Connection) -> None:
+        self._epoll.register(sock, select.EPOLLIN)
+        self._connections[sock.fileno()] = connection
 
-    def change(self, connection: Connection, mask: int) -> None:
+    def modify(self, sock: socket.socket, mask: int, _: Connection) -> None:
         flags = (select.EPOLLIN if mask & _READABLE else 0) | (select.EPOLLOUT if mask & _WRITABLE else 0)
-        self._epoll.modify(connection.sock, flags)
+        self._epoll.modify(sock, flags)
 
-    def remove(self, connection: Connection) -> None:
-        self._epoll.unregister(connection.sock)
-        del self._connections[connection.sock.fileno()]
+    def unregister(self, sock: socket.socket) -> None:
+        self._epoll.unregister(sock)
+        del self._connections[sock.fileno()]
 
     def ready(self) -> list[tuple[Connection, int]]:
         found = self._connections
         return [(found[fd], _MASK_OF[flags]) for fd, flags in self._epoll.poll(0, len(found) or 1)]
-
-    def close(self) -> None:
-        self._epoll.close()
 
 
 # By epoll's flags, of which 4 is EPOLLOUT; trouble of any kind is found out by reading.
@@ -5151,7 +5035,7 @@ class Stopwatch:
         self._tls_context = tls_context(origin) if origin.tls else None
         self._timeouts = timeouts
         self._streamed = streamed
-        self._poller = EpollPoller() if hasattr(select, "epoll") else SelectorPoller()
+        self._poller: Any = EpollPoller() if hasattr(select, "epoll") else SelectorPoller()
         self._addresses: list[Any] = []
         self._connecting = asyncio.Semaphore(CONNECTS_AT_ONCE)
         self._idle: list[Connection] = []
@@ -5168,9 +5052,8 @@ class Stopwatch:
     @staticmethod
     def missing() -> str:
         """What it lacks on this machine; empty when it can run."""
-        if not hasattr(selectors.DefaultSelector, "fileno") or not hasattr(socket.socket, "recvmsg_into"):
-            return "a system with epoll or kqueue"
-        return ""
+        able = hasattr(selectors.DefaultSelector, "fileno") and hasattr(socket.socket, "recvmsg_into")
+        return "" if able else "a system with epoll or kqueue"
 
     # --- one call ---
 
@@ -5219,13 +5102,12 @@ class Stopwatch:
         begun_ns = time.perf_counter_ns()
         try:
             connection = await self._connect()
-        except CallError as error:
+        except BaseException as error:
             call.free_permit()
+            if not isinstance(error, CallError):  # cancelled: the caller has left
+                raise
             self.steps.queue(done, error)
             return
-        except BaseException:  # cancelled: the caller has left
-            call.free_permit()
-            raise
         call.reply.connect_ns = (call.reply.connect_ns or 0) + time.perf_counter_ns() - begun_ns
         call.reply.syn_resent += tcp_info(connection.sock, TCP_RESENT) or 0
         connection.carry(call, done)
@@ -5254,7 +5136,7 @@ class Stopwatch:
         connection = Connection(self, sock, tls, self.connections)
         self.connections += 1
         self._all.add(connection)
-        self._poller.add(connection)
+        self._poller.register(sock, _READABLE, connection)
         return connection
 
     async def _open(self) -> tuple[socket.socket, Optional[Tls]]:
@@ -5268,7 +5150,9 @@ class Stopwatch:
             if self._tls_context is not None:
                 tls = Tls(self._tls_context, self._origin.host)
                 await tls.handshake(self.loop, sock)
-            ask_for_stamps(sock)
+            if sys.platform == "linux":  # elsewhere the time of the read has to do
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         except BaseException:
             sock.close()
             raise
@@ -5319,7 +5203,7 @@ class Stopwatch:
 
     def watch(self, connection: Connection, mask: int) -> None:
         if not connection.closed:
-            self._poller.change(connection, mask)
+            self._poller.modify(connection.sock, mask, connection)
 
     def keep(self, connection: Connection) -> None:
         self._idle.append(connection)
@@ -5327,7 +5211,7 @@ class Stopwatch:
     def ignore(self, connection: Connection) -> None:
         """It has nothing more to say."""
         with contextlib.suppress(KeyError, ValueError, OSError):
-            self._poller.remove(connection)
+            self._poller.unregister(connection.sock)
 
     def discard(self, connection: Connection) -> None:
         if connection.closed:
@@ -5516,25 +5400,17 @@ class Watchdog:
             self._handle.cancel()
 
 
-# How an exception of any transport is called: the first name that fits, walking its causes outwards in.
-_OS_ERRORS: tuple[tuple[str, str], ...] = (
-    ("gaierror", "dns_error"),
-    ("SSLCertVerificationError", "tls_error"),
-    ("SSLError", "tls_error"),
-    ("SSLZeroReturnError", "tls_error"),
-    ("ConnectionRefusedError", "connect_refused"),
-    ("ConnectionResetError", "reset"),
-    ("BrokenPipeError", "reset"),
-    ("ConnectionAbortedError", "reset"),
-    ("ConnectTimeout", "connect_timeout"),
-    ("RemoteProtocolError", "bad_http"),
-    ("ReadTimeout", "idle_timeout"),
-    ("WriteTimeout", "timeout"),
-    ("PoolTimeout", "timeout"),
-    ("TimeoutError", "timeout"),
-    ("ReadError", "reset"),
-    ("ConnectError", "connect_error"),
-)
+# What an exception of any transport, or the class that it is one of, is called: an error class of ours.
+_ERROR_CLASSES = {
+    name: kind
+    for kind, names in {
+        "dns_error": "gaierror", "tls_error": "SSLError", "connect_refused": "ConnectionRefusedError",
+        "connect_timeout": "ConnectTimeout", "connect_error": "ConnectError", "idle_timeout": "ReadTimeout",
+        "reset": "ConnectionResetError BrokenPipeError ConnectionAbortedError ReadError",
+        "timeout": "WriteTimeout PoolTimeout TimeoutError", "bad_http": "RemoteProtocolError",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
 # What httpx says with one and the same class.
 _BY_MESSAGE: tuple[tuple[str, str], ...] = (("disconnected without", "closed"), ("peer closed", "cut"))
 _NO_FILE = "no free file descriptor: raise `ulimit -n`"
@@ -5549,7 +5425,6 @@ _UNREACHABLE = ("ENETUNREACH", "EHOSTUNREACH", "ENETDOWN", "EHOSTDOWN")
 
 def classify(error: BaseException) -> tuple[str, str]:
     """(class, one line) of a failed call; the deepest cause with a name of its own decides."""
-    kinds = dict(_OS_ERRORS)
     chain: list[BaseException] = []
     seen: Optional[BaseException] = error
     while seen is not None and seen not in chain:
@@ -5567,9 +5442,9 @@ def classify(error: BaseException) -> tuple[str, str]:
         if code in _UNREACHABLE:
             return "unreachable", _reason(cause)
         for base in type(cause).__mro__:
-            if base.__name__ in kinds:
-                said = next((kind for words, kind in _BY_MESSAGE if words in str(cause)), kinds[base.__name__])
-                return said, _reason(cause)
+            kind = _ERROR_CLASSES.get(base.__name__)
+            if kind:
+                return next((told for words, told in _BY_MESSAGE if words in str(cause)), kind), _reason(cause)
     return "other", f"{type(error).__name__}: {_reason(error)}"
 
 
@@ -5614,33 +5489,19 @@ def request_body(config: Config, dialect: Dialect, request: Request) -> dict[str
     return {**ours, **request.fields}
 
 
-def _with_other_limit(dialect: Dialect) -> Dialect:
-    return dataclasses.replace(dialect, limit_field="max_completion_tokens")
-
-
-def _with_less_usage(dialect: Dialect) -> Dialect:
-    """First without the counts in every chunk, which fewer servers know, then without any."""
-    return dataclasses.replace(dialect, continuous_usage=False, include_usage=dialect.continuous_usage)
-
-
-# What a refusal before the load may teach: the word in the message, and the dialect to try then.
-CONCESSIONS: tuple[tuple[str, Callable[[Dialect], Dialect]], ...] = (
-    ("max_tokens", _with_other_limit),
-    ("max_completion_tokens", _with_other_limit),
-    ("stream_options", _with_less_usage),
-    ("include_usage", _with_less_usage),
-    ("continuous_usage", _with_less_usage),
-)
-
-
 def concede(dialect: Dialect, config: Config, refusals: Sequence[ErrorGroup]) -> Optional[Dialect]:
-    """The dialect to try after these refusals; None when they teach nothing."""
+    """The dialect to try after these refusals; None when they teach nothing.
+
+    Usage is given up in two steps: first the counts in every chunk, which fewer servers know, then all.
+    """
+    other = {"limit_field": "max_completion_tokens" if config.max_tokens_field == "auto" else dialect.limit_field}
+    less = {"continuous_usage": False, "include_usage": dialect.continuous_usage}
+    lessons = ("max_tokens|max_completion_tokens", other), ("stream_options|include_usage|continuous_usage", less)
     for group in refusals:
-        for word, change in CONCESSIONS:
-            fixed = change is _with_other_limit and config.max_tokens_field != "auto"
-            taught = group.kind in ("http_400", "http_422") and word in group.first_message
-            if taught and not fixed and change(dialect) != dialect:
-                return change(dialect)
+        for words, change in lessons:
+            taught = dataclasses.replace(dialect, **change)
+            if group.kind in ("http_400", "http_422") and re.search(words, group.first_message) and taught != dialect:
+                return taught
     return None
 
 
@@ -5676,17 +5537,11 @@ async def settle(call: Call, exchange: Awaitable[None]) -> Reply:
     except Exception as error:  # whatever a transport raises, the request failed and the run goes on
         if call.dropped:
             raise NotSent from None
-        if not call.settled:
-            failure = failure_of(call, error)
+        answered = 200 <= (call.reply.http_status or 200) < 300  # else the status says what failed
+        if not call.settled and (answered or isinstance(error, CallError)):
+            kind, message = classify(error)
+            failure = Failure("http_error", kind, plain(message))
     return call.end(failure)
-
-
-def failure_of(call: Call, error: Exception) -> Optional[Failure]:
-    status = call.reply.http_status
-    if status is not None and not 200 <= status < 300 and not isinstance(error, CallError):
-        return None  # said by the status itself
-    kind, message = classify(error)
-    return Failure("http_error", kind, plain(message))
 
 
 def import_sdk() -> tuple[Any, ModuleType]:
@@ -5836,11 +5691,8 @@ class SdkTransport:
         self._timeouts = timeouts_of(config)
         origin = origin_of(config)
         _, httpx = import_sdk()
-        limits = httpx.Limits(
-            max_connections=concurrency,
-            max_keepalive_connections=concurrency,
-            keepalive_expiry=4.0,  # below the 5 s after which the usual servers close
-        )
+        bounds = dict.fromkeys(("max_connections", "max_keepalive_connections"), concurrency)
+        limits = httpx.Limits(**bounds, keepalive_expiry=4.0)  # below the 5 s after which the usual servers close
         verify = tls_context(origin) if origin.tls else False
         options = {"limits": limits, "trust_env": trust_env, "follow_redirects": False, "verify": verify}
         self._sdk = Sdk(config, self._http_client(httpx)(**options))
@@ -5982,9 +5834,8 @@ def is_loopback(host: str) -> bool:
     """
     if host == "localhost" or host.endswith(".localhost"):
         return True
-    ipaddress = importlib.import_module("ipaddress")
     try:
-        return bool(ipaddress.ip_address(host).is_loopback)
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -6333,9 +6184,8 @@ class FigureReader:
             for url in self._urls:
                 try:
                     context = tls_context(Origin.of(url, *self._orders["tls"])) if url.startswith("https") else None
-                    pages.append(
-                        page_figures(fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context).decode())
-                    )
+                    page = fetch(url, {}, METRICS_BYTES, self._orders["timeout_s"], context)
+                    pages.append(page_figures(page.decode()))
                 except Exception as error:  # whatever a page may hold, the run goes on without it
                     return f"{Redactor.url(url)}: {_reason(error)}"
             figures = added_up(pages)
@@ -6372,12 +6222,8 @@ class FigureReader:
             self._samples.clear()
         zero, chosen = point["origin_s"], self._orders["gpus"]
         worked = {row.gpu for row in self._gpu_rows if row.facts.get("utilization")}
-        gpus = (
-            worked
-            if chosen == "worked"
-            else {row.gpu for row in self._gpu_rows if chosen == "all"} or chosen.split(",")
-        )
-        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus]
+        gpus = worked if chosen == "worked" else chosen.split(",")
+        rows = [row._replace(at_s=row.at_s - zero) for row in self._gpu_rows if row.gpu in gpus or chosen == "all"]
         samples = [(at_s - zero, figures) for at_s, figures in self._samples]
         found = {**server_figures([figures for _, figures in samples]), **gpu_figures(rows, *point["between_s"])}
         for name, count in point["per"].items():
@@ -6387,7 +6233,6 @@ class FigureReader:
 
     def watch_gpus(self) -> None:
         """Rows of the GPU tool for as long as this process lives and the tool works."""
-        subprocess = importlib.import_module("subprocess")
         name, interval_s = self._orders["tool"], self._orders["interval_s"]
         words, parse = [name, *ROCM_QUERY.split()], rocm_samples
         if name == "nvidia-smi":
@@ -6436,7 +6281,7 @@ class ServerFigures:
             "tls": [config.ca_file, config.insecure],
         }  # fmt: skip
         self._process: Optional[asyncio.subprocess.Process] = None
-        self._series: dict[str, list[list[float]]] = {}
+        self.series: Mapping[str, Any] = {}  # by result key, lists of [seconds from the start of the timed part, value]
 
     async def start(self) -> None:
         """Let the process start, to be ready when the warm-up is over."""
@@ -6465,15 +6310,11 @@ class ServerFigures:
                 "counted": {} if tally.errors + tally.aborted else counted,
                 "per": {"output_token": tally.completion_tokens, "request": tally.ok},
             })  # fmt: skip
-        found, self._series = (await self._answer() if begun else None) or ({}, {})
+        found, self.series = (await self._answer() if begun else None) or ({}, {})
         await self._end()
         if origin_ns and self._asked_gpus and "gpu_name" not in found:
             note(f"--gpu-metrics {self._asked_gpus}: neither nvidia-smi nor rocm-smi tells of it here")
         return found
-
-    def series(self) -> dict[str, list[list[float]]]:
-        """How the figures went: by result key, lists of [seconds from the start of the timed part, value]."""
-        return self._series
 
     def _say(self, what: Any) -> None:
         """By pipe, never by argv: a URL may hold a login."""
@@ -6638,12 +6479,7 @@ class Pool:
         for _ in range(self._load.ahead):
             self._begin_next()
         if self._tasks:
-            ready = asyncio.ensure_future(self.permits.ready(len(self._tasks)))
-            stopped = asyncio.ensure_future(self._stop.draining.wait())
-            either: set[asyncio.Future[Any]] = {ready, stopped, self._over}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            ready.cancel()
-            stopped.cancel()
+            await self._until(self.permits.ready(len(self._tasks)), self._stop.draining.wait())
 
     async def drain(self, origin_ns: int) -> None:
         """Send, until every job is done, the duration is over or a stop; what is left unfinished then is aborted."""
@@ -6653,11 +6489,11 @@ class Pool:
         draining, schedule = self._stop.draining, self._load.schedule
         if not draining.is_set():
             self.permits.open(origin_ns, schedule.permits_s(self._load.concurrency or 0))
-        await self._until(draining, schedule.duration_s - self._now_s() + TIMER_ERROR_S)
+        await self._until(draining.wait(), limit_s=schedule.duration_s - self._now_s() + TIMER_ERROR_S)
         self._closed_s = self._now_s() if self.permits.is_open else -math.inf
         self.permits.close()
-        await self._until(draining, self._load.grace_s)
-        await self._until(self._stop.now, DRAIN_GRACE_S if draining.is_set() else 0.0)
+        await self._until(draining.wait(), limit_s=self._load.grace_s)
+        await self._until(self._stop.now.wait(), limit_s=DRAIN_GRACE_S if draining.is_set() else 0.0)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -6669,13 +6505,13 @@ class Pool:
     def _now_s(self) -> float:
         return (self._clock.now_ns() - self._origin_ns) / 1e9
 
-    async def _until(self, event: asyncio.Event, limit_s: Optional[float]) -> None:
-        """Wait for all jobs, for the event, or for the time limit."""
-        waiting = asyncio.ensure_future(event.wait())
-        either: set[asyncio.Future[Any]] = {self._over, waiting}
+    async def _until(self, *others: Coroutine[Any, Any, Any], limit_s: Optional[float] = None) -> None:
+        """Wait for all jobs, for one of the others, or for the time limit."""
+        waiting: list[asyncio.Future[Any]] = [asyncio.ensure_future(other) for other in others]
         timeout = None if limit_s is None or math.isinf(limit_s) else max(0.0, limit_s)
-        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
+        await asyncio.wait([self._over, *waiting], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for future in waiting:
+            future.cancel()
 
     async def _work(self, job: Optional[Job]) -> None:
         held_ns: Optional[int] = None
@@ -6984,7 +6820,6 @@ def record_line(record: Record) -> list[Any]:
 
 
 def record_from(line: Sequence[Any]) -> Record:
-    """The inverse of `record_line`."""
     index, due_s, origin_ns, values = line
     reply = Reply(**dict(zip(_REPLY_FIELDS, values)))
     gaps = array("f")
@@ -7057,7 +6892,7 @@ async def shard_point(runner: Runner, corpus: Optional[Corpus], point: Mapping[s
     finally:
         for task in telling:
             task.cancel()
-    send_to_parent({"health": dataclasses.asdict(health[0]) if health else None})
+    send_to_parent({"health": [dataclasses.asdict(one) for one in health]})
 
 
 async def tell_progress(arriving: Callable[[], int]) -> None:
@@ -7135,28 +6970,17 @@ class Shard:
         self._expect()
 
     def _expect(self) -> None:
-        """What it will tell of a point."""
-        loop = asyncio.get_running_loop()
-        self.lesson: asyncio.Future[Optional[Lesson]] = loop.create_future()
-        self.ready: asyncio.Future[None] = loop.create_future()
-        self.over: asyncio.Future[Optional[Health]] = loop.create_future()
+        """What it will tell of a point: each of `told` once (None: it died before), of `newest` again and again."""
+        future, names = asyncio.get_running_loop().create_future, ("lesson", "ready", "health")
+        self.told: dict[str, asyncio.Future[Any]] = {name: future() for name in names}
+        self.newest: dict[str, Any] = {"arriving": 0, "fatal": ""}
         self._seen = bytearray()  # 1: its record has come; by the place among this process's jobs
-        self.done = False
-        self.arriving_tokens = 0
-        self.fatal = ""
 
     async def start(self) -> None:
+        command, pipe = (sys.executable, THIS_FILE, "--shard", str(self._number)), asyncio.subprocess.PIPE
+        streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "limit": 1 << 26}
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                THIS_FILE,
-                "--shard",
-                str(self._number),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                limit=1 << 26,
-            )
+            self._process = await asyncio.create_subprocess_exec(*command, start_new_session=True, **streams)
         except OSError as error:
             raise RunError(f"cannot start process {self._number}: {_reason(error)}; lower --processes") from None
         self.order(self._said)
@@ -7184,21 +7008,15 @@ class Shard:
                 message = json.loads(line)
             except ValueError:  # cut by its death
                 break
-            if "record" in message:
-                self._take(record_from(message["record"]))
-            elif "arriving" in message:
-                self.arriving_tokens = message["arriving"]
-            elif "lesson" in message:
-                self.lesson.set_result(lesson_from(message["lesson"]))
-            elif "ready" in message:
-                self.ready.set_result(None)
-            elif "fatal" in message:
-                self.fatal = message["fatal"]
+            ((name, value),) = message.items()
+            if name == "record":
+                self._take(record_from(value))
+            elif name in self.told:
+                self.told[name].set_result(value)
             else:
-                self.done = True
-                self.over.set_result(Health(**message["health"]) if message["health"] else None)
+                self.newest[name] = value
         self.alive = False
-        for waiting in (self.lesson, self.ready, self.over):
+        for waiting in self.told.values():
             if not waiting.done():
                 waiting.set_result(None)
         await self._process.wait()
@@ -7212,7 +7030,6 @@ class Shard:
             sink.add(record)
 
     async def aclose(self) -> None:
-        """End it, and wait until it has ended."""
         if self._process and self._process.stdin:
             self._process.stdin.close()
         if self._listening:
@@ -7225,14 +7042,14 @@ class Shard:
 
     def record_lost(self, origin_ns: int) -> None:
         """Jobs that died with it become records, too."""
-        if self.done:
+        if self.told["health"].result() is not None:
             return
         lost = Failure("http_error", "process_lost", "the client process that had this request died")
         jobs, most = self._part.schedule, self._part.concurrency or 0
         known = jobs if jobs.count or jobs.is_timed else itertools.islice(jobs, len(self._seen) + most)
         seen = itertools.chain(self._seen, itertools.repeat(0))
         unfinished = [job for job, was in zip(known, seen) if not was]
-        why = f"died ({self.fatal})" if self.fatal else "died"
+        why = f"died ({self.newest['fatal']})" if self.newest["fatal"] else "died"
         note(f"process {self._number} {why}; its {len(unfinished)} unfinished requests count as errors")
         for job in unfinished:
             for sink in self._part.sinks:
@@ -7265,30 +7082,35 @@ class Crew:
         try:
             for number, shard in enumerate(shards):
                 shard.begin(dataclasses.replace(part, schedule=part.schedule.part(number, count)))
-            lessons = await asyncio.gather(*(shard.lesson for shard in shards))
-            fatal = next((shard.fatal for shard in shards if shard.fatal), "")
+            lessons = await _told("lesson", shards)
+            fatal = next(filter(None, (shard.newest["fatal"] for shard in shards)), "")
             if fatal:
                 raise RunError(fatal)
-            lesson = agreed(part.config, [one for one in lessons if one])
+            lesson = agreed(part.config, [lesson_from(one) for one in lessons if one])
             for shard in shards:
                 shard.order(f"agreed {json.dumps(dataclasses.asdict(lesson))}")
-            await asyncio.gather(*(shard.ready for shard in shards))
+            await _told("ready", shards)
             if part.before:
                 await part.before()
             origin_ns = start_ns(part.schedule)
             if not part.stop.draining.is_set():
-                part.begin(origin_ns, part.after(lesson).config, lambda: sum(shard.arriving_tokens for shard in shards))
+                config = part.after(lesson).config
+                part.begin(origin_ns, config, lambda: sum(shard.newest["arriving"] for shard in shards))
             for shard in shards:
                 shard.order(f"go {origin_ns}")
-            fared = await asyncio.gather(*(shard.over for shard in shards))
+            fared = await _told("health", shards)
             for shard in shards:
                 shard.record_lost(origin_ns)
         finally:
             passing_on.cancel()
-        return [health for health in fared if health]
+        return [Health(**health) for told in fared for health in told or ()]
 
     async def aclose(self) -> None:
         await asyncio.gather(*(shard.aclose() for shard in self._shards))
+
+
+async def _told(name: str, shards: Sequence[Shard]) -> list[Any]:
+    return await asyncio.gather(*(shard.told[name] for shard in shards))
 
 
 async def _pass_on(stop: Stop, shards: Sequence[Shard]) -> None:
@@ -7367,9 +7189,9 @@ def _take(held: list[tuple[float, Answer]], fails: Optional[float], level: float
 
 
 def _made_sure(level: float, answer: Answer) -> Generator[Step, Answer, Answer]:
-    """Repeat a level with more requests until its verdict is no chance, or SEARCH_MOST times as many were made."""
+    """Repeat a level with more requests, twice at most, until its verdict is no chance."""
     factor, repeat = 1, 1
-    while not answer.sure and factor < SEARCH_MOST:
+    while not answer.sure and factor < SEARCH_MOST and repeat <= SEARCH_REPEATS:
         factor = min(SEARCH_MOST, factor * math.ceil(min(SEARCH_MOST, max(2.0, 1.2 * answer.needed))))
         repeat += 1
         answer = yield Step(level, repeat, factor)
@@ -7469,7 +7291,7 @@ class Point:
             for line in live:
                 line.finish()
             self.tally.server = await figures.stop(self.tally, self.origin_ns)
-            self.series = figures.series()
+            self.series = figures.series
 
     @property
     def level(self) -> Optional[float]:
@@ -7563,14 +7385,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def _checked(kind: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+BadValue = argparse.ArgumentTypeError
+
+
+def _checked(kind: Callable[[str], Any], holds: Callable[[Any], Any], wanted: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
         if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"takes {wanted}, not {plain(text, 60)!r}")
+            raise BadValue(f"takes {wanted}, not {plain(text, 60)!r}")
         return value
 
     return parse
@@ -7585,6 +7410,17 @@ _price_of = _checked(float, lambda x: 0 < x < math.inf, "a price above 0")
 _fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _temperature = _checked(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 _processes = _checked(lambda text: 0 if text == "auto" else int(text), lambda n: 0 <= n <= 256, "a number or auto")
+_gpus = _checked(str, partial(re.fullmatch, r"off|all|\d+(,\d+)*"), "all, off, or numbers of GPUs like 0,1")
+_calibration = _checked(
+    lambda text: [float(word) for word in text.split(",")],
+    lambda told: len(told) == 2 and 0 < told[0] < math.inf and abs(told[1]) < math.inf,
+    "two numbers, tokens per word and tokens besides, as a report shows them",
+)
+_range = _checked(
+    lambda text: [float(word) for word in text.split(":")],
+    lambda ends: len(ends) == 2 and 0 < ends[0] < ends[1] < math.inf,
+    "the least and the greatest level as in 1:512",
+)
 
 
 def _text(text: str) -> str:
@@ -7594,7 +7430,7 @@ def _text(text: str) -> str:
 
 def _path(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("takes a file name, not '': is a shell variable unset?")
+        raise BadValue("takes a file name, not '': is a shell variable unset?")
     return text
 
 
@@ -7605,7 +7441,7 @@ def _url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid or re.search(r"\s", text):
-        raise argparse.ArgumentTypeError(
+        raise BadValue(
             f"takes a URL like {DEFAULT_API_BASE}, not {plain(Redactor.url(re.sub('.*@', '***@', text)), 80)!r}"
         )
     return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
@@ -7616,29 +7452,19 @@ def _metrics_page(text: str) -> str:
     return url if text == "off" or urlsplit(url).path else f"{url}/metrics"
 
 
-def _gpus(text: str) -> str:
-    if not re.fullmatch(r"off|all|\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"takes all, off, or numbers of GPUs like 0,1, not {plain(text, 60)!r}")
-    return text
-
-
 def _api_key(text: str) -> str:
     if not text.isascii() or not text.isprintable():
-        raise argparse.ArgumentTypeError("takes printable ASCII characters only")
+        raise BadValue("takes printable ASCII characters only")
     return text.strip()
 
 
 def _header(text: str) -> tuple[str, str]:
     name, value = split_header(text)
-    if (
-        not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII)
-        or not value
-        or not value.isprintable()
-        or not value.isascii()
-    ):
-        raise argparse.ArgumentTypeError("takes 'Name: value' or Name=value, in printable ASCII")
+    sendable = value and value.isprintable() and value.isascii()
+    if not sendable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+        raise BadValue("takes 'Name: value' or Name=value, in printable ASCII")
     if name.lower() in ("host", "content-length", "content-type", "connection", "transfer-encoding"):
-        raise argparse.ArgumentTypeError(f"takes no {name}: HTTP itself sets it")
+        raise BadValue(f"takes no {name}: HTTP itself sets it")
     return name, value
 
 
@@ -7647,9 +7473,9 @@ def _json_object(text: str) -> dict[str, Any]:
         value = json.loads(_text(text))
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
+        raise BadValue(f'takes a JSON object like {{"ignore_eos": true}} ({error})') from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError('takes a JSON object like {"ignore_eos": true}')
+        raise BadValue('takes a JSON object like {"ignore_eos": true}')
     return value
 
 
@@ -7658,75 +7484,49 @@ def _extra_body(text: str) -> dict[str, Any]:
     by = {"model": "--model", "messages": "--requests-file", "prompt": "--requests-file", "stream": "--stream"}
     for name, option in by.items():
         if name in value:
-            raise argparse.ArgumentTypeError(f"takes no {name}: {option} sets it")
+            raise BadValue(f"takes no {name}: {option} sets it")
     if value.get("n", 1) not in (1, None):
-        raise argparse.ArgumentTypeError(
+        raise BadValue(
             "takes no n but 1: first token, gaps and tokens of several choices in one reply cannot be told apart"
         )
     return value
 
 
-def _calibration(text: str) -> list[float]:
-    try:
-        per_word, constant = map(float, text.split(","))
-        if 0 < per_word < math.inf and abs(constant) < math.inf:
-            return [per_word, constant]
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(
-        f"takes two numbers, tokens per word and tokens besides, as a report shows them, not {plain(text, 60)!r}"
-    )
-
-
 def _pair(text: str) -> tuple[str, str]:
     name, sign, value = _text(text).partition("=")
     if not sign or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {plain(text, 60)!r}")
+        raise BadValue(f"takes NAME=VALUE, not {plain(text, 60)!r}")
     return name, value
 
 
 def _engine(text: str) -> str:
     if not all(isinstance(value, (int, float)) and value >= 0 for value in _json_object(text).values()):
-        raise argparse.ArgumentTypeError('takes a JSON object of numbers like {"ttft_ms": 200}')
+        raise BadValue('takes a JSON object of numbers like {"ttft_ms": 200}')
     return text
 
 
-def _rates(text: str) -> list[float]:
-    return _each_once(text, [_above_0(word) for word in text.split(",")])
-
-
-def _levels(text: str) -> list[float]:
-    return _each_once(text, [_positive(word) for word in text.split(",")])
-
-
-def _each_once(text: str, levels: list[float]) -> list[float]:
+def _each_once(kind: Callable[[str], float], text: str) -> list[float]:
+    levels = [kind(word) for word in text.split(",")]
     if len(set(levels)) < len(levels):
-        raise argparse.ArgumentTypeError(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
+        raise BadValue(f"takes each level once, not {plain(text, 60)!r}: --repeat measures it again")
     return levels
 
 
-def _range(text: str) -> list[float]:
-    low, _, high = text.partition(":")
-    with contextlib.suppress(ValueError):
-        if 0 < float(low) < float(high) < math.inf:
-            return [float(low), float(high)]
-    raise argparse.ArgumentTypeError(f"takes the least and the greatest level as in 1:512, not {plain(text, 60)!r}")
+_rates, _levels = partial(_each_once, _above_0), partial(_each_once, _positive)
 
 
 def _limit(text: str) -> str:
     try:
         Limit.of(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise BadValue(str(error)) from None
     return text
 
 
 def _goal(text: str) -> tuple[str, float]:
     name, _, limit = text.partition(":")
     if name not in GOODPUT_NAMES:
-        raise argparse.ArgumentTypeError(
-            f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}"
-        )
+        raise BadValue(f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}")
     value: float = _seconds(limit)
     return GOODPUT_NAMES[name], value
 
@@ -7737,7 +7537,6 @@ TRANSPORTS = ("auto", "stopwatch", "sdk")
 
 
 def columns_help() -> str:
-    """What --help-columns prints."""
     width = max(map(len, CSV_COLUMNS))
     return "\n".join(
         (
@@ -7763,104 +7562,91 @@ examples:
 Results go to stdout; progress, notes and errors to stderr."""
 
 
-def _add_judging(add: Callable[..., Any]) -> None:
-    """Several points, and what is asked of their figures."""
-    add(
-        "--requests-per-slot",
-        type=_positive,
-        metavar="N",
-        help=f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})",
-    )
-    add("--repeat", type=_positive, metavar="N", help="measure each level N times (default: %(default)s)")
-    add("--cooldown", type=_pause, metavar="S", help="seconds between two points (default: %(default)s)")
-    add("--slo", type=_limit, action="append", metavar="LIMIT", help="exit 3 unless a level holds 'p99_ttft_ms<500'")
-    add("--find-max", type=_range, metavar="LOW:HIGH", help="search the highest concurrency that holds every --slo")
-    add("--assert", dest="asserts", type=_limit, action="append", metavar="LIMIT", help="exit 3 where it does not hold")
-    add("--goodput", type=_goal, nargs="+", metavar="NAME:MS", help="count requests within ttft:500 tpot:50 e2el:5000")
-    add("--gpus", type=_positive, metavar="N", help="GPUs of the server: throughput of each")
-    add("--gpu-hour", type=_price_of, metavar="PRICE", help="of one GPU: price of a million tokens")
-
-
-def _add_load(parser: Parser) -> None:
-    """How many requests, when, and what for."""
-    add = parser.add_argument_group("Load").add_argument
-    add(
-        "--concurrency",
-        type=_levels,
-        metavar="N[,N...]",
-        help="requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep",
-    )
-    add(
-        "--total-requests",
-        type=_positive,
-        metavar="N",
-        help="requests to make (default: 1024, or one per prompt given; with --duration, no limit)",
-    )
-    add("--duration", type=_seconds, metavar="S", help="seconds after which no more requests are sent")
-    add("--grace", type=_pause, metavar="S", help="seconds for what is in flight then (default: until all is done)")
-    add(
-        "--request-rate",
-        type=_rates,
-        metavar="R[,R...]",
-        help="requests a second, answered or not (default: inf, no rate); a list is a sweep",
-    )
-    add(
-        "--burstiness",
-        type=_above_0,
-        metavar="B",
-        help="of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)",
-    )
-    add("--ramp-up", type=_seconds, metavar="S", help="seconds in which rate or concurrency grow to their full value")
-    add(
-        "--speed", type=_above_0, metavar="X", help="replay a trace so many times as fast; inf: regardless of its times"
-    )
-    add("--timestamp-unit", choices=TIMESTAMP_UNITS, help="of a trace's timestamps (default: ms)")
-    add(
-        "--warmup",
-        type=_count_or_none,
-        metavar="N",
-        help="unmeasured requests before, all at once (default: as many as are in flight)",
-    )
-    add("--stream", action="store_true", help="stream the replies: adds TTFT, TPOT and gaps between chunks")
-    add("--continuous-usage", action="store_true", help="with --stream: token counts in every chunk (vLLM, SGLang)")
-    add("--temperature", type=_temperature, metavar="T", help="sampling temperature (default: %(default)s)")
-    add(
-        "--max-tokens-field",
-        choices=TOKEN_FIELDS,
-        help="name of the output limit (auto: whichever the warm-up accepts)",
-    )
-    add("--extra-body", type=_extra_body, metavar="JSON", help="object merged into every request body")
-
-
-def _add_output(parser: Parser) -> None:
-    """What is read of the server beside the replies, and where results go."""
-    add = parser.add_argument_group("Server's own figures").add_argument
-    add(
-        "--server-metrics",
-        type=_metrics_page,
-        action="append",
-        metavar="URL",
-        help="read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)",
-    )
-    add("--metrics-interval", type=_seconds, metavar="S", help="seconds between two readings (default: %(default)s)")
-    add(
-        "--gpu-metrics",
-        type=_gpus,
-        metavar="GPUS",
-        help="read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)",
-    )
-    add = parser.add_argument_group("Output").add_argument
-    add("--results-csv", type=_path, metavar="FILE", help="write one row per request; see --help-columns")
-    add("--append", action="store_true", help="add to an existing --results-csv")
-    add("--overwrite", action="store_true", help="replace an existing --results-csv, once the warm-up has succeeded")
-    add("--summary-jsonl", type=_path, metavar="FILE", help="append the results of the run as one line of JSON")
-    add("--summary-json", type=_path, metavar="PATH", help="write them to a new file; DIR/: to a new file in it")
-    add("--save-detailed", action="store_true", help="add the per-request lists of vLLM and SGLang to both")
-    add("--metadata", type=_pair, action="append", metavar="K=V", help="add a key to both, such as gpu_type=H100")
-    add("--report", type=_path, metavar="FILE", help="draw the results into an HTML page; needs bench_report.py")
-    add("--no-progress", action="store_true", help="do not show the progress line")
-    add("--verbose", action="store_true", help="confidence intervals, and all details of every level")
-    _add_judging(parser.add_argument_group("Sweeps and limits").add_argument)
+AGAIN = {"action": "append"}
+# Groups, and below each its options: how one is shown, how its value is read (None: a switch; words: one of them), its
+# help, and what else argparse is to know.
+OPTIONS: Sequence[Any] = (
+    "Server",
+    ("--api-base URL", _url,
+     f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})", AGAIN),
+    ("--api-key KEY", _api_key, "bearer token, never shown (default: $OPENAI_API_KEY, else vllm)"),
+    ("--header N:V", _header, "sent with every request", {**AGAIN, "dest": "headers"}),
+    ("--model MODEL", _text, "model name; required unless --demo is given or every corpus line has one"),
+    ("--endpoint-type", (*ENDPOINT_TYPES,), "completions: plain prompts (default: %(default)s)"),
+    ("--wait-ready S", _seconds, "wait up to so long until every server answers"),
+    ("--ca-file FILE", _path, "trust the certificate authority in this PEM file"),
+    ("--insecure", None, "do not check the server's TLS certificate"),
+    "Load",
+    ("--concurrency N[,N...]", _levels,
+     "requests in flight; with a rate or a trace, at most (default: 128; there, no limit); a list is a sweep"),
+    ("--total-requests N", _positive,
+     "requests to make (default: 1024, or one per prompt given; with --duration, no limit)"),
+    ("--duration S", _seconds, "seconds after which no more requests are sent"),
+    ("--grace S", _pause, "seconds for what is in flight then (default: until all is done)"),
+    ("--request-rate R[,R...]", _rates,
+     "requests a second, answered or not (default: inf, no rate); a list is a sweep"),
+    ("--burstiness B", _above_0,
+     "of the rate: shape of gamma-distributed gaps; 1 Poisson, inf evenly spaced (default: 1)"),
+    ("--ramp-up S", _seconds, "seconds in which rate or concurrency grow to their full value"),
+    ("--speed X", _above_0, "replay a trace so many times as fast; inf: regardless of its times"),
+    ("--timestamp-unit", (*TIMESTAMP_UNITS,), "of a trace's timestamps (default: ms)"),
+    ("--warmup N", _count_or_none, "unmeasured requests before, all at once (default: as many as are in flight)"),
+    ("--stream", None, "stream the replies: adds TTFT, TPOT and gaps between chunks"),
+    ("--continuous-usage", None, "with --stream: token counts in every chunk (vLLM, SGLang)"),
+    ("--temperature T", _temperature, "sampling temperature (default: %(default)s)"),
+    ("--max-tokens-field", TOKEN_FIELDS, "name of the output limit (auto: whichever the warm-up accepts)"),
+    ("--extra-body JSON", _extra_body, "object merged into every request body"),
+    "Prompts",
+    ("--prompt-tokens N", _positive, "length of generated prompts, by the server's count (default: %(default)s)"),
+    ("--output-tokens N", _positive, "most tokens of a reply (default: 1024; with --demo 128)"),
+    ("--requests-file FILE", _path, "JSONL: text, prompt, messages or turns; body fields"),
+    ("--history", HISTORIES, "whose answers a later turn of a session holds (default: %(default)s)"),
+    ("--system-prompt TEXT", _text, "system message before every prompt"),
+    ("--seed N", int, "makes generated prompts repeatable (default: random, reported)"),
+    ("--prompt-calibration A,B", _calibration,
+     "tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)"),
+    "Server's own figures",
+    ("--server-metrics URL", _metrics_page,
+     "read this metrics page, too, never with the key; repeatable; off (default: /metrics of a local server)", AGAIN),
+    ("--metrics-interval S", _seconds, "seconds between two readings (default: %(default)s)"),
+    ("--gpu-metrics GPUS", _gpus,
+     "read this machine's GPUs: all, 0,1 or off (default: of a local server, those that work)"),
+    "Output",
+    ("--results-csv FILE", _path, "write one row per request; see --help-columns"),
+    ("--append", None, "add to an existing --results-csv"),
+    ("--overwrite", None, "replace an existing --results-csv, once the warm-up has succeeded"),
+    ("--summary-jsonl FILE", _path, "append the results of the run as one line of JSON"),
+    ("--summary-json PATH", _path, "write them to a new file; DIR/: to a new file in it"),
+    ("--save-detailed", None, "add the per-request lists of vLLM and SGLang to both"),
+    ("--metadata K=V", _pair, "add a key to both, such as gpu_type=H100", AGAIN),
+    ("--report FILE", _path, "draw the results into an HTML page; needs bench_report.py"),
+    ("--no-progress", None, "do not show the progress line"),
+    ("--verbose", None, "confidence intervals, and all details of every level"),
+    "Sweeps and limits",
+    ("--requests-per-slot N", _positive,
+     f"of a sweep over the concurrency: requests per level, N times the level (default: {REQUESTS_PER_SLOT})"),
+    ("--repeat N", _positive, "measure each level N times (default: %(default)s)"),
+    ("--cooldown S", _pause, "seconds between two points (default: %(default)s)"),
+    ("--slo LIMIT", _limit, "exit 3 unless a level holds 'p99_ttft_ms<500'", AGAIN),
+    ("--find-max LOW:HIGH", _range, "search the highest concurrency that holds every --slo"),
+    ("--assert LIMIT", _limit, "exit 3 where it does not hold", {**AGAIN, "dest": "asserts"}),
+    ("--goodput NAME:MS", _goal, "count requests within ttft:500 tpot:50 e2el:5000", {"nargs": "+"}),
+    ("--gpus N", _positive, "GPUs of the server: throughput of each"),
+    ("--gpu-hour PRICE", _price_of, "of one GPU: price of a million tokens"),
+    "Client",
+    ("--processes N", _processes, "client processes, or auto (default: %(default)s)"),
+    ("--transport", TRANSPORTS, "stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client"),
+    "Limits",
+    ("--timeout S", _seconds, "seconds for one whole request (default: %(default)s)"),
+    ("--connect-timeout S", _seconds, "seconds to connect (default: %(default)s)"),
+    ("--first-byte-timeout S", _seconds, "seconds until a reply begins (default: no limit)"),
+    ("--idle-timeout S", _seconds, "seconds between two reads of a reply (default: no limit)"),
+    ("--max-error-rate F", _fraction, "exit 1 above this share of errors (default: %(default)s)"),
+    ("--stop-after-errors N", _positive, "stop the run at this many errors"),
+    "Demo",
+    ("--demo", None, "start a simulated server and measure it"),
+    ("--demo-engine JSON", _engine, 'its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}'),
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -7873,61 +7659,16 @@ def build_parser() -> Parser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("Server").add_argument
-    add(
-        "--api-base",
-        type=_url,
-        metavar="URL",
-        action="append",
-        help=f"base URL; several: asked in turn (default: $OPENAI_BASE_URL, else {DEFAULT_API_BASE})",
-    )
-    add(
-        "--api-key",
-        type=_api_key,
-        metavar="KEY",
-        help="bearer token, never shown (default: $OPENAI_API_KEY, else vllm)",
-    )
-    add("--header", dest="headers", type=_header, metavar="N:V", action="append", help="sent with every request")
-    add("--model", type=_text, help="model name; required unless --demo is given or every corpus line has one")
-    add("--endpoint-type", choices=[*ENDPOINT_TYPES], help="completions: plain prompts (default: %(default)s)")
-    add("--wait-ready", type=_seconds, metavar="S", help="wait up to so long until every server answers")
-    add("--ca-file", type=_path, metavar="FILE", help="trust the certificate authority in this PEM file")
-    add("--insecure", action="store_true", help="do not check the server's TLS certificate")
-    _add_load(parser)
-    add = parser.add_argument_group("Prompts").add_argument
-    add(
-        "--prompt-tokens",
-        type=_positive,
-        metavar="N",
-        help="length of generated prompts, by the server's count (default: %(default)s)",
-    )
-    add("--output-tokens", type=_positive, metavar="N", help="most tokens of a reply (default: 1024; with --demo 128)")
-    add("--requests-file", type=_path, metavar="FILE", help="JSONL: text, prompt, messages or turns; body fields")
-    add("--history", choices=HISTORIES, help="whose answers a later turn of a session holds (default: %(default)s)")
-    add("--system-prompt", type=_text, metavar="TEXT", help="system message before every prompt")
-    add("--seed", type=int, metavar="N", help="makes generated prompts repeatable (default: random, reported)")
-    add(
-        "--prompt-calibration",
-        type=_calibration,
-        metavar="A,B",
-        help="tokens per word and tokens besides, for --prompt-tokens (default: learnt in the warm-up, reported)",
-    )
-    _add_output(parser)
-    add = parser.add_argument_group("Client").add_argument
-    add("--processes", type=_processes, metavar="N", help="client processes, or auto (default: %(default)s)")
-    add("--transport", choices=TRANSPORTS, help="stopwatch: arrivals stamped by the kernel; sdk: openai's HTTP client")
-    add = parser.add_argument_group("Limits").add_argument
-    add("--timeout", type=_seconds, metavar="S", help="seconds for one whole request (default: %(default)s)")
-    add("--connect-timeout", type=_seconds, metavar="S", help="seconds to connect (default: %(default)s)")
-    add("--first-byte-timeout", type=_seconds, metavar="S", help="seconds until a reply begins (default: no limit)")
-    add("--idle-timeout", type=_seconds, metavar="S", help="seconds between two reads of a reply (default: no limit)")
-    add(
-        "--max-error-rate", type=_fraction, metavar="F", help="exit 1 above this share of errors (default: %(default)s)"
-    )
-    add("--stop-after-errors", type=_positive, metavar="N", help="stop the run at this many errors")
-    add = parser.add_argument_group("Demo").add_argument
-    add("--demo", action="store_true", help="start a simulated server and measure it")
-    add("--demo-engine", type=_engine, metavar="JSON", help='its speed, e.g. {"ttft_ms": 200, "gap_ms": 10}')
+    for row in OPTIONS:
+        if isinstance(row, str):
+            add = parser.add_argument_group(row).add_argument
+            continue
+        shown, kind, text, *more = row
+        name, _, metavar = shown.partition(" ")
+        how: dict[str, Any] = {"type": kind, "metavar": metavar}
+        if kind is None or isinstance(kind, tuple):
+            how = {"choices": kind} if kind else {"action": "store_true"}
+        add(name, help=text, **how, **dict(*more))
     add = parser.add_argument
     add("--help-columns", action="version", version=columns_help(), help="explain CSV columns and exit codes, and exit")
     add("--debug", action="store_true", help="show the traceback of an internal error")
@@ -7964,7 +7705,6 @@ class Axis(NamedTuple):
 
 
 def is_several(options: argparse.Namespace) -> bool:
-    """Whether there is more than one point."""
     return bool(options.find_max) or len(Axis.of(options).levels) > 1 or options.repeat > 1
 
 
@@ -8044,12 +7784,44 @@ def loads_of(options: argparse.Namespace) -> dict[str, Any]:
     return {"request_rate" if axis.by_rate else "concurrency": levels, "warmup": options.warmup, **told}
 
 
+def refuse(*rules: tuple[Any, str]) -> None:
+    """Raises UserError with the reason of the first rule whose condition holds."""
+    for wrong, why in rules:
+        if wrong:
+            raise UserError(why)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together, or would do nothing, whatever the corpus."""
+    axis, rates, levels = Axis.of(options), options.request_rate or (), options.concurrency or ()
+    searching, lists = options.find_max, len(levels) > 1 or len(rates) > 1
+    endless = axis.by_rate and is_several(options) and not (options.total_requests or options.duration)
+    unseen = [name for name, _ in options.goodput or () if name in STREAMED_METRICS and not options.stream]
+    kept = options.summary_json or options.summary_jsonl or options.report
+    refuse(
+        (options.append and options.overwrite, "--append and --overwrite exclude each other"),
+        (options.demo_engine and not options.demo, "--demo-engine needs --demo"),
+        (len(levels) > 1 < len(rates), "two lists at once: --concurrency or --request-rate, not both"),
+        (searching and (lists or options.repeat > 1),
+         "--find-max chooses levels and repeats them: no list, no --repeat"),
+        (searching and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
+        (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
+        (endless, "how long is each rate? --total-requests or --duration"),
+        (options.total_requests and options.requests_per_slot,
+         "--total-requests and --requests-per-slot exclude each other"),
+        (unseen, f"--goodput {' '.join(unseen)} needs --stream: a whole reply does not tell it"),
+        (options.endpoint_type == "completions" and options.system_prompt,
+         "--system-prompt is of a chat; /completions takes plain prompts: --endpoint-type chat"),
+        (options.save_detailed and not kept, "--save-detailed needs --summary-json, --summary-jsonl or --report"),
+    )  # fmt: skip
+
+
 def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> None:
-    """Raises UserError for options that do not go together, or would do nothing."""
+    """Raises UserError for options that do not go with this corpus, or with none."""
     rated = math.inf > min(options.request_rate or [math.inf])
     replayed = trace and options.speed < math.inf
     name, asked = options.requests_file, options.total_requests or 0
-    for wrong, why in (
+    refuse(
         (replayed and rated, f"--request-rate: {name} has timestamps, which say when; --speed inf leaves them aside"),
         (replayed and is_several(options), f"{name} has timestamps: it is replayed once, at its own load"),
         (replayed and options.ramp_up, f"--ramp-up: {name} has timestamps, which say when"),
@@ -8058,9 +7830,7 @@ def check_schedule(options: argparse.Namespace, prompts: int, trace: bool) -> No
         (not trace and options.timestamp_unit, "--timestamp-unit is that of a trace: --requests-file needs timestamps"),
         (not rated and options.burstiness != 1, "--burstiness is that of a rate: add --request-rate"),
         (options.grace is not None and not options.duration, "--grace begins when --duration is over: add --duration"),
-    ):
-        if wrong:
-            raise UserError(why)
+    )
 
 
 def enough_processes(config: Config) -> int:
@@ -8096,23 +7866,23 @@ def read_cost_us() -> float:
 
 def resolve_server(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """Fill in base URLs, headers and key, from the environment where need be. Raises UserError for unusable values."""
-    try:
-        options.servers = options.api_base or [_url(environ.get("OPENAI_BASE_URL") or DEFAULT_API_BASE)]
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"$OPENAI_BASE_URL {error}") from None
-    options.api_base = options.servers[0]
     options.headers = dict(options.headers or ())
     has_key = any(name in options.headers for name in ("Api-Key", "X-Api-Key", "Authorization"))
+    name = "OPENAI_BASE_URL"
     try:
+        options.servers = options.api_base or [_url(environ.get(name) or DEFAULT_API_BASE)]
+        options.api_base, name = options.servers[0], "OPENAI_API_KEY"
         if options.api_key is None:
-            options.api_key = _api_key(environ.get("OPENAI_API_KEY") or ("" if has_key else DEFAULT_API_KEY))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"$OPENAI_API_KEY {error}") from None
+            options.api_key = _api_key(environ.get(name) or ("" if has_key else DEFAULT_API_KEY))
+    except BadValue as error:
+        raise UserError(f"${name} {error}") from None
 
 
-def models_url(api_base: str) -> str:
-    parts = urlsplit(api_base)
-    return urlunsplit(parts._replace(path=f"{parts.path}/models"))
+def list_of_models(config: Any) -> Any:
+    """What /models says, by options or Config. Raises what `fetch` raises."""
+    parts = urlsplit(config.api_base)
+    url = urlunsplit(parts._replace(path=f"{parts.path}/models"))
+    return fetch_json(url, config.api_key, headers=config.headers)
 
 
 def require_model(options: argparse.Namespace) -> None:
@@ -8121,8 +7891,7 @@ def require_model(options: argparse.Namespace) -> None:
     base = Redactor.url(options.api_base)
     redactor = Redactor.of(options, os.environ)
     try:
-        listed = fetch_json(models_url(options.api_base), options.api_key, headers=options.headers)
-        names = ", ".join(str(model["id"]) for model in listed["data"][:20])
+        names = ", ".join(str(model["id"]) for model in list_of_models(options)["data"][:20])
     except Exception as error:  # whatever a server may answer there, the user's way out is the same
         reason = redactor.text(plain(_reason(error), 100))
         raise UserError(f"--model is missing, and {base} does not tell its models ({reason})") from None
@@ -8204,7 +7973,7 @@ async def one_token(config: Config) -> Optional[Failure]:
 def not_ready(config: Config) -> str:
     """What keeps a server from answering; empty when it does, be it that it refuses what the warm-up will explain."""
     try:
-        fetch_json(models_url(config.api_base), config.api_key, headers=config.headers)
+        list_of_models(config)
     except Exception as error:
         if getattr(error, "code", 500) >= 500 and not isinstance(error, ValueError):  # else it has no such list
             return _reason(error)
@@ -8241,14 +8010,13 @@ class DemoServer:
         path = os.path.join(os.path.dirname(THIS_FILE), "demo_server.py")
         if not os.path.exists(path):
             raise UserError(f"--demo needs demo_server.py: copy it to {os.path.dirname(THIS_FILE)}")
-        subprocess = importlib.import_module("subprocess")
         command = [sys.executable, path, "--port", "0", "--until-stdin-closes", "--engine", engine or "{}"]
+        pipe = subprocess.PIPE
         try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
         except OSError as error:
             raise RunError(f"cannot start the demo server: {_reason(error)}") from None
+        assert self._process.stdout is not None
         self.api_base: str = self._process.stdout.readline().decode().strip()
         if not self.api_base:
             raise RunError("the demo server did not start")
@@ -8264,9 +8032,7 @@ class DemoServer:
         }
 
     def stop(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._process.communicate()  # its standard input ends by it
 
 
 class Page:
@@ -8284,7 +8050,6 @@ class Page:
     def draw(self, name: str) -> None:
         """A page that cannot be drawn costs one line, which says how to draw it later."""
         script = os.path.join(os.path.dirname(THIS_FILE), "bench_report.py")
-        subprocess = importlib.import_module("subprocess")
         command = [sys.executable, script, "html", f"{name.replace('=', ' ')}={self.folder}", "-o", self._path]
         why = f"copy bench_report.py to {os.path.dirname(script)}"
         if os.path.exists(script):
@@ -8302,10 +8067,10 @@ class Page:
 class Invocation:
     """One command line: its outputs, opened before any load, its signals, and its exit code."""
 
-    def __init__(self, config: Config, loads: Mapping[str, Any], argv: Sequence[str]) -> None:
-        """`config`: that of the highest level; `loads`: what the report says of all.
+    def __init__(self, config: Config, loads: Mapping[str, Any], argv: Sequence[str], ends: ExitStack) -> None:
+        """`config`: that of the highest level; `loads`: what the report says of all; `ends` closes the outputs.
 
-        Raises UserError when an output cannot be opened.
+        Raises UserError when one cannot be opened.
         """
         self.config = config
         self._loads = loads
@@ -8316,11 +8081,16 @@ class Invocation:
         self._csvs: list[CsvSink] = []
         self._summaries: list[SummarySink] = []
         self._page: Optional[Page] = None
-        try:
-            self._open(config)
-        except UserError:
-            self.close()
-            raise
+        ends.callback(self._close)
+        self._open(config)
+
+    def _close(self) -> None:
+        for csv_sink in self._csvs:
+            csv_sink.discard_if_empty()
+        for sink in self._summaries:
+            sink.close()
+        if self._page:
+            self._page.close()
 
     def _open(self, config: Config) -> None:
         point = Point(dataclasses.replace(config, metadata=None), None, Step(1.0), 0)
@@ -8335,20 +8105,10 @@ class Invocation:
             self._summaries.append(SummarySink(config.summary_jsonl))
         if config.summary_json:
             self._summaries.append(SummarySink(config.summary_json, new=True, points=1 + self._several))
-        if config.save_detailed and not (self._summaries or config.report):
-            raise UserError("--save-detailed needs --summary-json, --summary-jsonl or --report")
         if config.report:
             self._page = Page(config.report)
             self._csvs.append(CsvSink(os.path.join(self._page.folder, "results.csv"), append=False, overwrite=False))
             self._summaries.append(SummarySink(os.path.join(self._page.folder, "results.jsonl")))
-
-    def close(self) -> None:
-        for csv_sink in self._csvs:
-            csv_sink.discard_if_empty()
-        for sink in self._summaries:
-            sink.close()
-        if self._page:
-            self._page.close()
 
     def run(self, sweep: Sweep, demo: Optional[DemoServer]) -> int:
         """Measure and report; the exit code."""
@@ -8392,9 +8152,8 @@ class Invocation:
         levels = self._levels(measured)
         bend = None if self.config.find_max else sweep_knee(levels)
         if self._several:
-            report(
-                "\n".join([*sweep_table(levels, self._unit, bend), "", *sweep_sentences(levels, self._unit, bend), ""])
-            )
+            table, sentences = (make(levels, self._unit, bend) for make in (sweep_table, sweep_sentences))
+            report("\n".join([*table, "", *sentences, ""]))
         report(config_block(measured[-1].config, self._loads))
         limits = limits_of(self.config)
         if self._several and limits:
@@ -8475,15 +8234,7 @@ class Invocation:
 
 def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Check everything, then load, then report. Raises UserError and RunError."""
-    if options.append and options.overwrite:
-        raise UserError("--append and --overwrite exclude each other")
-    if options.demo_engine and not options.demo:
-        raise UserError("--demo-engine needs --demo")
-    if options.extra_body.get("n") not in (None, 1):
-        raise UserError(f"--extra-body: n = {options.extra_body['n']!r:.40} makes {SEVERAL_CHOICES}")
-    check_load(options)
-    if options.endpoint_type == "completions" and options.system_prompt:
-        raise UserError("--system-prompt is of a chat; /completions takes plain prompts: --endpoint-type chat")
+    check_options(options)
     resolve_server(options, os.environ)
     if options.demo:
         options.model = options.model or "demo"
@@ -8492,46 +8243,16 @@ def benchmark(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.ca_file or options.insecure:
         tls_context(Origin.of("https://localhost", options.ca_file, options.insecure))
     keep_files_apart(options)
-    corpus = None
-    if options.requests_file:
-        corpus = load_requests(options.requests_file, options.system_prompt, options.endpoint_type, options.history)
-    try:
-        return benchmark_with(corpus, options, argv)
-    finally:
-        if corpus:
-            corpus.close()
+    corpus, name = None, options.requests_file
+    with ExitStack() as ends:
+        if name:
+            corpus = load_requests(name, options.system_prompt, options.endpoint_type, options.history)
+            ends.callback(corpus.close)
+        return benchmark_with(corpus, options, argv, ends)
 
 
-def check_load(options: argparse.Namespace) -> None:
-    """Raises UserError where the options of a sweep, a search, and of judging do not go together."""
-    axis, rates = Axis.of(options), options.request_rate or ()
-    lists = len(options.concurrency or ()) > 1 or len(rates) > 1
-    unseen = [name for name, _ in options.goodput or () if name in STREAMED_METRICS and not options.stream]
-    lasting = options.total_requests or options.duration
-    for wrong, why in (
-        (
-            len(options.concurrency or ()) > 1 < len(rates),
-            "two lists at once: --concurrency or --request-rate, not both",
-        ),
-        (
-            options.find_max and (lists or options.repeat > 1),
-            "--find-max chooses levels and repeats them: no list, no --repeat",
-        ),
-        (options.find_max and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
-        (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
-        (axis.by_rate and is_several(options) and not lasting, "how long is each rate? --total-requests or --duration"),
-        (
-            options.total_requests and options.requests_per_slot,
-            "--total-requests and --requests-per-slot exclude each other",
-        ),
-        (unseen, f"--goodput {' '.join(unseen)} needs --stream: a whole reply does not tell it"),
-    ):
-        if wrong:
-            raise UserError(why)
-
-
-def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """The same from where the prompts are known."""
+def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: Sequence[str], ends: ExitStack) -> int:
+    """The same from where the prompts are known; `ends` closes what is opened."""
     prompts = len(corpus) if corpus else 0
     trace = corpus is not None and corpus.is_trace
     check_schedule(options, prompts, trace)
@@ -8546,24 +8267,20 @@ def benchmark_with(corpus: Optional[Corpus], options: argparse.Namespace, argv: 
     # The simulated server inherits the limit and has every connection; of several servers each may have all.
     sockets = config.concurrency and config.concurrency * len(config.servers)
     need_descriptors(sockets if config.demo or sockets is None else -(-sockets // config.processes))
-    invocation = Invocation(config, loads_of(options), argv)
+    invocation = Invocation(config, loads_of(options), argv, ends)
     demo = None
-    try:
-        if config.demo:
-            demo = DemoServer(options.demo_engine)
-            options.api_base, options.servers = demo.api_base, [demo.api_base]
-            invocation.config = config = config_of(options, corpus, trace, most)
-        if importlib.util.find_spec("openai") is None:  # before any socket is opened
-            raise UserError("cannot import openai: pip install openai")
-        if config.wait_ready:
-            wait_until_ready(config, config.wait_ready)
-        for line in notes_before(config):
-            note(line)
-        return invocation.run(Sweep(plan_of(options), partial(config_of, options, corpus, trace), corpus), demo)
-    finally:
-        invocation.close()
-        if demo:
-            demo.stop()
+    if config.demo:
+        demo = DemoServer(options.demo_engine)
+        ends.callback(demo.stop)
+        options.api_base, options.servers = demo.api_base, [demo.api_base]
+        invocation.config = config = config_of(options, corpus, trace, most)
+    if importlib.util.find_spec("openai") is None:  # before any socket is opened
+        raise UserError("cannot import openai: pip install openai")
+    if config.wait_ready:
+        wait_until_ready(config, config.wait_ready)
+    for line in notes_before(config):
+        note(line)
+    return invocation.run(Sweep(plan_of(options), partial(config_of, options, corpus, trace), corpus), demo)
 
 
 def fill_standard_places() -> None:

@@ -1,4 +1,4 @@
-"""Section 14, Command line: the script as a user meets it."""
+"""Section 15, Command line: the script as a user meets it."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ def in_small(words: Sequence[str], server: str) -> list[str]:
             levels = word.split(",")[:2]
             word = ",".join(f"{min(float(level), MOST[option] * (n + 1)):g}" for n, level in enumerate(levels))
         elif option == "--find-max":
-            word = "1:4"
+            word = "1:2"
+        elif option == "--slo":
+            word = word.replace("p99", "p50")  # which needs fewer requests
         elif option == "--api-base":
             word = server + word[word.find("?") :] if "?" in word else server
         small.append(word)
@@ -104,7 +106,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str) -> Path
     """An empty folder with the files that the documents name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_BASE_URL", server)
-    for name in ("corpus.jsonl", "requests.jsonl"):
+    for name in ("corpus.jsonl", "requests.jsonl", "examples/corpus.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "examples" / "corpus.jsonl", tmp_path / name)
     trace = [{"timestamp": 10 * n, "input_length": 30, "output_length": 2, "hash_ids": [n]} for n in range(8)]
     (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trace))

@@ -36,6 +36,7 @@ from tests.support.replies import (
     delta,
     head,
     piece,
+    read_reply,
     reply,
 )
 
@@ -114,16 +115,16 @@ def assert_sound(answer: bench.Reply) -> None:
 @settings
 @hypothesis.given(data=st.one_of(SOUP, VALUES.map(lambda value: json.dumps(value).encode()), st.binary(max_size=99)))
 def test_a_whole_reply_is_read_or_refused(data: bytes) -> None:
-    assert_sound(bench.read_reply(False, [(1, data)]))
+    assert_sound(read_reply(False, [(1, data)]))
 
 
 @settings
 @hypothesis.given(value=VALUES)
 def test_any_json_is_an_answer_or_a_failure(value: Any) -> None:
     for body in (value, completion(choices=[value], usage=value)):
-        assert_sound(bench.read_reply(False, [(1, json.dumps(body).encode())]))
-    assert_sound(bench.read_reply(True, [(1, b"data: " + json.dumps(value).encode() + b"\n\n")]))
-    assert_sound(bench.read_reply(True, [(1, piece([value], usage=value) + piece(delta(finish="stop")))]))
+        assert_sound(read_reply(False, [(1, json.dumps(body).encode())]))
+    assert_sound(read_reply(True, [(1, b"data: " + json.dumps(value).encode() + b"\n\n")]))
+    assert_sound(read_reply(True, [(1, piece([value], usage=value) + piece(delta(finish="stop")))]))
 
 
 @settings
@@ -132,24 +133,24 @@ def test_any_json_is_an_answer_or_a_failure(value: Any) -> None:
 )
 def test_a_stream_says_the_same_however_it_is_cut(data: bytes, end: bytes, mark: bool, places: list[int]) -> None:
     data = (b"\xef\xbb\xbf" if mark else b"") + data.replace(b"\n", end)
-    whole = bench.read_reply(True, [(7, data)])
+    whole = read_reply(True, [(7, data)])
     assert_sound(whole)
-    assert comparable(bench.read_reply(True, [(7, part) for part in cuts(data, places)])) == comparable(whole)
+    assert comparable(read_reply(True, [(7, part) for part in cuts(data, places)])) == comparable(whole)
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
 def test_a_stream_says_the_same_cut_anywhere(end: bytes) -> None:
     """Every one and every two cuts of a short stream, and byte by byte."""
     data = (b": hi\n" + ONE + b"event: x\n" + TWO + FINISH + DONE).replace(b"\n", end)
-    whole = comparable(bench.read_reply(True, [(7, data)]))
+    whole = comparable(read_reply(True, [(7, data)]))
     assert whole.finish_reason == "stop"
     assert whole.chunks == 2
     for place in range(len(data)):
-        assert comparable(bench.read_reply(True, [(7, data[:place]), (7, data[place:])])) == whole
+        assert comparable(read_reply(True, [(7, data[:place]), (7, data[place:])])) == whole
     seams = [at for at in range(len(data)) if data[at : at + 1] in b"\r\n:{"]
     for places in itertools.combinations(seams, 2):
-        assert comparable(bench.read_reply(True, [(7, part) for part in cuts(data, list(places))])) == whole
-    assert comparable(bench.read_reply(True, [(7, data[at : at + 1]) for at in range(len(data))])) == whole
+        assert comparable(read_reply(True, [(7, part) for part in cuts(data, list(places))])) == whole
+    assert comparable(read_reply(True, [(7, data[at : at + 1]) for at in range(len(data))])) == whole
 
 
 SAID = st.one_of(
@@ -188,13 +189,13 @@ def test_pieces_fed_together_say_what_they_say_one_by_one(
         reader.feed([stamp], [piece_])
     reader.finish()
     assert batch == single
-    assert batch == bench.read_reply(True, zip(stamps, pieces))
+    assert batch == read_reply(True, zip(stamps, pieces))
 
 
 def test_an_event_bears_the_stamp_of_its_last_byte() -> None:
     data = ONE + TWO
     parts = [(at, data[at : at + 1]) for at in range(len(data))]
-    answer = bench.read_reply(True, parts)
+    answer = read_reply(True, parts)
     assert (answer.first_ns, answer.last_ns) == (len(ONE) - 1, len(data) - 1)
 
 
@@ -202,7 +203,7 @@ def test_a_large_event_in_small_packets_is_looked_through_once() -> None:
     """Time that grows with the square of its size would be minutes here."""
     event = piece(delta(content="x" * 4_000_000))
     parts = [(1, event[at : at + 100]) for at in range(0, len(event), 100)]
-    assert bench.read_reply(True, [*parts, (2, FINISH)]).chunks == 1
+    assert read_reply(True, [*parts, (2, FINISH)]).chunks == 1
 
 
 DELTA = st.one_of(st.just({}), st.fixed_dictionaries({"content": st.text(max_size=5)}))
@@ -233,7 +234,7 @@ def test_the_fast_scan_tells_only_what_json_would(choices: list[Any], more: dict
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "text_at", lambda event: 0)
-        said = bench.read_reply(True, [(1, event + b"\n\n")])
+        said = read_reply(True, [(1, event + b"\n\n")])
     assert (said.chunks, said.finish_reason, said.has_usage) == (1, None, False)
     assert said.visible_ns == 1
 

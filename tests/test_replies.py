@@ -9,6 +9,7 @@ from typing import Any, Optional
 import pytest
 
 import online_bench_openai_async as bench
+from tests.support.replies import read_reply
 
 
 def event(delta: dict[str, Any], finish: Optional[str] = None, **more: Any) -> bytes:
@@ -31,7 +32,7 @@ WHOLE_STREAM = [ROLE, *TOKENS, FINISH, USAGE, DONE]
 
 def stream(*events: bytes) -> bench.Reply:
     """Each event in a packet of its own, 10 ms apart, the first at 10 ms."""
-    return bench.read_reply(True, [((n + 1) * 10_000_000, data) for n, data in enumerate(events)])
+    return read_reply(True, [((n + 1) * 10_000_000, data) for n, data in enumerate(events)])
 
 
 def test_a_stream_is_timed_from_its_first_token_to_its_last() -> None:
@@ -139,8 +140,8 @@ def test_packets_and_line_ends_change_nothing(newline: bytes, size: int) -> None
     extra = b": keep-alive\n\nid: 7\nevent: message\nretry: 10\n"
     data = b"\xef\xbb\xbf" + extra + b"".join(WHOLE_STREAM).replace(b'"a"', '"日"'.encode())
     data = data.replace(b"\n", newline)
-    cut = bench.read_reply(True, [(5, data[at : at + size]) for at in range(0, len(data), size)])
-    whole = bench.read_reply(True, [(5, data)])
+    cut = read_reply(True, [(5, data[at : at + size]) for at in range(0, len(data), size)])
+    whole = read_reply(True, [(5, data)])
     assert whole.failure is None
     assert whole.chunks == 3
     forget: dict[str, Any] = {"content_reads": 0, "merged_reads": 0}
@@ -265,7 +266,7 @@ def test_the_fast_scan_is_used_for_the_usual_chunk() -> None:
 
 def whole(body: Any) -> bench.Reply:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return bench.read_reply(False, [(1, data[:5]), (2, data[5:])])
+    return read_reply(False, [(1, data[:5]), (2, data[5:])])
 
 
 def completion(**changes: Any) -> dict[str, Any]:

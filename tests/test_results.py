@@ -34,7 +34,7 @@ SMALL = ("--concurrency", "2", "--total-requests", "8", "--output-tokens", "5")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Demo]:
-    started = Demo(ttft_ms=2, gap_ms=1)
+    started = Demo(ttft_ms=20, gap_ms=10)  # so that a busy machine still reads its chunks one by one
     yield started
     started.stop()
 

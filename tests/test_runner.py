@@ -1,4 +1,4 @@
-"""Section 11, Runner: the pool in virtual time, then real servers' views of it."""
+"""Section 12, Runner: the pool in virtual time, then real servers' views of it."""
 
 from __future__ import annotations
 

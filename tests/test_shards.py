@@ -1,4 +1,4 @@
-"""Section 12, Shards: several processes, one run."""
+"""Section 13, Shards: several processes, one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 13, Sweep: plans as pure functions, then whole sweeps against the simulated server."""
+"""Section 14, Sweep: plans as pure functions, then whole sweeps against the simulated server."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_where_several_exit_codes_apply_one_wins(codes: list[int], wins: int) ->
 
 # --- whole sweeps ---
 
-SIZES = ["--prompt-tokens", "16", "--output-tokens", "9", "--no-progress"]
+SIZES = ["--prompt-tokens", "16", "--output-tokens", "9", "--no-progress", "--server-metrics", "off"]
 
 
 class Watching(HttpServer):

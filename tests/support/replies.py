@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Optional
+
+import online_bench_openai_async as bench
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 
@@ -47,3 +50,13 @@ ANSWER = as_json(completion())
 
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def read_reply(streamed: bool, arrivals: Iterable[tuple[int, bytes]]) -> bench.Reply:
+    """(stamp in ns, bytes) of a body as they came -> Reply; the same however the bytes were cut."""
+    reply = bench.Reply()
+    reader = bench.READERS[streamed](reply)
+    for stamp_ns, data in arrivals:
+        reader.feed([stamp_ns], [data])
+    reader.finish()
+    return reply
