@@ -1093,7 +1093,11 @@ def is_openai(name: str) -> bool:
     """Whether tiktoken knows the name; `gpt2` is a repository on the Hub, too, and means that one."""
     try:
         return name != "gpt2" and bool(importlib.import_module("tiktoken.model").encoding_name_for_model(name))
-    except (ImportError, KeyError):
+    except ImportError:
+        if re.match(r"(gpt-|chatgpt-|o\d)", name):  # no name on the Hub is like that
+            need("tiktoken")
+        return False
+    except KeyError:
         return False
 
 

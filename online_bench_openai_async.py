@@ -2323,7 +2323,8 @@ class Tally:
     def summary(self, wave: int = 0) -> Summary:
         """`wave`: how many requests were in flight at the start, for the steady window."""
         steady = self.steady(wave)  # before the samples are described, which may take their values
-        values = {item.name: getattr(self, item.name, self.counts[item.name]) for item in dataclasses.fields(Summary)}
+        names = [item.name for item in dataclasses.fields(Summary)]
+        values: dict[str, Any] = {name: getattr(self, name, self.counts[name]) for name in names}
         values.update(
             distributions={key: sample.describe() for key, sample in self.samples.items()},
             error_groups=self.error_groups(),
@@ -6206,7 +6207,7 @@ class FigureReader:
         while True:
             due = max(due + self._orders["interval_s"], time.monotonic())
             with contextlib.suppress(queue.Empty):
-                return said.get(timeout=due - time.monotonic())
+                return said.get(timeout=max(0.0, due - time.monotonic()))
             if self._urls and not self._read():  # a line over time needs only some of it
                 at_s, figures = self._samples[-1]
                 self._samples[-1] = (at_s, {name: value for name, value in figures.items() if name in SERVER_SERIES})

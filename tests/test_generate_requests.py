@@ -1251,6 +1251,14 @@ def test_an_unexpected_error_is_one_line(tmp_path, monkeypatch, capsys):
 # --- the manual --------------------------------------------------------------------------------------------
 
 
+def test_a_name_of_openai_asks_for_its_own_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken.model", None)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(gen.Refused, match="pip install tiktoken"):
+        gen.is_openai("gpt-3.5-turbo")
+    assert not gen.is_openai("Qwen/Qwen3-8B")
+
+
 def test_the_manual_lists_every_option():
     text = (ROOT / "docs" / "generate_requests.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(--[a-z-]+)`\s*\|([^|]*)\|(.*)\|$", text, re.M)
