@@ -759,9 +759,9 @@ def test_run_time_aborts_what_is_in_flight_and_leaves_the_rest_unsent(bench, ser
 
 @at_once
 def test_run_time_with_stop_timeout_lets_what_is_in_flight_finish(bench, serve):
-    server = serve("--delay-ms", "1500")
+    server = serve("--delay-ms", "800")
     bench.corpus(TEXTS[:50])
-    code, out, _ = bench.run(server, 4, "--run-time", "2s", "--stop-timeout", "20s", *forked(2))
+    code, out, _ = bench.run(server, 4, "--run-time", "1s", "--stop-timeout", "20s", *forked(2))
     rows = bench.rows()
     assert {row["status"] for row in rows} == {"success"}
     assert len(rows) == sum(server.truth()["texts"].values())
