@@ -92,7 +92,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, NamedTuple, Optional, Protocol
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 try:
@@ -512,8 +512,6 @@ class Steady:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """The requests of one label, or of one server."""
-
     ok: int
     errors: int
     first_error: str
@@ -659,10 +657,8 @@ class Config:
     gpu_hour: Optional[float]
 
 
-class Send(Protocol):
-    """Make one call when its turn comes and say how it went; never raises for what a server does."""
-
-    def __call__(self, request: Request, turn: Turn) -> Awaitable[Reply]: ...
+# Makes one call when its turn comes and says how it went; never raises for what a server does.
+Send = Callable[[Request, "Turn"], Awaitable[Reply]]
 
 
 class Sink(Protocol):
@@ -710,7 +706,6 @@ class Sessions:
         return rounds * len(self._lines) + line, at - self._starts[line]
 
     def goes_on(self, index: int) -> bool:
-        """Whether its session has a turn after this one."""
         return self.place(index + 1)[1] > 0
 
     def request(self, index: int) -> Request:
@@ -788,7 +783,6 @@ class Schedule:
 
     @property
     def is_timed(self) -> bool:
-        """Whether its jobs have due times."""
         return self.kind != "closed"
 
     def part(self, shard: int, shards: int) -> Schedule:
@@ -821,7 +815,6 @@ class Schedule:
         return self.sessions.after(record) if self.sessions else None
 
     def goes_on(self, job: Job) -> bool:
-        """Whether a job may follow from this one."""
         return self.sessions is not None and self.sessions.goes_on(job.index)
 
     def number(self, job: Job) -> int:
@@ -1092,7 +1085,7 @@ def _asked_by(row: Mapping[str, Any], system_prompt: Optional[str], endpoint: En
     if not isinstance(body.get("model", row.get("model", "")), str):
         raise ValueError("'model' is not a text")
     label = row.get("label", row.get("custom_id"))
-    said["timestamp"] = _timestamp_of(row)
+    said["timestamp"] = float(_not_negative(row["timestamp"], "the timestamp")) if "timestamp" in row else None
     said["label"] = None if label is None else str(label)[:LABEL_CHARS]
     fields = {key: value for key, value in row.items() if key in BODY_KEYS}
     has_prompt = any(key in row for key in PROMPT_KEYS)
@@ -1137,11 +1130,9 @@ def _session_of(row: Mapping[str, Any]) -> tuple[list[SessionTurn], Optional[str
 
 
 def _turn_of(item: Mapping[str, Any], content: Any) -> SessionTurn:
-    delay_ms = item.get("delay_ms") or 0
     if not content or not isinstance(content, (str, list)):
         raise ValueError("a turn without content")
-    if isinstance(delay_ms, bool) or not isinstance(delay_ms, (int, float)) or delay_ms < 0:
-        raise ValueError(f"delay_ms is not a number of 0 or more: {delay_ms!r:.40}")
+    delay_ms = _not_negative(item.get("delay_ms") or 0, "delay_ms")
     limit = _limit_of({key: value for key, value in item.items() if value is not None})
     return SessionTurn(content, limit, delay_ms)
 
@@ -1164,11 +1155,10 @@ def _refuse_fields(fields: Mapping[str, Any]) -> None:
         raise ValueError("'n' in a line: the times of several answers in one reply would mix")
 
 
-def _timestamp_of(row: Mapping[str, Any]) -> Optional[float]:
-    stamp = row.get("timestamp")
-    if stamp is None or (type(stamp) in (int, float) and stamp >= 0):
-        return None if stamp is None else float(stamp)
-    raise ValueError(f"the timestamp is not a number of 0 or more: {stamp!r:.40}")
+def _not_negative(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{what} is not a number of 0 or more: {value!r:.40}")
+    return value
 
 
 def _trace_line(row: Mapping[str, Any]) -> tuple[int, int, Sequence[Any]]:
@@ -1283,9 +1273,8 @@ class Corpus(Sequence[Request]):
     def _add_timestamp(self, stamp: Optional[float]) -> None:
         stamps = self._timestamps
         if (stamp is None) != (not stamps) and len(self._starts) > 1:
-            raise ValueError(
-                f"{'no' if stamp is None else 'a'} timestamp, unlike the lines above: all have one or none"
-            )
+            said = "no" if stamp is None else "a"
+            raise ValueError(f"{said} timestamp, unlike the lines above: all have one or none")
         if stamp is not None and stamps and stamp < stamps[-1]:
             raise ValueError(f"its timestamp is before that of the line above, {stamps[-1]:g}: sort the trace")
         stamps.extend(() if stamp is None else (stamp,))
@@ -1441,22 +1430,6 @@ def plain(text: str, limit: int = ERROR_TEXT_CHARS) -> str:
     return " ".join(_CONTROL.sub(" ", text[: 4 * limit]).split())[:limit]
 
 
-class Reader(Protocol):
-    """Takes a reply's body in pieces, each with the time of its arrival, and fills in the `Reply`."""
-
-    complete: bool  # nothing that could still come would matter
-
-    late: set[int]  # stamps of reads whose bytes may have queued up; each stamp is that of the last byte
-
-    def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None: ...
-
-    def chunks_so_far(self, unread: int) -> int:
-        """Content chunks, as far as is known with so many pieces not yet fed."""
-
-    def finish(self) -> None:
-        """The body has ended: write what it said into the reply, a failure where it is not a complete answer."""
-
-
 SEVERAL_CHOICES = "several answers in one reply, whose times would mix: ask for one (n = 1)"
 ABORTED_REASONS = ("abort", "error", "cancelled")  # finish_reasons that mean: not finished
 
@@ -1465,8 +1438,7 @@ def usage_of(usage: Any) -> dict[str, Any]:
     """Token counts of a usage object, by Reply's field names; empty when it counts nothing or is malformed."""
     if not isinstance(usage, dict):
         return {}
-    prompt = _whole_number(usage.get("prompt_tokens"))
-    completion = _whole_number(usage.get("completion_tokens"))
+    prompt, completion = (_whole_number(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
     if not prompt and not completion:
         return {}
     details = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
@@ -1532,19 +1504,23 @@ class WholeReader:
     """Reads a reply that comes as one JSON object."""
 
     def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
+        """`keeps_text`: what it says is to be known afterwards."""
         self._reply = reply
         self._keeps_text = keeps_text
         self._pieces: list[bytes] = []
-        self.complete = False
-        self.late: set[int] = set()
+        self.complete = False  # whether nothing that could still come would matter
+        self.late: set[int] = set()  # stamps of reads whose bytes may have queued up; each is that of the last byte
 
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
+        """Takes the body in pieces, each with the time of its arrival."""
         self._pieces += pieces
 
     def chunks_so_far(self, unread: int) -> int:
+        """Content chunks, as far as is known with so many pieces not yet fed."""
         return 0
 
     def finish(self) -> None:
+        """The body has ended: write what it said into the reply, a failure where it is not a complete answer."""
         self._reply.failure = self._read(b"".join(self._pieces))
 
     def _read(self, data: bytes) -> Optional[Failure]:
@@ -1649,7 +1625,6 @@ class StreamReader:
     """Reads server-sent events, however they are cut into packets; an event bears its last byte's stamp."""
 
     def __init__(self, reply: Reply, keeps_text: bool = False) -> None:
-        """`keeps_text`: what it says is to be known afterwards."""
         self._reply = reply
         self._texts: Optional[list[bytes]] = [] if keeps_text else None  # as they stand in JSON
         self.complete = False
@@ -1681,16 +1656,14 @@ class StreamReader:
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
         at = 0
         while at < len(pieces):
-            plain = self._plain_run(pieces[at : at + PLAIN_RUN]) if self._ready_for_run(pieces[at]) else 0
+            ready = pieces[at].startswith(self._before) and not self._tail and not self._after_cr
+            plain = self._plain_run(pieces[at : at + PLAIN_RUN]) if ready else 0
             if plain:
                 self._content_run(stamps_ns[at : at + plain])
             else:
                 self._stamp_ns = stamps_ns[at]
                 self._feed_any(stamps_ns[at], pieces[at])
             at += plain or 1
-
-    def _ready_for_run(self, piece: bytes) -> bool:
-        return piece.startswith(self._before) and not self._tail and not self._after_cr
 
     def _plain_run(self, pieces: Sequence[bytes]) -> int:
         """How many pieces at the start are one event each that differs from the last plain one in its text alone.
@@ -1789,13 +1762,13 @@ class StreamReader:
                 self._texts.append(_JSON_TEXT.match(event, at)[0])  # type: ignore[index]
             self._content(stamp_ns, True)
             return
-        data, name = event_fields(event)
-        if data == b"[DONE]":
-            self.complete = self._finish is not None
-        elif data:
-            self._payload(stamp_ns, data, name)
+        self._payload(stamp_ns, *event_fields(event))
 
     def _payload(self, stamp_ns: int, data: bytes, name: bytes) -> None:
+        if data == b"[DONE]":
+            self.complete = self._finish is not None
+        if data in (b"", b"[DONE]"):
+            return
         try:
             body = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError):
@@ -1877,9 +1850,8 @@ class StreamReader:
         if tail.strip(b"\n"):
             self._last_words(tail)
         reply = self._reply
-        reply.first_ns, reply.visible_ns = (
-            None if stamp_ns in self._packed else stamp_ns for stamp_ns in (self._first_ns, self._visible_ns)
-        )
+        seen = self._first_ns, self._visible_ns
+        reply.first_ns, reply.visible_ns = (None if stamp_ns in self._packed else stamp_ns for stamp_ns in seen)
         reply.last_ns, reply.late_gaps = self._last_ns, self._late_gaps
         reply.with_first = 0 if reply.first_ns is None else self._with_first
         reply.chunks, reply.gaps_ms, reply.finish_reason = self._chunks, self._gaps_ms, self._finish
@@ -1899,12 +1871,10 @@ class StreamReader:
             whole = data == b"[DONE]" or isinstance(json.loads(data), dict)
         except (ValueError, RecursionError):
             whole = not data
-        if not whole:
-            self._fail("truncated", "the stream ended within an event")
-        elif data and data != b"[DONE]":
+        if whole:
             self._payload(self._stamp_ns, data, name)
-        elif data:
-            self.complete = self._finish is not None
+        else:
+            self._fail("truncated", "the stream ended within an event")
 
     def _ending(self) -> Optional[Failure]:
         if self._finish is None and not self._chunks and not self._counts:
@@ -1921,6 +1891,7 @@ class StreamReader:
         return _failed("not_a_stream", f"no server-sent events but: {error_body_text(self._head)}")
 
 
+Reader = Union[WholeReader, StreamReader]
 READERS: Mapping[bool, Callable[..., Reader]] = {False: WholeReader, True: StreamReader}  # by --stream
 
 
@@ -2027,7 +1998,6 @@ class Sample:
             self._count((value,))
 
     def of_rows(self, rows: Iterable[int]) -> Iterator[float]:
-        """The values that those rows have."""
         values = (self.exact[row] for row in rows if row < len(self.exact))
         return (value for value in values if value == value)
 
@@ -2221,7 +2191,7 @@ class Tally:
         if record.reply.turn in (None, 1):  # a rate is that of sessions
             self.due.add(record.job.due_s)
             self.issued.add(record.sent_s)
-        self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS
+            self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS  # a session keeps its permit
         self._add_to_groups(record)
         if record.aborted:
             self.aborted += 1
@@ -2418,6 +2388,7 @@ FIGURES: Mapping[str, Callable[[Summary, Config, Fared], Optional[float]]] = {
     "aborted": lambda s, c, h: s.aborted,
     "not_sent": lambda s, c, h: max(0, (c.total_requests or 0) - s.ok - s.errors - s.aborted - s.unsent_turns),
     "error_rate": lambda s, c, h: s.error_share,
+    "aborted_rate": lambda s, c, h: _rate(s.aborted, s.ok + s.errors + s.aborted),
     "duration": lambda s, c, h: s.elapsed_s,
     "total_input_tokens": lambda s, c, h: s.prompt_tokens,
     "total_output_tokens": lambda s, c, h: s.completion_tokens,
@@ -2484,13 +2455,9 @@ def _stats() -> Iterator[tuple[str, Stat]]:
     for steady, metric, name in itertools.product((False, True), METRICS, names):
         for stem in metric.stems:
             if not (steady and metric.pooled):
-                key = count_key(stem) if name == "n" else f"{name}_{stem}"
+                # Only durations end in `_ms`.
+                key = f"{stem.removesuffix('_ms')}_count" if name == "n" else f"{name}_{stem}"
                 yield f"{'steady_' if steady else ''}{key}", Stat(metric.key, name, steady)
-
-
-def count_key(stem: str) -> str:
-    """The key of a metric's number of values: only durations end in `_ms`."""
-    return f"{stem[: -len('_ms')] if stem.endswith('_ms') else stem}_count"
 
 
 STATS: Mapping[str, Stat] = dict(_stats())
@@ -2510,8 +2477,6 @@ OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 
 
 class Limit(NamedTuple):
-    """A limit on a figure of the summary."""
-
     name: str
     operator: str
     bound: float
@@ -2569,10 +2534,12 @@ def judge(limit: Limit, summary: Summary, config: Config, health: Fared) -> Judg
 
 
 def limits_of(config: Config) -> list[Limit]:
-    """Those of --slo, and that hardly any request fails, unless they say something of errors themselves."""
+    """Those of --slo, and that hardly any request fails (unless they speak of errors themselves) or is cut off."""
     limits = [Limit.of(text) for text in config.slo]
     if limits and not {"error_rate", "failed", "completed"} & {limit.name for limit in limits}:
         limits.append(Limit("error_rate", "<=", TELLING_ERROR_SHARE))
+    if limits and config.grace is not None:  # what it cuts off may be what would have failed
+        limits.append(Limit("aborted_rate", "<=", TELLING_ERROR_SHARE))
     return limits
 
 
@@ -2659,12 +2626,21 @@ def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> 
     return ReportWarning(f"client-bound: {reason}", _client_cure(health)) if reason else None
 
 
-def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
-    if not summary.without_usage:
+def _warn_cut_off(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    total = summary.ok + summary.errors + summary.aborted
+    if config.grace is None or summary.aborted <= TELLING_ERROR_SHARE * total:
         return None
+    text = (
+        f"{summary.aborted} of {total} requests were cut off or not sent at the end, perhaps the slowest: they are in"
+    )
+    return ReportWarning(f"{text} no latency and no rate", "a longer --grace")
+
+
+def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     how = "counted by their content chunks" if summary.chunk_counted else "counted as 0 tokens"
     text = f"{summary.without_usage} replies carried no usage, or one of 0 tokens: {how}, prompts without a count as 0"
-    return ReportWarning(text, "a server that sends `usage`; Req/s and the latencies are right without it")
+    cure = "a server that sends `usage`; Req/s and the latencies are right without it"
+    return ReportWarning(text, cure) if summary.without_usage else None
 
 
 def _warn_prompt_length(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
@@ -2734,7 +2710,8 @@ def _warn_server_queue(summary: Summary, config: Config, health: Sequence[Health
     waited, latency = server.get("server_mean_queue_ms"), server.get("server_mean_e2el_ms")
     waiting, running = (server.get(f"server_{name}_mean", 0.0) for name in ("waiting", "running"))
     share = _rate(waiting, waiting + running) if waited is None or latency is None else _rate(waited, latency)
-    if share < SERVER_QUEUE_SHARE:
+    step = server.get("server_mean_itl_ms", server.get("server_mean_tpot_ms", 0.0))  # all requests wait for its end
+    if share < SERVER_QUEUE_SHARE or (waited or math.inf) < step:
         return None
     text = f"requests waited in the server's queue: {waited:.1f} ms on average" if waited is not None else "it queued"
     if waiting:
@@ -2849,9 +2826,9 @@ def _warn_count(field: str, summary: Summary, config: Config, health: Fared) -> 
 
 
 WARNINGS: Sequence[Callable[[Summary, Config, Fared], Optional[ReportWarning]]] = (
-    _warn_client, _warn_drift, partial(_warn_count, "held_back"), _warn_servers, _warn_usage, _warn_prompt_length,
-    _warn_short_replies, _warn_corpus, _warn_cache, _warn_others, _warn_server_queue, _warn_kv_cache, _warn_merged,
-    *(partial(_warn_count, name) for name in ("one_piece", "syn_resent", "reconnects")),
+    _warn_client, _warn_drift, partial(_warn_count, "held_back"), _warn_cut_off, _warn_servers, _warn_usage,
+    _warn_prompt_length, _warn_short_replies, _warn_corpus, _warn_cache, _warn_others, _warn_server_queue,
+    _warn_kv_cache, _warn_merged, *(partial(_warn_count, name) for name in ("one_piece", "syn_resent", "reconnects")),
 )  # fmt: skip
 
 
@@ -2944,7 +2921,8 @@ class Redactor:
             if option == "--api-key":
                 text = text if text in PLAIN_KEYS else "***"
             elif option == "--header":
-                text = shown_header(text)
+                header, said = split_header(text)
+                text = f"{header}: {said if is_harmless(header, said) else '***'}"
             elif option == "--extra-body":
                 with contextlib.suppress(ValueError):
                     text = json.dumps(self.fields(json.loads(text)))
@@ -2953,7 +2931,6 @@ class Redactor:
 
     @staticmethod
     def config(config: Config) -> dict[str, Any]:
-        """Every option in force, secrets masked."""
         options = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
         return {
             **{name: "inf" if value == math.inf else value for name, value in options.items()},  # JSON has no infinity
@@ -2982,11 +2959,6 @@ def split_header(text: str) -> tuple[str, str]:
     """
     name, _, value = re.split("([:=])", text, maxsplit=1) if re.search("[:=]", text) else ("", "", "")
     return "-".join(part.capitalize() for part in name.strip().split("-")), value.strip()
-
-
-def shown_header(text: str) -> str:
-    name, value = split_header(text)
-    return f"{name}: {value if is_harmless(name, value) else '***'}"
 
 
 def split_login(url: str) -> tuple[str, dict[str, str]]:
@@ -3067,17 +3039,15 @@ def _ms(value: Optional[float]) -> str:
 def summary_block(summary: Summary, concurrency: Optional[int]) -> str:
     """The seven lines that scripts read."""
     latency = summary.distributions["latency"]
-    return "\n".join(
-        (
-            f"Requests (ok/err): {summary.ok}/{summary.errors}  Concurrency: {concurrency or 'unlimited'}"
-            f"  Elapsed: {summary.elapsed_s:.3f}s",
-            f"Req/s: {summary.requests_per_s:.2f}",
-            f"Generated tokens/s: {summary.generated_per_s:.2f}",
-            f"Total tokens/s (in+out): {summary.total_per_s:.2f}",
-            f"p50 latency: {_ms(latency.percentiles.get(50.0))}",
-            f"p95 latency: {_ms(latency.percentiles.get(95.0))}",
-            f"Avg latency: {_ms(latency.mean)}",
-        )
+    return (
+        f"Requests (ok/err): {summary.ok}/{summary.errors}  Concurrency: {concurrency or 'unlimited'}"
+        f"  Elapsed: {summary.elapsed_s:.3f}s\n"
+        f"Req/s: {summary.requests_per_s:.2f}\n"
+        f"Generated tokens/s: {summary.generated_per_s:.2f}\n"
+        f"Total tokens/s (in+out): {summary.total_per_s:.2f}\n"
+        f"p50 latency: {_ms(latency.percentiles.get(50.0))}\n"
+        f"p95 latency: {_ms(latency.percentiles.get(95.0))}\n"
+        f"Avg latency: {_ms(latency.mean)}"
     )
 
 
@@ -3136,10 +3106,8 @@ def judging_lines(summary: Summary, config: Config, health: Fared) -> list[str]:
     lines = [judged_line(name, judge(limit, summary, config, health), config) for name, limit in asked]
     ended = summary.ok + summary.errors
     if config.goodput:
-        kept = ", ".join(
-            f"{_short_label(METRIC[key])} <= {limit:g} ms {percent(summary.good[key], ended):.1f} %"
-            for key, limit in config.goodput.items()
-        )
+        shares = [(key, limit, percent(summary.good[key], ended)) for key, limit in config.goodput.items()]
+        kept = ", ".join(f"{_short_label(METRIC[key])} <= {limit:g} ms {part:.1f} %" for key, limit, part in shares)
         rate, share_kept = _rate(summary.good["all"], summary.elapsed_s), percent(summary.good["all"], ended)
         lines.append(f"Goodput: {rate:.2f} req/s, {share_kept:.1f} % of the requests kept all limits ({kept})")
     if config.gpus:
@@ -3189,11 +3157,6 @@ def figure_words(name: str) -> tuple[str, str]:
     stat = STATS[name]
     metric = METRIC[stat.metric]
     return f"{'steady ' * stat.steady}{stat.name} {_short_label(metric)}", " ms" * metric.label.endswith("(ms)")
-
-
-def limit_words(limit: Limit) -> str:
-    called, unit = figure_words(limit.name)
-    return f"{called} {limit.operator} {limit.bound:g}{unit}"
 
 
 # --- several points: a table with a line for each level, and what it shows in words ---
@@ -3267,7 +3230,6 @@ class Level:
 
 
 def levels_of(points: Iterable[Measured]) -> list[list[Measured]]:
-    """The points by their level, in its order."""
     groups: dict[float, list[Measured]] = {}
     for point in points:
         groups.setdefault(point.level, []).append(point)
@@ -3283,11 +3245,20 @@ def brief(value: Optional[float]) -> str:
     return "-" if value is None else f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
 
 
+def undisturbed(levels: Sequence[Level]) -> list[Level]:
+    """Those measured to their end, with hardly a failure: others do not show how throughput grows."""
+    return [
+        level
+        for level in levels
+        if all(point.complete and point.summary.error_share <= TELLING_ERROR_SHARE for point in level.points)
+    ]
+
+
 def sweep_knee(levels: Sequence[Level]) -> Optional[float]:
     """By generated tokens/s, or by requests/s where nobody counted tokens."""
     tokens = any(level.figure("output_throughput") for level in levels)
     name = "output_throughput" if tokens else "request_throughput"
-    return knee({level.level: level.figure(name) for level in levels})
+    return knee({level.level: level.figure(name) for level in undisturbed(levels)})
 
 
 def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None) -> list[str]:
@@ -3299,7 +3270,7 @@ def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None
     for level in levels:
         errors = sum(point.summary.errors for point in level.points)
         rows.append([f"{level.level:g}", *map(level.cell, figures), str(errors)])
-        ends.append(level.verdict(bend if bend != levels[-1].level else None))
+        ends.append(level.verdict(None if bend is None or bend == undisturbed(levels)[-1].level else bend))
         for name, pick in (("min", 0), ("max", -1)) if len(level.points) > 1 else ():
             extremes = [values[pick] if values else None for values in map(level.values, figures)]
             rows.append([f"  {name}", *map(brief, extremes), ""])
@@ -3312,7 +3283,7 @@ def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None
 def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -> list[str]:
     """The knee, and where this client was the limit."""
     lines = []
-    if bend is not None and bend == levels[-1].level:
+    if bend is not None and bend == undisturbed(levels)[-1].level:
         lines.append(f"No knee: at {bend:g} {unit} throughput still grew by more than {KNEE_GROWTH:.0%} per doubling")
     elif bend is None and len(levels) > 2:
         lines.append(f"No knee: nowhere did throughput grow by more than {KNEE_GROWTH:.0%} per doubling")
@@ -3326,7 +3297,8 @@ def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -
 
 def capacity_sentence(levels: Sequence[Level], limits: Sequence[Limit], unit: str) -> str:
     """The highest level that holds the limits, and what is above it."""
-    wanted = " and ".join(limit_words(limit) for limit in limits)
+    named = [(limit, *figure_words(limit.name)) for limit in limits]
+    wanted = " and ".join(f"{called} {limit.operator} {limit.bound:g}{suffix}" for limit, called, suffix in named)
     best = next((level for level in reversed(levels) if level.holds), None)
     above = [level for level in levels if not level.holds and (best is None or level.level > best.level)]
     unsure, failing = ([level for level in above if level.resolved is told] for told in (False, True))
@@ -3363,10 +3335,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(line).rstrip() for line in cells]
 
 
-def _metric_label(metric: Metric, summary: Summary) -> str:
-    return "ITL (ms)" if metric.key == "gap" and gaps_are_of_tokens(summary) else metric.label
-
-
 def _shown(metric: Metric, summary: Summary) -> bool:
     other, factor = metric.above
     mean, than = summary.distributions[metric.key].mean, summary.distributions[other].mean if other else None
@@ -3388,7 +3356,8 @@ def distribution_table(summary: Summary) -> list[str]:
     for metric in METRICS:
         if not _shown(metric, summary):
             continue
-        rows.append(_table_row(_metric_label(metric, summary), summary.distributions[metric.key]))
+        label = "ITL (ms)" if metric.key == "gap" and gaps_are_of_tokens(summary) else metric.label
+        rows.append(_table_row(label, summary.distributions[metric.key]))
         if summary.steady and metric.key in MAIN_METRICS:
             rows.append(_table_row("  steady", summary.steady.distributions[metric.key]))
     notes = _few_note(summary, rows)
@@ -3449,10 +3418,17 @@ def steady_lines(summary: Summary) -> list[str]:
 
 def group_table(name: str, groups: Mapping[str, GroupSummary]) -> list[str]:
     """A row for each group; only what one of them has gets a column."""
-    labels = {metric.key: metric.label.replace(" (ms)", "") for metric in METRICS}
     told = [key for key in MAIN_METRICS if any(got.distributions[key].n for got in groups.values())]
     figures = [(key, rank) for key in told for rank in (50.0, 99.0)]
-    rows = [[name, "ok", "errors", *(f"{labels[key]} p{rank:g}" for key, rank in figures), "cached"]]
+    rows = [
+        [
+            name,
+            "ok",
+            "errors",
+            *(f"{METRIC[key].label} p{rank:g}".replace(" (ms)", "") for key, rank in figures),
+            "cached",
+        ]
+    ]
     for group, got in groups.items():
         cells = [_figure(got.distributions[key].percentiles.get(rank)) for key, rank in figures]
         share = "-" if got.cached_share is None else f"{got.cached_share:.1%}"
@@ -3748,12 +3724,7 @@ class Column(NamedTuple):
     """A column of --results-csv: what it says, for --help-columns, and how a record fills it."""
 
     meaning: str
-    cell: Callable[[Record], str]
-
-
-def _said_by_the_point(record: Record) -> str:
-    """The same in all rows of a point, as `CsvSink.begin` was told."""
-    return ""
+    cell: Callable[[Record], str] = lambda record: ""  # the same in all rows of a point, as `CsvSink.begin` is told
 
 
 CSV_COLUMNS: Mapping[str, Column] = {
@@ -3788,9 +3759,9 @@ CSV_COLUMNS: Mapping[str, Column] = {
     "session": Column("number of its session, from 0", _count("reply.session")),
     "turn": Column("number of its turn in the session, from 1", _count("reply.turn")),
     "server": Column("the --api-base it went to, where there are several", lambda r: _cell(r.reply.server)),
-    "level": Column("the concurrency, or the request rate, of its point", _said_by_the_point),
-    "repeat": Column("which measurement of that level, from 1", _said_by_the_point),
-    "start_unix_s": Column("when its point began, in seconds since 1970: the start of all others", _said_by_the_point),
+    "level": Column("the concurrency, or the request rate, of its point"),
+    "repeat": Column("which measurement of that level, from 1"),
+    "start_unix_s": Column("when its point began, in seconds since 1970: the start of all others"),
 }
 
 
@@ -3910,7 +3881,7 @@ class CsvSink:
         try:
             self._prepare()
         except UserError:
-            self.discard_if_empty()
+            self.close()
             raise
 
     def _prepare(self) -> None:
@@ -3976,9 +3947,6 @@ class CsvSink:
         return self._out.gone()
 
     def close(self) -> None:
-        self._out.close()
-
-    def discard_if_empty(self) -> None:
         """A run that measured nothing leaves no file in the way of the next."""
         self._out.close(-1 if self.rows else len(self._header))
 
@@ -6678,7 +6646,8 @@ async def warm_up(part: Part, sender: Sender) -> Lesson:
         tally, kept = await _warm_up_once(part, sender)
     if tally.errors and not part.stop.interrupted:
         if not tally.ok:
-            raise RunError(f"the warm-up failed, nothing was measured: {tally.first_error()}")
+            what = "of the next level failed" if part.schedule.first else "failed, nothing was measured"
+            raise RunError(f"the warm-up {what}: {tally.first_error()}")
         servers = [name for name, group in tally.groups["server"].items() if not group.ok]
         by = f", all of those to {', '.join(servers)}" if servers else ""
         note(f"{tally.errors} of {part.warmup} warm-up requests failed{by}: {tally.first_error()}")
@@ -7406,6 +7375,7 @@ _positive = _checked(int, lambda n: n >= 1, "a whole number, 1 or more")
 _count_or_none = _checked(int, lambda n: n >= 0, "a whole number, 0 or more")
 _seconds = _checked(float, lambda x: 0 < x < math.inf, "a number of seconds above 0")
 _pause = _checked(float, lambda x: 0 <= x < math.inf, "a number of seconds, 0 or more")
+_limit_ms = _checked(float, lambda x: 0 < x < math.inf, "a number of ms above 0")
 _above_0 = _checked(float, lambda x: x > 0, "a number above 0, or inf")
 _price_of = _checked(float, lambda x: 0 < x < math.inf, "a price above 0")
 _fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
@@ -7528,7 +7498,7 @@ def _goal(text: str) -> tuple[str, float]:
     name, _, limit = text.partition(":")
     if name not in GOODPUT_NAMES:
         raise BadValue(f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}")
-    value: float = _seconds(limit)
+    value: float = _limit_ms(limit)
     return GOODPUT_NAMES[name], value
 
 
@@ -7805,6 +7775,9 @@ def check_options(options: argparse.Namespace) -> None:
         (len(levels) > 1 < len(rates), "two lists at once: --concurrency or --request-rate, not both"),
         (searching and (lists or options.repeat > 1),
          "--find-max chooses levels and repeats them: no list, no --repeat"),
+        (searching and levels and not axis.by_rate,
+         "--find-max chooses how many are in flight: leave out --concurrency"),
+        (len(rates) > 1 and math.inf in rates, "a list of rates takes numbers: inf is no rate"),
         (searching and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
         (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
         (endless, "how long is each rate? --total-requests or --duration"),
@@ -8086,9 +8059,7 @@ class Invocation:
         self._open(config)
 
     def _close(self) -> None:
-        for csv_sink in self._csvs:
-            csv_sink.discard_if_empty()
-        for sink in self._summaries:
+        for sink in (*self._csvs, *self._summaries):
             sink.close()
         if self._page:
             self._page.close()
@@ -8213,8 +8184,8 @@ class Invocation:
         """What the figures do not say of a point; its times on the wall clock end as far apart as it took."""
         config, tally = measured.config, point.tally
         times = [point.start_unix_s + at for at in (tally.first_sent_s, tally.last_done_s)]
-        if not all(map(math.isfinite, times)):  # nothing was sent
-            times = [time.time()] * 2
+        if not all(map(math.isfinite, times)):  # nothing has ended
+            times = [point.start_unix_s] * 2
         return {
             "date": self._started,
             "benchmark_start_time_unix": times[0],

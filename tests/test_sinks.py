@@ -73,7 +73,7 @@ def test_a_servers_text_is_no_formula_and_no_second_line(tmp_path: Path, start: 
 
 def test_an_existing_file_is_refused_appended_to_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
-    bench.CsvSink(str(path), append=False, overwrite=False).close()
+    path.write_text(",".join(bench.CSV_COLUMNS) + "\n")
     with pytest.raises(bench.UserError, match="--append adds to it, --overwrite replaces it"):
         bench.CsvSink(str(path), append=False, overwrite=False)
     more = bench.CsvSink(str(path), append=True, overwrite=False)
@@ -90,7 +90,7 @@ def test_old_rows_are_replaced_when_the_run_begins_and_not_before(tmp_path: Path
     path = tmp_path / "r.csv"
     path.write_text("anything,else\n1,2\n")
     never = bench.CsvSink(str(path), append=False, overwrite=True)
-    never.discard_if_empty()
+    never.close()
     assert path.read_text() == "anything,else\n1,2\n"
     new = bench.CsvSink(str(path), append=False, overwrite=True)
     assert path.read_text() == "anything,else\n1,2\n"
@@ -108,7 +108,7 @@ def test_a_run_that_fails_does_not_remove_the_file_that_another_writes_to(tmp_pa
     path = tmp_path / "r.csv"
     failing = bench.CsvSink(str(path), append=False, overwrite=False)
     other = bench.CsvSink(str(path), append=True, overwrite=False)
-    failing.discard_if_empty()
+    failing.close()
     other.add(make_record(5))
     assert not other.gone()
     other.close()
@@ -142,7 +142,7 @@ def test_simultaneous_starts_write_one_header_and_lose_no_row(tmp_path: Path) ->
         "for n in range(20):\n"
         "    sink = b.CsvSink(sys.argv[1] + str(n), True, False); sink.begin()\n"
         "    if sys.argv[2] != '0': sink.add(make_record(int(sys.argv[2])))\n"
-        "    sink.discard_if_empty()\n"
+        "    sink.close()\n"
     )
     path = tmp_path / "r.csv"
     command = [sys.executable, "-c", code, str(path)]
@@ -179,10 +179,10 @@ def test_an_older_files_missing_columns_are_named(tmp_path: Path) -> None:
 
 def test_a_run_that_measured_nothing_leaves_no_file(tmp_path: Path) -> None:
     fresh, old = tmp_path / "fresh.csv", tmp_path / "old.csv"
-    bench.CsvSink(str(fresh), append=False, overwrite=False).discard_if_empty()
+    bench.CsvSink(str(fresh), append=False, overwrite=False).close()
     assert not fresh.exists()
     old.write_text(",".join(bench.CSV_COLUMNS) + "\n")
-    bench.CsvSink(str(old), append=True, overwrite=False).discard_if_empty()
+    bench.CsvSink(str(old), append=True, overwrite=False).close()
     assert old.exists()
 
 
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_loses_rows_but_spoils_none(tmp_path: Path, monkeyp
 
 def test_rows_that_are_added_begin_on_a_line_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
-    bench.CsvSink(str(path), append=False, overwrite=False).close()
+    path.write_text(",".join(bench.CSV_COLUMNS) + "\n")
     with open(path, "ab") as file:
         file.write(b"7,1,2")  # where another writer was killed
     sink = bench.CsvSink(str(path), append=True, overwrite=False)
