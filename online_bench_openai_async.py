@@ -8059,7 +8059,8 @@ class Invocation:
         self._open(config)
 
     def _close(self) -> None:
-        for sink in (*self._csvs, *self._summaries):
+        sinks: list[Union[CsvSink, SummarySink]] = [*self._csvs, *self._summaries]
+        for sink in sinks:
             sink.close()
         if self._page:
             self._page.close()
