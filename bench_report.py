@@ -1652,7 +1652,9 @@ def distrusted(level: Level) -> list[str]:
     """What stands between a run's figures and its server."""
     rate = level.figure("error_rate")
     lines = [f"{level.run} measured its client, not the server: {level.client_bound}"] if level.client_bound else []
-    return lines + ([f"{level.run}: {rate:.1%} of its requests failed and are in no figure"] if rate else [])
+    lines += [f"{level.run}: {rate:.1%} of its requests failed and are in no figure"] if rate else []
+    cut = sum(point.count("aborted") for point in level.points)
+    return lines + ([f"{level.run}: {cut} of its requests were cut off and are in no figure"] if cut else [])
 
 
 def pairs_of(base: Sequence[Level], other: Sequence[Level]) -> list[tuple[Level, Level]]:

@@ -3285,7 +3285,7 @@ def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -
     lines = []
     if bend is not None and bend == undisturbed(levels)[-1].level:
         lines.append(f"No knee: at {bend:g} {unit} throughput still grew by more than {KNEE_GROWTH:.0%} per doubling")
-    elif bend is None and len(levels) > 2:
+    elif bend is None and len(undisturbed(levels)) > 2 and not levels[0].points[0].config.find_max:
         lines.append(f"No knee: nowhere did throughput grow by more than {KNEE_GROWTH:.0%} per doubling")
     elif bend is not None:
         lines.append(f"Knee: {bend:g} {unit}; beyond it throughput grows by less than {KNEE_GROWTH:.0%} per doubling")

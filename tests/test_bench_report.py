@@ -583,11 +583,19 @@ def test_compare_in_plain_words(tmp_path: Path, cli: Callable[..., Outcome]) -> 
 
 def test_what_is_not_comparable_is_said_first(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
     a = write_json(tmp_path / "a.jsonl", summary(mean_output_tokens=128.0, mean_prompt_tokens=100.0))
-    changes = {"model_id": "other", "mean_output_tokens": 64.0, "max_concurrency": 9, "failed": 50}
+    changes = {"model_id": "other", "mean_output_tokens": 64.0, "max_concurrency": 9, "failed": 50, "aborted": 3}
     b = write_json(tmp_path / "b.jsonl", summary(**changes, client_bound="it waited for a core"))
     out = cli("compare", a, b).out
     head = out[: out.index("ratio")]
-    for words in ("another model: m, other", "other output lengths", "another load", "measured its client", "33.3%"):
+    told = (
+        "another model: m, other",
+        "other output lengths",
+        "another load",
+        "measured its client",
+        "33.3%",
+        "3 of its",
+    )
+    for words in told:
         assert words in head
     assert "noise unknown for output tokens/s" in out
 

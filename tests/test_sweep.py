@@ -211,6 +211,8 @@ def test_levels_that_failed_or_were_cut_short_say_nothing_of_the_knee() -> None:
     assert "No knee: at 4 in flight" in sentences_of(told)[0]
     assert not any("knee" in line for line in table_of(told))
     assert sentences_of(levels(measured(1), measured(2), measured(4, summary=broken))) == []
+    searched = {"config": make_config(slo=["p99_latency_ms<1500"], find_max=[1.0, 8.0])}
+    assert bench.sweep_sentences(levels(*(measured(n, **searched) for n in (1, 2, 4))), "in flight", None) == []
 
 
 def test_repetitions_give_the_median_with_the_least_and_the_greatest() -> None:
