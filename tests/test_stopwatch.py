@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Callable, ClassVar, Optional
+from typing import Any, Callable, ClassVar, Optional, cast
 
 import pytest
 
@@ -87,7 +87,7 @@ def exchange_with(
         shared.open(time.perf_counter_ns())
         failures: list[Optional[bench.Failure]] = []
         for _ in range(count):
-            call = bench.Call(Arrivals, bench.Turn(shared))
+            call = bench.Call(cast(Any, Arrivals), bench.Turn(shared))
             call.payload = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(payload), payload)
             if meanwhile:
                 asyncio.get_running_loop().call_later(0.01, meanwhile)

@@ -211,8 +211,9 @@ def test_levels_that_failed_or_were_cut_short_say_nothing_of_the_knee() -> None:
     assert "No knee: at 4 in flight" in sentences_of(told)[0]
     assert not any("knee" in line for line in table_of(told))
     assert sentences_of(levels(measured(1), measured(2), measured(4, summary=broken))) == []
-    searched = {"config": make_config(slo=["p99_latency_ms<1500"], find_max=[1.0, 8.0])}
-    assert bench.sweep_sentences(levels(*(measured(n, **searched) for n in (1, 2, 4))), "in flight", None) == []
+    searching = make_config(slo=["p99_latency_ms<1500"], find_max=[1.0, 8.0])
+    searched = [measured(n, config=searching) for n in (1, 2, 4)]
+    assert bench.sweep_sentences(levels(*searched), "in flight", None) == []
 
 
 def test_repetitions_give_the_median_with_the_least_and_the_greatest() -> None:
@@ -373,7 +374,8 @@ def test_figures_are_judged_and_the_exit_code_says_so(
     watching: Callable[..., Watching], judging: list[str], code: int, told: str
 ) -> None:
     server = watching(lambda number: 0.005 if number < 16 else 0.3)
-    size = ["--total-requests", "16"] + ([] if {"--concurrency", "--find-max"} & set(judging) else ["--concurrency", "8"])
+    chosen = {"--concurrency", "--find-max"} & set(judging)
+    size = ["--total-requests", "16", *([] if chosen else ["--concurrency", "8"])]
     done = cli(*target(server), *size, *judging)
     assert done.code == code, done.err
     assert told in done.out + done.err
