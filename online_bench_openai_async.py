@@ -8031,7 +8031,8 @@ class Invocation:
         self._open(config)
 
     def _close(self) -> None:
-        for sink in (*self._csvs, *self._summaries):
+        closing: Sequence[CsvSink | SummarySink] = (*self._csvs, *self._summaries)
+        for sink in closing:
             sink.close()
         if self._page:
             self._page.close()
