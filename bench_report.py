@@ -91,6 +91,7 @@ LEAST_BLOCKS = 4
 SAME_LENGTH = 0.02  # runs whose mean lengths differ by more are not comparable
 SEED = 20251
 
+TELLING_ERROR_SHARE = 0.01  # above it throughput says nothing of the load
 KNEE_GROWTH = 0.05  # of throughput per doubling of the level
 MOST_DOTS = 4_000  # per time strip
 MOST_CURVES = 10  # per distribution picture
@@ -417,7 +418,8 @@ def complete_columns(requests: Requests) -> Requests:
 
 
 def summarize(requests: Requests) -> dict[str, Any]:
-    """The flat result keys that requests alone can give. Elapsed: first send to last completion of a success."""
+    """The flat result keys that requests alone can give. Elapsed: first send to last completion of a success, or to
+    the last send of a failure, whose end no file tells."""
     aborted = requests.groups["error_kind"] == "aborted" if "error_kind" in requests.groups else ~requests.ok & False
     completed, cut = int(requests.ok.sum()), int(aborted.sum())
     failed = len(requests) - completed - cut
@@ -433,7 +435,8 @@ def summarize(requests: Requests) -> dict[str, Any]:
         figures["total_cached_tokens"] = float(requests.sample("cached_tokens").sum())
     done = requests.sample("done_s")
     if len(done):
-        figures.update(_rates(requests, float(done.max()), completed, totals))
+        end_s = max(float(done.max()), float(np.nanmax(requests.column("sent_s")[~aborted], initial=-np.inf)))
+        figures.update(_rates(requests, end_s, completed, totals))
     for metric in METRICS:
         sample = sample_of(requests, metric)
         figures.update({f"{name}_{metric.stem}": value for name, value in describe(sample).items()})
@@ -666,6 +669,10 @@ def refreshed(point: Point) -> Point:
     for name, key in (("level", "level"), ("repeat", "repeat"), ("start_unix_s", "benchmark_start_time_unix")):
         if requests.has(name):
             point.figures[key] = float(np.nanmin(requests.columns[name]))
+    due = np.sort(requests.column("scheduled_s")[~(requests.column("turn") > 1)])
+    level = point.figures.get("level")
+    if level and len(due) > 1 and 0.4 < (len(due) - 1) / (due[-1] - due[0] or np.nan) / level < 2.5:
+        point.figures["request_rate"] = level  # a level is a rate where requests were due at about that rate
     return point
 
 
@@ -1126,8 +1133,14 @@ def by_run(levels: Sequence[Level]) -> dict[str, list[Level]]:
     return runs
 
 
+def undisturbed(levels: Sequence[Level]) -> list[Level]:
+    """Those with hardly a failure: others do not show how throughput grows."""
+    return [level for level in levels if (level.figure("error_rate") or 0.0) <= TELLING_ERROR_SHARE]
+
+
 def knee(levels: Sequence[Level]) -> Optional[Level]:
     """The last level at which output tokens/s (else requests/s) still grew by more than 5 % per doubling."""
+    levels = undisturbed(levels)
     if len({level.by_rate for level in levels}) != 1 or len(levels) < 3:
         return None
     name = "output_throughput" if levels[0].figure("output_throughput") else "request_throughput"
@@ -1440,6 +1453,7 @@ def _limits_kept(levels: Sequence[Level], slos: Sequence[Slo]) -> str:
 
 
 def _peak(name: str, levels: Sequence[Level], unit: str) -> list[str]:
+    levels = undisturbed(levels) or levels
     best = max(levels, key=lambda level: level.figure("output_throughput") or 0.0)
     if not best.figure("output_throughput"):
         return []
@@ -1638,7 +1652,9 @@ def distrusted(level: Level) -> list[str]:
     """What stands between a run's figures and its server."""
     rate = level.figure("error_rate")
     lines = [f"{level.run} measured its client, not the server: {level.client_bound}"] if level.client_bound else []
-    return lines + ([f"{level.run}: {rate:.1%} of its requests failed and are in no figure"] if rate else [])
+    lines += [f"{level.run}: {rate:.1%} of its requests failed and are in no figure"] if rate else []
+    cut = sum(point.count("aborted") for point in level.points)
+    return lines + ([f"{level.run}: {cut} of its requests were cut off and are in no figure"] if cut else [])
 
 
 def pairs_of(base: Sequence[Level], other: Sequence[Level]) -> list[tuple[Level, Level]]:

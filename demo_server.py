@@ -1141,7 +1141,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         reason = error.strerror or error
         parser.error(f"cannot listen on {options.host}, port {options.port}: {reason}; --port 0 takes a free port")
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):  # who started it has gone before it could serve
         signal.signal(signal.SIGINT, signal.SIG_IGN if options.until_stdin_closes else signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if options.until_stdin_closes:

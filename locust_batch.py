@@ -9,7 +9,8 @@
 
 This one file is a Locust test: copy it to a machine with Python 3.9+ and `pip install locust`.
 Every prompt is submitted once, as one chat completion, whole or streamed, whatever the number of users,
-processes and machines, and every prompt that was sent becomes exactly one row of one CSV file.
+processes and machines, and every prompt that was sent becomes exactly one row of one CSV file. Of a session each turn
+is such a prompt, sent after the one before it, by the same user.
 
     REQUESTS_FILE=requests.jsonl OPENAI_MODEL=my-model \\
     locust -f locust_batch.py --headless --host http://127.0.0.1:8000 -u 500 -r 500
@@ -39,6 +40,7 @@ from locust import User, constant, events  # first of all: it has gevent patch w
 
 # isort: split
 import base64
+import bisect
 import csv
 import errno
 import gc
@@ -115,7 +117,7 @@ MESSAGE = "locust_batch."  # prefix of our own messages between master and worke
 COLUMNS = (
     *("index", "prompt_tokens", "completion_tokens", "total_tokens", "latency_ms", "status", "error"),
     *("error_kind", "sent_s", "ttft_ms", "tpot_ms", "late_read", "finish_reason", "cached_tokens", "reasoning_tokens"),
-    *("new_connection", "http_status"),
+    *("new_connection", "http_status", "session", "turn"),
 )
 
 IMPORTED_BY = os.getpid()  # with --processes, Locust forks its workers after importing this file
@@ -133,6 +135,7 @@ class Prompt(NamedTuple):
     """One line of the corpus, as it stands there; it travels to the workers in this order."""
 
     number: int
+    first: int  # index of its first request: the turns of sessions are numbered through
     line: str
 
 
@@ -153,6 +156,7 @@ class Settings:
     path: str = field(repr=False)  # with the query
     timeout_s: float
     stream: bool
+    history: str
 
     @property
     def authorization(self) -> str:
@@ -194,7 +198,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Record:
-    """A prompt that has ended: its outcome, and when, in seconds from the start of the run."""
+    """A request that has ended: its outcome, and when, in seconds from the start of the run."""
 
     index: int
     outcome: Outcome
@@ -206,6 +210,8 @@ class Record:
     by_kernel: bool = False  # all arrivals bear the kernel's stamp
     new_connection: Optional[bool] = None
     sent_again: bool = False
+    session: Optional[int] = None
+    turn: Optional[int] = None  # of its session, from 1
 
     def span_ms(self, start_s: Optional[float], end_s: Optional[float]) -> Optional[float]:
         good = self.outcome.status == SUCCESS and start_s is not None and end_s is not None
@@ -237,11 +243,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a corpus is dealt out. one_each: as many users as prompts, or more, so nobody takes a second."""
+    """How a corpus is dealt out. one_each: as many users as prompts, or more, so nobody takes a second.
+
+    A session is dealt out as one prompt.
+    """
 
     prompts: int
     users: int
     workers: int = 1
+    noun: str = "prompts"
 
     @property
     def one_each(self) -> bool:
@@ -253,11 +263,10 @@ class Plan:
         return min(self.users, self.prompts) // self.workers
 
     def sentence(self) -> str:
-        if self.users == self.prompts:
-            return f"{self.prompts} prompts, {self.users} users: one each"
+        what = "each takes the next one until none is left"
         if self.one_each:
-            return f"{self.prompts} prompts, {self.users} users: the extra users stop at once"
-        return f"{self.prompts} prompts, {self.users} users: each takes the next prompt until none is left"
+            what = "one each" if self.users == self.prompts else "the extra users stop at once"
+        return f"{self.prompts} {self.noun}, {self.users} users: {what}"
 
 
 # --- secrets ---
@@ -306,23 +315,34 @@ BODY_KEYS = frozenset(
     "skip_special_tokens spaces_between_special_tokens stop_regex stop_token_ids stream_reasoning structured_outputs "
     "thinking_token_budget top_k truncate_prompt_tokens use_beam_search vllm_xargs".split()
 )
-PROMPT_KEYS = ("messages", "turns", "text", "prompt")
+PROMPT_KEYS = ("messages", "turns", "conversations", "text", "prompt")
 LIMITS = ("max_tokens", "max_completion_tokens")
 
 
+class Turn(NamedTuple):
+    """What the user says in one turn of a session; the answer is the corpus's own, where it has one."""
+
+    content: Any
+    limit: Optional[int] = None
+    delay_ms: float = 0.0  # think time before it, from the end of the turn before
+    answer: Optional[str] = None
+
+
 class Asked(NamedTuple):
-    """What a line asks for: fields of the body, its output limit, and whether nothing of ours but a model is added."""
+    """What a line asks for: fields of the body, its output limit, whether nothing of ours but a model is added, and
+    of a session its turns, the first one included."""
 
     fields: dict[str, Any]
     limit: Optional[int] = None
     whole: bool = False
+    turns: Sequence[Turn] = ()
 
 
 def parse_line(line: str, system_prompt: str = "") -> Asked:
     """One corpus line; ValueError says what is wrong with it.
 
     >>> parse_line('{"text": "Hi", "output_tokens": 5, "top_k": 1, "id": 7}')
-    Asked(fields={'top_k': 1, 'messages': [{'role': 'user', 'content': 'Hi'}]}, limit=5, whole=False)
+    Asked(fields={'top_k': 1, 'messages': [{'role': 'user', 'content': 'Hi'}]}, limit=5, whole=False, turns=())
     """
     try:
         row = json.loads(line, parse_constant=not_a_number, parse_float=finite)
@@ -351,10 +371,48 @@ def asked_by(row: Mapping[str, Any], system_prompt: str) -> Asked:
             raise ValueError(f"'url' is {url:.80}, and this run asks /chat/completions")
         messages_of({"messages": body.get("messages", ())}, "")
         return Asked(body, whole=True)
+    turns: Sequence[Turn] = ()
+    if next((key for key in PROMPT_KEYS if key in row), "") in ("turns", "conversations"):
+        turns, system = session_of(row)
+        row = {**row, "messages": [{"role": "user", "content": turns[0].content}]}
+        system_prompt = system or system_prompt
     fields = {key: value for key, value in row.items() if key in BODY_KEYS}
     limit = limit_of(row)
     own_limit = any(name in body for name in LIMITS)
-    return Asked({**fields, "messages": messages_of(row, system_prompt), **body}, None if own_limit else limit)
+    fields = {**fields, "messages": messages_of(row, system_prompt), **body}
+    return Asked(fields, None if own_limit else limit, turns=turns)
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def session_of(row: Mapping[str, Any]) -> tuple[list[Turn], str]:
+    """(turns, system prompt) of `turns`, or of ShareGPT's `conversations`; what an assistant says answers the turn."""
+    turns: list[Turn] = []
+    system, said = row.get("system"), row.get("turns", row.get("conversations"))
+    if not isinstance(said, list) or not all(isinstance(item, dict) for item in said):
+        raise ValueError("turns or conversations are not a list of objects")
+    for item in said:
+        role = ROLES.get(str(item.get("from", item.get("role", "user"))))
+        content = item.get("value", item.get("content"))
+        if role == "user":
+            turns.append(turn_of(item, content))
+        elif role == "assistant" and turns and isinstance(content, str):
+            turns[-1] = turns[-1]._replace(answer=content)
+        elif role == "system":
+            system = content
+    if not turns:
+        raise ValueError("a session without turns")
+    return turns, system if isinstance(system, str) else ""
+
+
+def turn_of(item: Mapping[str, Any], content: Any) -> Turn:
+    delay_ms = item.get("delay_ms") or 0
+    if not content or not isinstance(content, (str, list)):
+        raise ValueError("a turn without content")
+    if isinstance(delay_ms, bool) or not isinstance(delay_ms, (int, float)) or delay_ms < 0:
+        raise ValueError(f"delay_ms is not a number of 0 or more: {delay_ms!r:.40}")
+    return Turn(content, limit_of({key: value for key, value in item.items() if value is not None}), delay_ms)
 
 
 def refuse_fields(fields: Mapping[str, Any]) -> None:
@@ -376,12 +434,10 @@ def finite(text: str) -> float:
 
 
 def messages_of(row: Mapping[str, Any], system_prompt: str) -> list[dict[str, Any]]:
-    """`messages` comes before `turns`, `text` and `prompt`."""
-    key = next((key for key in PROMPT_KEYS if key in row), None)
+    """`messages` comes before `text` and `prompt`."""
+    key = next((key for key in ("messages", "text", "prompt") if key in row), None)
     if key is None:
         raise ValueError("no prompt: neither 'messages', 'text' nor 'prompt'")
-    if key == "turns":
-        raise ValueError("'turns' cannot be sent yet: give each prompt a line of its own")
     messages = row[key]
     if key != "messages":
         if not isinstance(messages, str) or not messages:
@@ -403,14 +459,47 @@ def limit_of(row: Mapping[str, Any]) -> Optional[int]:
     return limit
 
 
-def parse_corpus(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """The checked line of each prompt; blank lines are skipped. UsageError names the line at fault."""
+class Corpus:
+    """The lines of all prompts, and where the requests of each begin: a session has one for each turn."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.starts = array("Q", [0])
+        self.unanswered = 0  # sessions that lack the answer to a turn
+
+    def add(self, line: str) -> None:
+        turns = parse_line(line).turns
+        self.lines.append(line)
+        self.starts.append(self.starts[-1] + max(1, len(turns)))
+        self.unanswered += any(turn.answer is None for turn in turns[:-1])
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def requests(self) -> int:
+        return self.starts[-1]
+
+    def requests_of(self, number: int) -> int:
+        return self.starts[number + 1] - self.starts[number]
+
+    def prompt(self, number: int) -> Prompt:
+        return Prompt(number, self.starts[number], self.lines[number])
+
+    def number(self, index: int) -> int:
+        """The line that a request is of."""
+        return bisect.bisect_right(self.starts, index) - 1
+
+
+def read_corpus(lines: Iterable[bytes], name: str) -> Iterator[Corpus]:
+    """The corpus as it grows, each line checked; blank ones are skipped. UsageError names the line at fault."""
+    corpus = Corpus()
     for number, raw in enumerate(lines, 1):
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             if line.strip():
-                parse_line(line)
-                yield line
+                corpus.add(line)
+                yield corpus
         except UnicodeDecodeError:
             raise UsageError(f"{name}, line {number}: not UTF-8; save the corpus as UTF-8") from None
         except ValueError as error:
@@ -436,18 +525,51 @@ def request_head(settings: Settings) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def request_body(settings: Settings, line: str) -> bytes:
-    """What the line asks for goes before EXTRA_BODY, and that before our own defaults; one limit is sent, not two."""
-    asked = parse_line(line, settings.system_prompt)
-    ours = {**settings.defaults, **settings.extra_body}
-    limited = next((name for name in LIMITS if name in settings.extra_body), LIMITS[0])
-    own = {} if asked.limit is None else {limited: asked.limit}
-    if asked.whole:
-        ours = {name: ours[name] for name in ("model", "stream", "stream_options") if name in ours}
-    if own or any(name in asked.fields for name in LIMITS):
-        ours = {name: value for name, value in ours.items() if name not in LIMITS}
-    body = {**ours, **own, **asked.fields}
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+class Talk:
+    """The requests that a line asks for, one after the other: of a session each with all that was said before."""
+
+    def __init__(self, settings: Settings, prompt: Prompt, turn: int = 0) -> None:
+        self.settings, self.prompt, self.turn = settings, prompt, turn
+        self.asked = parse_line(prompt.line, settings.system_prompt)
+        self.said = list(self.asked.fields["messages"])
+
+    @property
+    def index(self) -> int:
+        return self.prompt.first + self.turn
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The columns `session` and `turn`."""
+        return {"session": self.prompt.number, "turn": self.turn + 1} if self.asked.turns else {}
+
+    def body(self) -> bytes:
+        """What the line asks for goes before EXTRA_BODY, and that before our own defaults; one limit, not two."""
+        fields, limit, whole, turns = self.asked
+        settings, limit = self.settings, (turns[self.turn].limit if turns else None) or limit
+        ours = {**settings.defaults, **settings.extra_body}
+        name_of_limit = next((name for name in LIMITS if name in settings.extra_body), LIMITS[0])
+        if whole:
+            ours = {name: ours[name] for name in ("model", "stream", "stream_options") if name in ours}
+        if limit is not None or any(name in fields for name in LIMITS):
+            ours = {name: value for name, value in ours.items() if name not in LIMITS}
+        if limit is not None and not any(name in fields for name in LIMITS):
+            ours[name_of_limit] = limit
+        body = {**ours, **fields, "messages": self.said}
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def goes_on(self) -> bool:
+        return self.turn + 1 < len(self.asked.turns)
+
+    def go_on(self, answered: str) -> float:
+        """To the next turn; what it is to wait, in s."""
+        answer = self.asked.turns[self.turn].answer if self.settings.history == "corpus" else answered
+        self.turn += 1
+        turn = self.asked.turns[self.turn]
+        # Halves of surrogate pairs may have come apart in a stream; one without its other half cannot be sent.
+        text = (answer or "").encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        sendable = text.encode("utf-8", "replace").decode()
+        self.said += [{"role": "assistant", "content": sendable}, {"role": "user", "content": turn.content}]
+        return turn.delay_ms / 1000
 
 
 # === 5. Reply (pure) ===
@@ -505,6 +627,13 @@ def read_reply(reply: Reply, secrets: Iterable[str] = ()) -> Outcome:
         kind, message = said.problem
         return Outcome(DECODE_ERROR, kind, plain(message, secrets=secrets), finish_reason=finish, http_status=status)
     return Outcome(SUCCESS, finish_reason=finish, http_status=status, **said.counts)
+
+
+def content_of(reply: Reply) -> str:
+    """What a complete answer says to the user, without reasoning."""
+    if reply.stream:
+        return "".join(reply.stream.texts)
+    return str(json.loads(reply.body)["choices"][0]["message"].get("content") or "")
 
 
 def http_error_text(reply: Reply) -> str:
@@ -637,20 +766,21 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class StreamReader:
     """Reads server-sent events, however they are cut into packets; an event bears the stamp of its last byte."""
 
+    complete = False  # nothing that could still come would matter
+    first_s: Optional[float] = None  # None, too, where it was read late, together with the next
+    last_s: Optional[float] = None
+    late_read = opened = after_cr = False
+    chunks = 0
+    stamp_s = 0.0
+    head = b""
+    choice: Any = None
+    finish = ""
+    counts: Mapping[str, Any] = {}
+    problem: Optional[tuple[str, str]] = None
+
     def __init__(self) -> None:
-        self.complete = False  # nothing that could still come would matter
-        self.first_s: Optional[float] = None  # None, too, where it was read late, together with the next
-        self.last_s: Optional[float] = None
-        self.late_read = False
-        self.chunks = 0
-        self.stamp_s = 0.0
-        self.head = b""
         self.tail = bytearray()
-        self.opened = self.after_cr = False
-        self.choice: Any = None
-        self.finish = ""
-        self.counts: Mapping[str, Any] = {}
-        self.problem: Optional[tuple[str, str]] = None
+        self.texts: list[str] = []
 
     def feed(self, data: bytes, stamp_s: float, late: bool) -> None:
         """`late`: what this read holds may have queued up, and its stamp is that of its last byte."""
@@ -689,9 +819,7 @@ class StreamReader:
             body = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError):
             text = data[:120].decode("utf-8", "replace")
-            self.fail("stream_error", text) if is_error else self.fail(
-                "bad_event", f"an event that is not JSON: {text}"
-            )
+            self.fail(*(("stream_error", text) if is_error else ("bad_event", f"an event that is not JSON: {text}")))
             return
         message = error_text(body)
         if message or is_error:
@@ -715,6 +843,8 @@ class StreamReader:
             self.first_s = self.first_s if self.chunks else self.stamp_s
             self.last_s = self.stamp_s
             self.chunks += 1
+            if isinstance(delta.get("content"), str):
+                self.texts.append(delta["content"])
         self.finish = finish_of(choice) or self.finish
 
     def fail(self, kind: str, message: str) -> None:
@@ -809,16 +939,16 @@ class Assignments:
     once a first may have sent it.
 
     >>> prompts = Assignments(range(4), Plan(prompts=4, users=4, workers=2))
-    >>> prompts.grant("a", urgent=0, spare=9), prompts.grant("b", urgent=3, spare=9), prompts.close("a", 0)
+    >>> prompts.grant("a", urgent=0, spare=9), prompts.grant("b", urgent=3, spare=9), prompts.note("a", 0, 0)
     ([0, 1], [2, 3], True)
-    >>> prompts.close("a", 0), prompts.close("b", 1), prompts.release("a"), list(prompts.unsent)
-    (False, False, 1, [1])
+    >>> prompts.note("a", 0, 0), prompts.close("b", 1), prompts.close("a", 0), prompts.release("a"), [*prompts.unsent]
+    (False, False, True, 1, [1])
     """
 
-    def __init__(self, indices: Iterable[int], plan: Plan) -> None:
+    def __init__(self, numbers: Iterable[int], plan: Plan) -> None:
         self.plan = plan
-        self.unsent = deque(indices)
-        self.held: dict[str, set[int]] = {}
+        self.unsent = deque(numbers)
+        self.held: dict[str, dict[int, int]] = {}  # by worker: its prompts, and how many requests of each have ended
         self.granted: Counter[str] = Counter()
 
     def grant(self, worker: str, urgent: int, spare: int) -> list[int]:
@@ -826,7 +956,7 @@ class Assignments:
         urgent = min(urgent, len(self.unsent))
         spare = min(spare, self.spare_limit(worker, urgent))
         taken = [self.unsent.popleft() for _ in range(urgent + spare)]
-        self.held.setdefault(worker, set()).update(taken)
+        self.held.setdefault(worker, {}).update(dict.fromkeys(taken, 0))
         self.granted[worker] += len(taken)
         return taken
 
@@ -838,28 +968,32 @@ class Assignments:
             return max(0, min(rest, self.plan.share - self.granted[worker] - urgent))
         return rest // (2 * self.plan.workers)
 
-    def close(self, worker: str, index: int) -> bool:
-        """False: not held there, so its row is already written."""
-        held = self.held.get(worker, set())
-        if index not in held:
+    def note(self, worker: str, number: int, turn: int) -> bool:
+        """A request of this prompt has ended, `turn` from 0; False: its row is already written."""
+        held = self.held.get(worker, {})
+        if held.get(number) != turn:
             return False
-        held.remove(index)
+        held[number] += 1
         return True
 
+    def close(self, worker: str, number: int) -> bool:
+        """False: not held there."""
+        return self.held.get(worker, {}).pop(number, None) is not None
+
     def release(self, worker: str) -> int:
-        """A worker has given back what it never sent."""
-        given_back = sorted(self.held.pop(worker, ()), reverse=True)
+        """A worker has given back what it never sent; a session that has begun ends there."""
+        given_back = sorted((number for number, ended in self.held.pop(worker, {}).items() if not ended), reverse=True)
         self.unsent.extendleft(given_back)
         return len(given_back)
 
     def holders(self) -> list[str]:
         return [worker for worker, held in self.held.items() if held]
 
-    def lost(self) -> list[int]:
-        """All that is still held, of whoever; it is closed with this."""
-        indices = sorted(index for held in self.held.values() for index in held)
+    def lost(self) -> list[tuple[int, int]]:
+        """All that is still held, of whoever, and how many requests of each have ended; it is closed with this."""
+        lost = sorted(item for held in self.held.values() for item in held.items())
         self.held.clear()
-        return indices
+        return lost
 
 
 # === 7. Metrics and text (pure) ===
@@ -889,6 +1023,7 @@ class Tally:
     successes: int = 0
     without_usage: int = 0
     sent_again: int = 0
+    sessions: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
     first_sent_s: float = math.inf
@@ -903,6 +1038,7 @@ class Tally:
     def add(self, record: Record) -> None:
         outcome = record.outcome
         self.sent_again += record.sent_again
+        self.sessions += record.turn == 1
         if record.sent_s is not None and record.done_s is not None:
             self.first_sent_s = min(self.first_sent_s, record.sent_s)
             self.last_done_s = max(self.last_done_s, record.done_s)
@@ -950,34 +1086,30 @@ NOTES = (  # what of a run needs saying where there is any of it: its name in Ta
 )
 
 
-def summary_text(tally: Tally, unsent: int, results: str) -> str:
-    asked = tally.rows + unsent
+def summary_text(tally: Tally, unsent: int, unsent_turns: int, results: str) -> str:
+    """`unsent`: requests whose turn never came; `unsent_turns`: those of sessions that had begun."""
+    asked = tally.rows + unsent + unsent_turns
     lines = [("Total time (s)", shown(tally.elapsed_s), "first request sent to last reply")]
     lines.append(("Requests/s", shown(tally.rate(tally.successes), 2), ""))
-    for name, tokens in (
-        ("In", tally.tokens_in),
-        ("Out", tally.tokens_out),
-        ("Total", tally.tokens_in + tally.tokens_out),
-    ):
+    tokens_in, tokens_out = tally.tokens_in, tally.tokens_out
+    for name, tokens in (("In", tokens_in), ("Out", tokens_out), ("Total", tokens_in + tokens_out)):
         lines.append((f"{name} tokens/s", shown(tally.rate(tokens), 2), f"{tokens} tokens"))
     for name, title in SAMPLED.items():
         sample = sorted(tally.samples[name])
         for q in (50, 90, 99) if sample or name == "latency_ms" else ():
             lines.append((f"{title} p{q} (ms)", shown(percentile(sample, q)), f"exact, n={len(sample)}"))
-    lines += [
-        (f"! {kind}", str(times), f"first: {tally.first_errors[kind]}")
-        for (_, kind), times in tally.failures.most_common()
-    ]
+    for (_, kind), times in tally.failures.most_common():
+        lines.append((f"! {kind}", str(times), f"first: {tally.first_errors[kind]}"))
     if unsent:
         lines.append(("! never sent", str(unsent), "the run ended before their turn"))
+    if unsent_turns:
+        why = f"of the {tally.sessions} sessions begun: a turn before them failed, or the run ended"
+        lines.append(("! turns not sent", str(unsent_turns), why))
     lines += [(f"! {title}", str(getattr(tally, name)), why) for name, title, why in NOTES if getattr(tally, name)]
     if tally.successes:
-        late_ms = sorted(tally.late_ms)
-        late = (
-            f"p50 {shown(percentile(late_ms, 50), 1)}, p99 {shown(percentile(late_ms, 99), 1)}, max {late_ms[-1]:.1f}"
-        )
-        share = f"{tally.by_kernel / tally.successes:.0%}"
-        lines.append(("Stamped by kernel", share, f"of the replies; their bytes waited here for up to {late} ms"))
+        p50, p99, most = (shown(percentile(sorted(tally.late_ms), q), 1) for q in (50, 99, 100))
+        late = f"of the replies; their bytes waited here for up to p50 {p50}, p99 {p99}, max {most} ms"
+        lines.append(("Stamped by kernel", f"{tally.by_kernel / tally.successes:.0%}", late))
     lines.append(("Rows", str(tally.rows), f"in {results}"))
     head = f"=== locust_batch: {tally.successes} of {asked} prompts answered, {asked - tally.successes} not ==="
     return "\n".join([head, *(f"  {name:<22}{value:>14}  {note}".rstrip() for name, value, note in lines)])
@@ -1012,7 +1144,7 @@ def csv_row(record: Record) -> list[str]:
 # === 8. Options ===
 
 OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("requests_file", "requests.jsonl", "corpus, one JSON object a line: messages, text or prompt; max_tokens"),
+    ("requests_file", "requests.jsonl", "corpus, one JSON object a line: text, prompt, messages or turns; max_tokens"),
     ("openai_endpoint_path", "/v1/chat/completions", "path, joined to --host"),
     ("openai_api_key", "", "bearer token; better in the environment: a process list shows options"),
     ("openai_model", "gpt-4o-mini", "model name"),
@@ -1023,6 +1155,7 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("extra_body", "", "JSON object merged into every request; what a line asks for wins"),
     ("request_timeout", f"{DEFAULT_TIMEOUT_S:g}", "seconds that one request may take"),
     ("stream", False, "stream the answers, and measure TTFT and TPOT"),
+    ("history", "server", "whose answers a later turn of a session holds: server or corpus"),
 )
 
 
@@ -1047,6 +1180,8 @@ def settings_from(options: Any, host: Optional[str]) -> Settings:
     api_key = given["openai_api_key"].strip()
     if not api_key.isprintable() or not api_key.isascii():
         raise UsageError("--openai-api-key holds a character that no header can carry")
+    if given["history"] not in HISTORIES:
+        raise UsageError("--history is neither server nor corpus")
     tls = target.scheme == "https"
     return Settings(
         requests_file=given["requests_file"],
@@ -1062,6 +1197,7 @@ def settings_from(options: Any, host: Optional[str]) -> Settings:
         path=joined_path(target.path, given["openai_endpoint_path"].strip(), target.query),
         timeout_s=number_of(given, "request_timeout", float, 0.001) or DEFAULT_TIMEOUT_S,
         stream=bool(options.stream),
+        history=given["history"],
     )
 
 
@@ -1095,6 +1231,7 @@ def joined_path(base: str, endpoint: str, query: str) -> str:
     return quote(f"{base.rstrip('/')}/{path}" + (f"?{queries}" if queries else ""), safe="/?&=%:@,;+$!*'()~")
 
 
+HISTORIES = ("server", "corpus")
 STREAM_FIELDS: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -1130,19 +1267,20 @@ def number_of(given: Mapping[str, str], name: str, kind: type, least: float) -> 
     raise UsageError(f"{option} is not a {'whole ' if kind is int else ''}number of at least {least:g}")
 
 
-def load_corpus(path: str) -> list[str]:
-    """The line of every prompt; turns the event loop now and then, so that no heartbeat is missed."""
-    corpus: list[str] = []
+def load_corpus(path: str, history: str = "server") -> Corpus:
+    """The checked corpus; turns the event loop now and then, so that no heartbeat is missed."""
+    corpus = Corpus()
     try:
         with open(path, "rb") as file:
-            for line in parse_corpus(file, path):
-                corpus.append(line)
+            for corpus in read_corpus(file, path):
                 if len(corpus) % PARSE_LINES == 0:
                     gevent.sleep(0)
     except OSError as error:
         raise UsageError(f"cannot read --requests-file {path}: {error.strerror or error}") from None
     if not corpus:
         raise UsageError(f"{path} holds no prompt; one JSON object per line with 'text', 'prompt' or 'messages'")
+    if history == "corpus" and corpus.unanswered:
+        raise UsageError(f"--history corpus: {corpus.unanswered} sessions of {path} lack the answer to a turn")
     return corpus
 
 
@@ -1498,7 +1636,7 @@ class Run:
 
     number: int
     settings: Settings
-    corpus: list[str]
+    corpus: Corpus
     assignments: Assignments
     results: ResultsFile
     zero: float
@@ -1515,6 +1653,27 @@ class Run:
         """Prompts are still handed out."""
         return not (self.given_up or self.ending)
 
+    def is_fresh(self, worker: str, record: Record) -> bool:
+        number = self.corpus.number(record.index)
+        return self.assignments.note(worker, number, record.index - self.corpus.starts[number])
+
+    def keep(self, records: Sequence[Record]) -> None:
+        if records:
+            self.results.add(records)
+        for record in records:
+            self.tally.add(record)
+
+    def lost(self) -> list[Record]:
+        """One for each prompt that a worker did not report: of a session the turn that it may have been at."""
+        outcome = Outcome(HTTP_ERROR, "process_lost", "its worker did not report it; the server may have seen it")
+        lost = (Talk(self.settings, self.corpus.prompt(number), at) for number, at in self.assignments.lost())
+        return [Record(talk.index, outcome, **talk.place) for talk in lost]
+
+    def unsent(self) -> tuple[int, int]:
+        """(requests of prompts that were not begun, turns that are left of sessions that were)"""
+        waiting = sum(map(self.corpus.requests_of, self.assignments.unsent))
+        return waiting, self.corpus.requests - self.tally.rows - waiting
+
 
 class Coordinator:
     """Deals out the corpus and collects the results: in the one process of a small run, or on the master."""
@@ -1524,16 +1683,14 @@ class Coordinator:
         self.runner = environment.runner
         self.options = environment.parsed_options
         self.distributed = isinstance(self.runner, MasterRunner)
-        self.prepared: Optional[tuple[Settings, list[str], ResultsFile]] = None
+        self.prepared: Optional[tuple[Settings, Corpus, ResultsFile]] = None
         self.run: Optional[Run] = None
         self.runs = 0
         self.host = ""
         self.listening: set[str] = set()  # workers that can take our messages: Locust counts them in earlier
         self.server_url()
-        self.runner.register_message(MESSAGE + "hello", lambda msg, **_: self.listening.add(msg.node_id))
-        self.runner.register_message(MESSAGE + "want", self.on_want)
-        self.runner.register_message(MESSAGE + "rows", self.on_rows)
-        self.runner.register_message(MESSAGE + "released", self.on_released)
+        for name in ("hello", "want", "rows", "released"):
+            self.runner.register_message(MESSAGE + name, getattr(self, f"on_{name}"))
         gevent.spawn(self.watch_for_the_end)
 
     def server_url(self) -> str:
@@ -1545,10 +1702,10 @@ class Coordinator:
             self.environment.host = masked(self.host)
         return self.host
 
-    def prepare(self) -> tuple[Settings, list[str], ResultsFile]:
+    def prepare(self) -> tuple[Settings, Corpus, ResultsFile]:
         """Everything that can fail, in an order that writes nothing if it does."""
         settings = settings_from(self.options, self.server_url())
-        corpus = load_corpus(settings.requests_file)
+        corpus = load_corpus(settings.requests_file, settings.history)
         return settings, corpus, ResultsFile(settings.results_csv)
 
     def begin(self) -> None:
@@ -1557,7 +1714,8 @@ class Coordinator:
         self.prepared = None
         self.runs += 1
         workers = self.live_workers()
-        plan = Plan(len(corpus), self.runner.target_user_count, max(1, len(workers)))
+        noun = "sessions" if corpus.requests > len(corpus) else "prompts"
+        plan = Plan(len(corpus), self.runner.target_user_count, max(1, len(workers)), noun)
         logger.info(plan.sentence())
         self.environment.process_exit_code = None
         now = time.perf_counter()
@@ -1578,7 +1736,13 @@ class Coordinator:
             return [LOCAL]
         return [node.id for node in self.runner.clients.all if node.state != "missing"]
 
+    def live_holders(self, run: Run) -> set[str]:
+        return set(run.assignments.holders()).intersection(self.live_workers())
+
     # Dealing
+
+    def on_hello(self, environment: Any, msg: Any, **_: Any) -> None:
+        self.listening.add(msg.node_id)
 
     def on_want(self, environment: Any, msg: Any, **_: Any) -> None:
         if self.run is not None:
@@ -1617,8 +1781,8 @@ class Coordinator:
         part: list[Prompt] = []
         size = 0
         for index in indices:
-            part.append(Prompt(index, run.corpus[index]))
-            size += len(run.corpus[index])
+            part.append(run.corpus.prompt(index))
+            size += len(part[-1].line)
             if size >= BATCH_BYTES or len(part) >= BATCH_PROMPTS:
                 yield part
                 part, size = [], 0
@@ -1629,27 +1793,26 @@ class Coordinator:
 
     def on_rows(self, environment: Any, msg: Any, **_: Any) -> None:
         if self.run is not None and msg.data["run"] == self.run.number:
-            self.add(msg.node_id, [Record.of(values) for values in msg.data["rows"]])
+            self.add(msg.node_id, [Record.of(values) for values in msg.data["rows"]], msg.data["ended"])
 
     def on_released(self, environment: Any, msg: Any, **_: Any) -> None:
         if self.run is not None and msg.data["run"] == self.run.number:
             self.run.assignments.release(msg.node_id)
             self.run.heard = time.perf_counter()
 
-    def add(self, worker: str, records: Sequence[Record]) -> None:
+    def add(self, worker: str, records: Iterable[Record], ended: Iterable[int]) -> None:
+        """`ended`: prompts of which no more is sent, each after its last record."""
         run = self.run
         if run is None or run.closed:
             return
         run.heard = time.perf_counter()
-        fresh = [record for record in records if run.assignments.close(worker, record.index)]
-        if fresh:
-            run.results.add(fresh)
-            for record in fresh:
-                run.tally.add(record)
-            if not run.assignments.unsent and not run.assignments.holders():
-                self.end()
-            elif run.dealing and run.tally.identical_failures >= IDENTICAL_FAILURES_TO_STOP:
-                self.give_up(run)
+        run.keep([record for record in records if run.is_fresh(worker, record)])
+        for number in ended:
+            run.assignments.close(worker, number)
+        if not run.assignments.unsent and not run.assignments.holders():
+            self.end()
+        elif run.dealing and run.tally.identical_failures >= IDENTICAL_FAILURES_TO_STOP:
+            self.give_up(run)
 
     # Ending
 
@@ -1672,8 +1835,7 @@ class Coordinator:
 
     def is_over(self, run: Run) -> bool:
         """Nobody who is alive holds a prompt, and none is left, or none is dealt, or nobody is left to take one."""
-        live = self.live_workers()
-        if any(worker in live for worker in run.assignments.holders()):
+        if self.live_holders(run):
             return False
         idle = run.all_users_started and time.perf_counter() - run.heard > IDLE_S
         return not run.assignments.unsent or run.given_up or idle
@@ -1702,10 +1864,7 @@ class Coordinator:
         self.halt(run, self.environment.stop_timeout)
         deadline = time.perf_counter() + self.environment.stop_timeout + DRAIN_GRACE_S
         try:
-            while time.perf_counter() < deadline:
-                live = self.live_workers()
-                if not any(worker in live for worker in run.assignments.holders()):
-                    return
+            while self.live_holders(run) and time.perf_counter() < deadline:
                 gevent.sleep(TICK_S / 4)
         except KeyboardInterrupt:
             logger.warning("interrupted again: not waiting for what is in flight")
@@ -1716,23 +1875,17 @@ class Coordinator:
         run = self.run
         if run is None or run.closed:
             return
-        outcome = Outcome(HTTP_ERROR, "process_lost", "its worker did not report it; the server may have seen it")
-        lost = [Record(index, outcome) for index in run.assignments.lost()]
+        run.keep(run.lost())
         run.closed = run.ending = True
-        if lost:
-            run.results.add(lost)
-        for record in lost:
-            run.tally.add(record)
         run.results.close()
-        unsent = len(run.assignments.unsent)
-        if run.tally.failures or unsent or run.results.unwritten:
+        if run.tally.successes < run.corpus.requests or run.results.unwritten:
             self.environment.process_exit_code = self.options.exit_code_on_error
-        self.print_summary(run, unsent)
+        self.print_summary(run)
         if self.distributed and self.options.headless and not self.live_workers():
             gevent.spawn(self.runner.quit)  # Locust alone would wait for a worker to come back
 
-    def print_summary(self, run: Run, unsent: int) -> None:
-        text = summary_text(run.tally, unsent, run.results.path)
+    def print_summary(self, run: Run) -> None:
+        text = summary_text(run.tally, *run.unsent(), run.results.path)
         if run.results.unwritten:
             text += f"\n  ! {run.results.unwritten} rows could not be written"
         try:
@@ -1757,18 +1910,16 @@ class PromptSource:
     head: bytes
     context: Any = None
     one_each = False
+    zero = 0.0
+    run = in_flight = stock = left = more = asks = asks_sent = asks_answered = 0
 
     def __init__(self, environment: Any) -> None:
         self.runner = environment.runner
-        self.run = 0
-        self.zero = 0.0
-        self.in_flight = 0
         self.at_hand: deque[Prompt] = deque()
-        self.stock = self.left = self.more = 0
-        self.asks = self.asks_sent = self.asks_answered = 0
-        self.halted = False
+        self.halted = Event()
         self.watch = LoopWatch()
         self.rows: list[Record] = []
+        self.ended: list[int] = []  # prompts of which no more is sent
         self.rows_at_once = BATCH_ROWS if isinstance(self.runner, WorkerRunner) else 1
         self.all_users_started = Event()  # who has finished a prompt may take another, or leave
         self.prompts_arrived = Event()
@@ -1784,7 +1935,7 @@ class PromptSource:
         self.run, self.one_each, self.stock = header["run"], header["one_each"], header["stock"]
         self.zero = time.perf_counter() - header["at_s"]
         self.at_hand.clear()
-        self.halted = False
+        self.halted.clear()
         self.all_users_started.clear()
         settings = Settings(**json.loads(header["settings"]))
         self.settings = replace(settings, api_key=settings.api_key or self.own_key)
@@ -1810,7 +1961,7 @@ class PromptSource:
 
     def take(self) -> Optional[Prompt]:
         """The next prompt; None when there is none for this user."""
-        while not self.halted:
+        while not self.halted.is_set():
             if self.at_hand:
                 prompt = self.at_hand.popleft()
                 if self.more and len(self.at_hand) <= self.stock // 2:
@@ -1819,7 +1970,7 @@ class PromptSource:
             self.asks += 1
             own_ask = self.asks
             self.something_to_send.set()
-            while self.asks_answered < own_ask and not self.halted:
+            while self.asks_answered < own_ask and not self.halted.is_set():
                 self.prompts_arrived.wait()
             if not self.at_hand and not self.left:
                 return None
@@ -1829,6 +1980,10 @@ class PromptSource:
         self.rows.append(record)
         if len(self.rows) >= self.rows_at_once:
             self.something_to_send.set()
+
+    def close_prompt(self, prompt: Prompt) -> None:
+        """No more of it is sent."""
+        self.ended.append(prompt.number)
 
     def send_messages(self) -> None:
         while True:
@@ -1850,10 +2005,12 @@ class PromptSource:
             self.runner.send_message(MESSAGE + "want", {"ask": self.asks, "urgent": urgent, "spare": spare})
 
     def send_rows(self) -> None:
-        while self.rows:
+        while self.rows or self.ended:
             rows = self.rows[:BATCH_ROWS]
-            self.runner.send_message(MESSAGE + "rows", {"run": self.run, "rows": [row.values() for row in rows]})
-            del self.rows[: len(rows)]
+            ended = self.ended[: len(self.ended) if rows == self.rows else 0]  # after their last rows
+            data = {"run": self.run, "rows": [row.values() for row in rows], "ended": ended}
+            self.runner.send_message(MESSAGE + "rows", data)
+            del self.rows[: len(rows)], self.ended[: len(ended)]
 
     def on_halt(self, environment: Any, msg: Any, **_: Any) -> None:
         if msg.data["run"] == self.run:
@@ -1870,7 +2027,7 @@ class PromptSource:
 
     def close(self) -> None:
         """Users on their way out get out: Locust stumbles over greenlets that have just died."""
-        self.halted = True
+        self.halted.set()
         self.wake_waiting_users()
         self.all_users_started.set()
         until = time.perf_counter() + TICK_S
@@ -1911,23 +2068,38 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
         prompt = self.source.take()
         if prompt is None:
             raise StopUser()
-        self.source.in_flight += 1
         try:
-            self.submit(prompt)
-        except Exception as error:  # ours, not the server's: but no prompt goes without its row
-            logger.exception("prompt %d", prompt.number)
-            self.source.deliver(Record(prompt.number, Outcome(HTTP_ERROR, "other", plain(repr(error)))))
+            self.talk(Talk(self.source.settings, prompt))
         finally:
-            self.source.in_flight -= 1
+            self.source.close_prompt(prompt)
         if self.source.one_each:
             self.source.all_users_started.wait()  # else Locust would replace us while it is still adding users
 
     tasks = [next_prompt]  # noqa: RUF012
 
-    def submit(self, prompt: Prompt) -> None:
-        """Whatever happens from here on, the prompt gets exactly one record."""
+    def talk(self, talk: Talk) -> None:
+        """One request; of a session one turn after the other, until one fails or the run ends."""
+        while True:
+            self.source.in_flight += 1
+            try:
+                answer = self.submit(talk)
+            except Exception as error:  # ours, not the server's: but no request goes without its row
+                logger.exception("request %d", talk.index)
+                outcome, answer = Outcome(HTTP_ERROR, "other", plain(repr(error))), None
+                self.source.deliver(Record(talk.index, outcome, **talk.place))
+            finally:
+                self.source.in_flight -= 1
+            if answer is None or not talk.goes_on():
+                return
+            done_s = self.connection.done if self.connection else None
+            due_s = talk.go_on(answer) + (done_s or time.perf_counter())
+            if self.source.halted.wait(max(0.0, due_s - time.perf_counter())):
+                return
+
+    def submit(self, talk: Talk) -> Optional[str]:
+        """Whatever happens from here on, the request gets exactly one record. The content of a complete answer."""
         source, secrets = self.source, self.source.settings.secrets
-        body = request_body(source.settings, prompt.line)
+        body = talk.body()
         connection = self.connection = self.connection or Connection(source.settings, source.context, source.watch)
         reply, stopped, began = None, None, time.perf_counter()
         try:
@@ -1938,13 +2110,14 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
             outcome = failed_call(error, connection.http_status, secrets)
         if reply is not None:
             outcome = read_reply(reply, secrets)
-        record = self.record(prompt.number, outcome, reply.stream if reply else None)
+        record = self.record(talk, outcome, reply.stream if reply else None)
         self.report_to_locust(record, began, reply.size if reply else 0)
         source.deliver(record)
         if stopped is not None:
             raise stopped
+        return content_of(reply) if reply is not None and outcome.status == SUCCESS and talk.goes_on() else None
 
-    def record(self, index: int, outcome: Outcome, stream: Optional[StreamReader]) -> Record:
+    def record(self, talk: Talk, outcome: Outcome, stream: Optional[StreamReader]) -> Record:
         connection, zero = self.connection, self.source.zero
         assert connection is not None
         done = connection.done or time.perf_counter()
@@ -1952,7 +2125,7 @@ class BatchUser(User):  # type: ignore[misc,unused-ignore]
         sent_s, first_s, done_s = (stamp and stamp - zero if connection.sent else None for stamp in stamps)
         late, late_ms = stream.late_read if stream else None, connection.late_s * 1000
         about = late, late_ms, connection.by_kernel, connection.is_new, connection.sent_again
-        return Record(index, outcome, sent_s, first_s, done_s, *about)
+        return Record(talk.index, outcome, sent_s, first_s, done_s, *about, **talk.place)
 
     def report_to_locust(self, record: Record, began: float, length: int) -> None:
         """Locust's own statistics. Its METRIC rows are logged past its total, which is of requests alone."""

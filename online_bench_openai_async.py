@@ -2191,7 +2191,7 @@ class Tally:
         if record.reply.turn in (None, 1):  # a rate is that of sessions
             self.due.add(record.job.due_s)
             self.issued.add(record.sent_s)
-        self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS
+            self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS  # a session keeps its permit
         self._add_to_groups(record)
         if record.aborted:
             self.aborted += 1
@@ -2388,6 +2388,7 @@ FIGURES: Mapping[str, Callable[[Summary, Config, Fared], Optional[float]]] = {
     "aborted": lambda s, c, h: s.aborted,
     "not_sent": lambda s, c, h: max(0, (c.total_requests or 0) - s.ok - s.errors - s.aborted - s.unsent_turns),
     "error_rate": lambda s, c, h: s.error_share,
+    "aborted_rate": lambda s, c, h: _rate(s.aborted, s.ok + s.errors + s.aborted),
     "duration": lambda s, c, h: s.elapsed_s,
     "total_input_tokens": lambda s, c, h: s.prompt_tokens,
     "total_output_tokens": lambda s, c, h: s.completion_tokens,
@@ -2533,10 +2534,12 @@ def judge(limit: Limit, summary: Summary, config: Config, health: Fared) -> Judg
 
 
 def limits_of(config: Config) -> list[Limit]:
-    """Those of --slo, and that hardly any request fails, unless they say something of errors themselves."""
+    """Those of --slo, and that hardly any request fails (unless they speak of errors themselves) or is cut off."""
     limits = [Limit.of(text) for text in config.slo]
     if limits and not {"error_rate", "failed", "completed"} & {limit.name for limit in limits}:
         limits.append(Limit("error_rate", "<=", TELLING_ERROR_SHARE))
+    if limits and config.grace is not None:  # what it cuts off may be what would have failed
+        limits.append(Limit("aborted_rate", "<=", TELLING_ERROR_SHARE))
     return limits
 
 
@@ -2623,6 +2626,16 @@ def _warn_client(summary: Summary, config: Config, health: Sequence[Health]) -> 
     return ReportWarning(f"client-bound: {reason}", _client_cure(health)) if reason else None
 
 
+def _warn_cut_off(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
+    total = summary.ok + summary.errors + summary.aborted
+    if config.grace is None or summary.aborted <= TELLING_ERROR_SHARE * total:
+        return None
+    text = (
+        f"{summary.aborted} of {total} requests were cut off or not sent at the end, perhaps the slowest: they are in"
+    )
+    return ReportWarning(f"{text} no latency and no rate", "a longer --grace")
+
+
 def _warn_usage(summary: Summary, config: Config, health: Sequence[Health]) -> Optional[ReportWarning]:
     how = "counted by their content chunks" if summary.chunk_counted else "counted as 0 tokens"
     text = f"{summary.without_usage} replies carried no usage, or one of 0 tokens: {how}, prompts without a count as 0"
@@ -2697,7 +2710,8 @@ def _warn_server_queue(summary: Summary, config: Config, health: Sequence[Health
     waited, latency = server.get("server_mean_queue_ms"), server.get("server_mean_e2el_ms")
     waiting, running = (server.get(f"server_{name}_mean", 0.0) for name in ("waiting", "running"))
     share = _rate(waiting, waiting + running) if waited is None or latency is None else _rate(waited, latency)
-    if share < SERVER_QUEUE_SHARE:
+    step = server.get("server_mean_itl_ms", server.get("server_mean_tpot_ms", 0.0))  # all requests wait for its end
+    if share < SERVER_QUEUE_SHARE or (waited or math.inf) < step:
         return None
     text = f"requests waited in the server's queue: {waited:.1f} ms on average" if waited is not None else "it queued"
     if waiting:
@@ -2812,9 +2826,9 @@ def _warn_count(field: str, summary: Summary, config: Config, health: Fared) -> 
 
 
 WARNINGS: Sequence[Callable[[Summary, Config, Fared], Optional[ReportWarning]]] = (
-    _warn_client, _warn_drift, partial(_warn_count, "held_back"), _warn_servers, _warn_usage, _warn_prompt_length,
-    _warn_short_replies, _warn_corpus, _warn_cache, _warn_others, _warn_server_queue, _warn_kv_cache, _warn_merged,
-    *(partial(_warn_count, name) for name in ("one_piece", "syn_resent", "reconnects")),
+    _warn_client, _warn_drift, partial(_warn_count, "held_back"), _warn_cut_off, _warn_servers, _warn_usage,
+    _warn_prompt_length, _warn_short_replies, _warn_corpus, _warn_cache, _warn_others, _warn_server_queue,
+    _warn_kv_cache, _warn_merged, *(partial(_warn_count, name) for name in ("one_piece", "syn_resent", "reconnects")),
 )  # fmt: skip
 
 
@@ -3231,11 +3245,20 @@ def brief(value: Optional[float]) -> str:
     return "-" if value is None else f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
 
 
+def undisturbed(levels: Sequence[Level]) -> list[Level]:
+    """Those measured to their end, with hardly a failure: others do not show how throughput grows."""
+    return [
+        level
+        for level in levels
+        if all(point.complete and point.summary.error_share <= TELLING_ERROR_SHARE for point in level.points)
+    ]
+
+
 def sweep_knee(levels: Sequence[Level]) -> Optional[float]:
     """By generated tokens/s, or by requests/s where nobody counted tokens."""
     tokens = any(level.figure("output_throughput") for level in levels)
     name = "output_throughput" if tokens else "request_throughput"
-    return knee({level.level: level.figure(name) for level in levels})
+    return knee({level.level: level.figure(name) for level in undisturbed(levels)})
 
 
 def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None) -> list[str]:
@@ -3247,7 +3270,7 @@ def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None
     for level in levels:
         errors = sum(point.summary.errors for point in level.points)
         rows.append([f"{level.level:g}", *map(level.cell, figures), str(errors)])
-        ends.append(level.verdict(bend if bend != levels[-1].level else None))
+        ends.append(level.verdict(None if bend is None or bend == undisturbed(levels)[-1].level else bend))
         for name, pick in (("min", 0), ("max", -1)) if len(level.points) > 1 else ():
             extremes = [values[pick] if values else None for values in map(level.values, figures)]
             rows.append([f"  {name}", *map(brief, extremes), ""])
@@ -3260,9 +3283,9 @@ def sweep_table(levels: Sequence[Level], unit: str, bend: Optional[float] = None
 def sweep_sentences(levels: Sequence[Level], unit: str, bend: Optional[float]) -> list[str]:
     """The knee, and where this client was the limit."""
     lines = []
-    if bend is not None and bend == levels[-1].level:
+    if bend is not None and bend == undisturbed(levels)[-1].level:
         lines.append(f"No knee: at {bend:g} {unit} throughput still grew by more than {KNEE_GROWTH:.0%} per doubling")
-    elif bend is None and len(levels) > 2:
+    elif bend is None and len(undisturbed(levels)) > 2 and not levels[0].points[0].config.find_max:
         lines.append(f"No knee: nowhere did throughput grow by more than {KNEE_GROWTH:.0%} per doubling")
     elif bend is not None:
         lines.append(f"Knee: {bend:g} {unit}; beyond it throughput grows by less than {KNEE_GROWTH:.0%} per doubling")
@@ -6623,7 +6646,8 @@ async def warm_up(part: Part, sender: Sender) -> Lesson:
         tally, kept = await _warm_up_once(part, sender)
     if tally.errors and not part.stop.interrupted:
         if not tally.ok:
-            raise RunError(f"the warm-up failed, nothing was measured: {tally.first_error()}")
+            what = "of the next level failed" if part.schedule.first else "failed, nothing was measured"
+            raise RunError(f"the warm-up {what}: {tally.first_error()}")
         servers = [name for name, group in tally.groups["server"].items() if not group.ok]
         by = f", all of those to {', '.join(servers)}" if servers else ""
         note(f"{tally.errors} of {part.warmup} warm-up requests failed{by}: {tally.first_error()}")
@@ -7351,6 +7375,7 @@ _positive = _checked(int, lambda n: n >= 1, "a whole number, 1 or more")
 _count_or_none = _checked(int, lambda n: n >= 0, "a whole number, 0 or more")
 _seconds = _checked(float, lambda x: 0 < x < math.inf, "a number of seconds above 0")
 _pause = _checked(float, lambda x: 0 <= x < math.inf, "a number of seconds, 0 or more")
+_limit_ms = _checked(float, lambda x: 0 < x < math.inf, "a number of ms above 0")
 _above_0 = _checked(float, lambda x: x > 0, "a number above 0, or inf")
 _price_of = _checked(float, lambda x: 0 < x < math.inf, "a price above 0")
 _fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
@@ -7473,7 +7498,7 @@ def _goal(text: str) -> tuple[str, float]:
     name, _, limit = text.partition(":")
     if name not in GOODPUT_NAMES:
         raise BadValue(f"takes limits in ms, as in ttft:500 tpot:50 e2el:5000, not {plain(text, 60)!r}")
-    value: float = _seconds(limit)
+    value: float = _limit_ms(limit)
     return GOODPUT_NAMES[name], value
 
 
@@ -7750,6 +7775,9 @@ def check_options(options: argparse.Namespace) -> None:
         (len(levels) > 1 < len(rates), "two lists at once: --concurrency or --request-rate, not both"),
         (searching and (lists or options.repeat > 1),
          "--find-max chooses levels and repeats them: no list, no --repeat"),
+        (searching and levels and not axis.by_rate,
+         "--find-max chooses how many are in flight: leave out --concurrency"),
+        (len(rates) > 1 and math.inf in rates, "a list of rates takes numbers: inf is no rate"),
         (searching and not options.slo, "--find-max needs a limit that holds or not: --slo 'p99_ttft_ms<500'"),
         (not axis.by_rate and axis.levels != [int(n) for n in axis.levels], "--find-max is of whole numbers in flight"),
         (endless, "how long is each rate? --total-requests or --duration"),
@@ -8031,8 +8059,8 @@ class Invocation:
         self._open(config)
 
     def _close(self) -> None:
-        closing: Sequence[CsvSink | SummarySink] = (*self._csvs, *self._summaries)
-        for sink in closing:
+        sinks: list[Union[CsvSink, SummarySink]] = [*self._csvs, *self._summaries]
+        for sink in sinks:
             sink.close()
         if self._page:
             self._page.close()
@@ -8157,8 +8185,8 @@ class Invocation:
         """What the figures do not say of a point; its times on the wall clock end as far apart as it took."""
         config, tally = measured.config, point.tally
         times = [point.start_unix_s + at for at in (tally.first_sent_s, tally.last_done_s)]
-        if not all(map(math.isfinite, times)):  # nothing was sent
-            times = [time.time()] * 2
+        if not all(map(math.isfinite, times)):  # nothing has ended
+            times = [point.start_unix_s] * 2
         return {
             "date": self._started,
             "benchmark_start_time_unix": times[0],

@@ -131,6 +131,19 @@ def test_figures_are_numpys_over_the_successes(tmp_path: Path, cli: Callable[...
     assert "Errors: 2 x http_error/http_429" in out
 
 
+def test_a_failure_after_the_last_success_lengthens_the_run(tmp_path: Path) -> None:
+    rows = simulated(1, 100)
+    cut = failure(101, 1000.0, kind="aborted")
+    for more, duration in (
+        ([], None),
+        ([failure(100, 60.0)], 60.0 - min(row["sent_s"] for row in rows)),
+        ([cut], None),
+    ):
+        told = level_of([*rows, *more], tmp_path).figure("duration")
+        whole = duration or level_of(rows, tmp_path).figure("duration")
+        assert told == pytest.approx(whole)
+
+
 def test_the_benchmarks_own_files_give_its_own_seven_lines(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
     results, lines = str(tmp_path / "r.csv"), str(tmp_path / "s.jsonl")
     options = ["--demo", "--stream", "--concurrency", "4", "--total-requests", "12", "--output-tokens", "8"]
@@ -448,6 +461,20 @@ def test_knee_and_highest_passing_level_are_named(tmp_path: Path, cli: Callable[
     assert cli("show", sweep(tmp_path), "--slo", "p99_ttft_ms=100").code == 2
 
 
+def test_a_level_that_failed_is_no_knee_and_no_most(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    rates = ((1, 100, 0), (2, 195, 0), (4, 380, 0), (8, 900, 50))
+    points = [summary(max_concurrency=n, output_throughput=float(r), failed=bad, completed=100) for n, r, bad in rates]
+    done = cli("show", write_json(tmp_path / "broken.jsonl", *points))
+    assert "broken: most output 380 tokens/s, at 4 in flight; still growing there" in done.out
+
+
+def test_the_level_of_a_csv_is_a_rate_where_requests_were_due_at_it(tmp_path: Path) -> None:
+    for level, by_rate in ((50, True), (4, False)):
+        rows = [{**row, "scheduled_s": row["index"] / 50, "level": level} for row in simulated(1, 100)]
+        assert level_of(rows, tmp_path).by_rate is by_rate
+    assert not level_of(simulated(1, 100, level=50), tmp_path).by_rate
+
+
 def test_a_lower_level_that_fails_is_not_passed_over(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
     points = [
         summary(max_concurrency=n, p99_ttft_ms=ttft) for n, ttft in ((1, 20.0), (2, 150.0), (4, 90.0), (8, 300.0))
@@ -556,11 +583,19 @@ def test_compare_in_plain_words(tmp_path: Path, cli: Callable[..., Outcome]) -> 
 
 def test_what_is_not_comparable_is_said_first(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
     a = write_json(tmp_path / "a.jsonl", summary(mean_output_tokens=128.0, mean_prompt_tokens=100.0))
-    changes = {"model_id": "other", "mean_output_tokens": 64.0, "max_concurrency": 9, "failed": 50}
+    changes = {"model_id": "other", "mean_output_tokens": 64.0, "max_concurrency": 9, "failed": 50, "aborted": 3}
     b = write_json(tmp_path / "b.jsonl", summary(**changes, client_bound="it waited for a core"))
     out = cli("compare", a, b).out
     head = out[: out.index("ratio")]
-    for words in ("another model: m, other", "other output lengths", "another load", "measured its client", "33.3%"):
+    told = (
+        "another model: m, other",
+        "other output lengths",
+        "another load",
+        "measured its client",
+        "33.3%",
+        "3 of its",
+    )
+    for words in told:
         assert words in head
     assert "noise unknown for output tokens/s" in out
 

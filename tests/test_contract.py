@@ -165,6 +165,17 @@ REFUSED = {
         "the output limit is not a whole number of 1 or more: True",
     ),
     "limit of 1.5": (b'{"text": "a", "max_tokens": 1.5}', "the output limit is not a whole number of 1 or more: 1.5"),
+    "a session without turns": (b'{"turns": []}', "a session without turns"),
+    "turns that are none": (b'{"turns": ["a"]}', "turns or conversations are not a list of objects"),
+    "a turn without content": (b'{"conversations": [{"from": "human", "value": ""}]}', "a turn without content"),
+    "a delay below 0": (
+        b'{"turns": [{"content": "a", "delay_ms": -1}]}',
+        "delay_ms is not a number of 0 or more: -1",
+    ),
+    "a turn's limit of 0": (
+        b'{"turns": [{"content": "a", "max_tokens": 0}]}',
+        "the output limit is not a whole number of 1 or more: 0",
+    ),
     "limit as text": (b'{"text": "a", "max_tokens": "5"}', "the output limit is not a whole number of 1 or more: '5'"),
 }
 
@@ -453,6 +464,87 @@ def test_how_streams_are_asked_for(streamed, script):
     for call in streamed[script].calls:
         sent = json.loads(call.body)
         assert (sent["stream"], sent["stream_options"]) == (True, {"include_usage": True})
+
+
+# --- sessions ---
+
+THINK_S = 0.2
+ANSWER = '\u00e9\n"quoted" \U0001f600 to '
+SESSIONS = [
+    {"turns": [{"content": "a0", "max_tokens": 3}, {"content": "a1", "delay_ms": THINK_S * 1e3}, {"content": "a2"}],
+     "system": "mine", "output_tokens": 9, "top_k": 2},
+    {"text": "alone"},
+    {"id": "x", "conversations": [
+        {"from": "system", "value": "theirs"}, {"from": "human", "value": "b0"}, {"from": "gpt", "value": "B"},
+        {"from": "human", "value": "b1"}, {"from": "tool", "value": "ignored"}],
+     "body": {"max_completion_tokens": 4}},
+    {"turns": [{"content": "c0"}, {"content": "c1 fails"}, {"content": "never"}], "model": "other"},
+    {"turns": [{"content": [{"type": "text", "text": "d0"}]}, {"role": "assistant", "content": "D"}, {"content": "d1"}],
+     "text": "ignored"},
+]  # fmt: skip
+TURNS_SENT = [("a0", 0, 1), ("a1", 0, 2), ("a2", 0, 3), ("alone", "", ""), ("b0", 2, 1), ("b1", 2, 2), ("c0", 3, 1),
+              ("c1 fails", 3, 2), ("d0", 4, 1), ("d1", 4, 2)]  # fmt: skip
+
+
+def last_text(sent: Mapping[str, Any]) -> str:
+    content = sent["messages"][-1]["content"]
+    return str(content if isinstance(content, str) else content[0]["text"])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole", "streamed"])
+def talks(request, tmp_path_factory) -> tuple[dict[str, Script], dict[int, tuple[float, float]]]:
+    """What both scripts made of the sessions; and of each call when it came, and when it was answered."""
+    times: dict[int, tuple[float, float]] = {}
+
+    def answer(call: Call) -> None:
+        came_s, sent = time.perf_counter(), json.loads(call.body)
+        text = last_text(sent)
+        if text.endswith("fails"):
+            act = body({"error": "no"}, status="500 No")
+        elif sent.get("stream"):
+            words = [*re.findall("...|.+", ANSWER, re.S), text]
+            hm = [{"index": 0, "delta": {"reasoning_content": "hm", "content": None}}]
+            said = (piece([{"index": 0, "delta": {"content": word}, "finish_reason": None}]) for word in words)
+            act = streams(ROLE, piece(hm), *said, FINISH, COUNTS, DONE)
+        else:
+            message = {"role": "assistant", "content": ANSWER + text, "reasoning_content": "hm"}
+            act = body(completion(choices=[{"index": 0, "message": message, "finish_reason": "stop"}]))
+        act(call)
+        times[id(call)] = came_s, time.perf_counter()
+
+    corpus = "".join(json.dumps(line) + "\n" for line in SESSIONS).encode()
+    return both(tmp_path_factory.mktemp("sessions"), corpus, answer, stream=request.param, system=SYSTEM), times
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_turn_of_a_session_is_asked_with_all_that_was_said_before(talks, script):
+    said: list[Any] = []
+    bodies = [json.loads(call.body) for call in talks[0][script].calls]
+    assert [last_text(sent) for sent in bodies] == [text for text, *_ in TURNS_SENT]
+    for sent, (text, _, turn) in zip(bodies, TURNS_SENT):
+        system = {"a": "mine", "b": "theirs"}.get(text[0] * (text != "alone"), SYSTEM)
+        said = [{"role": "system", "content": system}] if turn in ("", 1) else said
+        assert sent["messages"][:-1] == said
+        said = [*sent["messages"], {"role": "assistant", "content": ANSWER + text}]
+    limits = [(sent.get("max_tokens"), sent.get("max_completion_tokens")) for sent in bodies]
+    assert limits == [(3, None), (9, None), (9, None), (RUN_LIMIT, None), *[(None, 4)] * 2, *[(RUN_LIMIT, None)] * 4]
+
+
+def test_a_session_comes_to_the_same_requests_and_rows_in_both(talks):
+    benchmarks, locusts = ([json.loads(call.body) for call in talks[0][name].calls] for name in SCRIPTS)
+    assert benchmarks == locusts
+    for at, (text, session, turn) in enumerate(TURNS_SENT):
+        for row in same_rows(talks[0], at):
+            assert (row["session"], row["turn"]) == (str(session), str(turn))
+            assert row["error_kind"] == ("http_500" if text.endswith("fails") else "")
+    assert [row["index"] for row in talks[0]["locust"].rows] == [*"01234567", "9", "10"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_turn_comes_after_its_think_time(talks, script):
+    scripts, times = talks
+    first, second = (times[id(call)] for call in scripts[script].calls[:2])
+    assert second[0] - first[0] > THINK_S * 0.95, "counted here from before the answer on"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -546,6 +546,18 @@ def test_a_server_in_the_foreground_serves_until_ctrl_c() -> None:
         process.stdout.close()
 
 
+def test_whoever_started_it_may_have_gone_before_it_serves() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(
+            [sys.executable, str(SERVER), "--port", "0"], stdout=writer, stderr=subprocess.PIPE, timeout=30, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 def test_until_stdin_closes_means_just_that(serve: Callable[..., Server]) -> None:
     server = serve(*QUICK)
     server.process.send_signal(signal.SIGINT)

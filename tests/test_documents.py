@@ -91,7 +91,8 @@ def in_small(words: Sequence[str], server: str) -> list[str]:
     if "--requests-file" not in small:
         small += [] if "--total-requests" in small or "--duration" in small else ["--total-requests", "8"]
         small += [] if "--output-tokens" in small else ["--output-tokens", "8"]
-    return small + ([] if "--concurrency" in small or "--request-rate" in small else ["--concurrency", "4"])
+    loads = {"--concurrency", "--request-rate", "--find-max"}
+    return small + ([] if loads & set(small) else ["--concurrency", "4"])
 
 
 @pytest.fixture(scope="module")

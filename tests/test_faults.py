@@ -89,9 +89,9 @@ def run_of(group: str, streamed: bool, transport: str) -> GroupRun:
 
 
 def group_run(group: str, streamed: bool, transport: str) -> GroupRun:
-    """All faults of a group in one run: 20 requests each, good and bad by turns, 5 in flight (20 where they wait)."""
+    """All faults of a group in one run: 20 requests each, good and bad by turns, 5 in flight (10 where they wait)."""
     names = faults_of(group, streamed, transport)
-    patience = {"concurrency": 4 * CONCURRENCY} if group == "silence" else PATIENT  # these wait, and cost nothing
+    patience = {"concurrency": 2 * CONCURRENCY} if group == "silence" else PATIENT  # these wait, and cost nothing
     with chosen(transport) as value, FaultServer(ACTS) as server:
         outcome = run(server.api_base, turns(names), stream=streamed, transport=value, **patience)
         left = server.left_open()

@@ -236,6 +236,29 @@ def test_what_the_stop_cut_off_is_neither_completed_nor_failed() -> None:
     assert summary.elapsed_s == pytest.approx(0.5)  # nor does it lengthen the run
 
 
+def test_what_grace_cut_off_is_said_and_holds_no_limit() -> None:
+    cut = [make_record(n, status="http_error", error_kind="aborted", end_s=9.0, last_s=None) for n in (1, 2)]
+    summary = summary_of(make_record(0), *cut)
+    assert "2 of 3 requests were cut off or not sent at the end" in warned(summary, grace=1.0)
+    assert "cut off" not in warned(summary)
+    limits = bench.limits_of(make_config(slo=["p99_latency_ms<9999"], grace=1.0))
+    judged = [bench.judge(limit, summary, make_config(), []) for limit in limits]
+    assert [one.holds for one in judged] == [True, True, False]
+
+
+def test_turns_of_a_session_are_not_held_back_by_the_concurrency() -> None:
+    late = make_record(0, due_s=0.1, free_s=0.5)
+    turn = dataclasses.replace(late, reply=dataclasses.replace(late.reply, turn=2))
+    assert (summary_of(late).held_back, summary_of(turn).held_back) == (1, 0)
+
+
+def test_a_wait_for_the_end_of_a_step_is_no_queue() -> None:
+    told = {"server_mean_e2el_ms": 30.0, "server_mean_itl_ms": 4.0}
+    for waited, said in ((2.5, False), (4.5, True)):
+        summary = dataclasses.replace(summary_of(make_record()), server={**told, "server_mean_queue_ms": waited})
+        assert ("the server queues" in warned(summary)) is said
+
+
 def test_littles_law_checks_the_count_and_says_why_it_fails() -> None:
     summary = summary_of(*(make_record(n) for n in range(10)))  # 10 x 0.6 s
     sound = {"in_flight_s": 6.0, "flight_window_s": 2.0, "peak_in_flight": 4}
@@ -273,11 +296,12 @@ def test_every_warning_says_what_to_do() -> None:
     )
     at_once = make_record(1, last_s=1.1)
     dead = make_record(2, status="http_error", error_kind="connect_refused", error="refused", server="http://b")
+    cut = make_record(3, status="http_error", error_kind="aborted", end_s=9.0, last_s=None)
     tally = bench.Tally([5, 0])
-    for record in (bad, at_once, dead):
+    for record in (bad, at_once, dead, cut):
         tally.add(record)
     tally.server = {"server_mean_queue_ms": 60.0, "server_mean_e2el_ms": 100.0, "server_preemptions": 1}
-    config = make_config(output_tokens=50, prompt_tokens=20)
+    config = make_config(output_tokens=50, prompt_tokens=20, grace=1.0)
     drifting = summary_of(*closed_loop([1.0 + n / 50 for n in range(100)], 4), wave=4).steady
     summary = dataclasses.replace(tally.summary(), steady=drifting)
     found = bench.warnings_of(summary, config, [health()])

@@ -23,7 +23,7 @@ import pytest
 import online_bench_openai_async as bench
 from tests.support.demo import Demo
 from tests.support.program import ROOT, Running, cli
-from tests.support.records import closed_loop, health, make_config, summary_of
+from tests.support.records import closed_loop, health, make_config, make_record, summary_of
 from tests.support.replies import as_json, completion, reply
 from tests.support.server import Call, HttpServer, closed_port
 
@@ -151,6 +151,7 @@ def test_errors_count_against_a_level_unless_its_limits_speak_of_them() -> None:
 
 def measured(level: float, latency_s: float = 1.0, **changes: Any) -> bench.Measured:
     summary = summary_of(*closed_loop([latency_s] * int(8 * level), int(level)))
+    summary = changes.pop("summary", summary)
     values = {"repeat": 1, "config": make_config(slo=["p99_latency_ms<1500"]), "health": [health()], **changes}
     return bench.Measured(level, summary=summary, **values)
 
@@ -201,6 +202,17 @@ def test_the_words_of_a_sweep() -> None:
         "At 8 in flight this client, not the server, was the limit",
     ]
     assert "No knee: at 4 in flight" in sentences_of(told[:3])[0]
+
+
+def test_levels_that_failed_or_were_cut_short_say_nothing_of_the_knee() -> None:
+    failed = [make_record(n, status="http_error", error_kind="http_500", error="x") for n in range(60)]
+    broken = summary_of(make_record(), *failed)
+    told = levels(measured(1), measured(2), measured(4), measured(8, summary=broken), measured(16, complete=False))
+    assert "No knee: at 4 in flight" in sentences_of(told)[0]
+    assert not any("knee" in line for line in table_of(told))
+    assert sentences_of(levels(measured(1), measured(2), measured(4, summary=broken))) == []
+    searched = {"config": make_config(slo=["p99_latency_ms<1500"], find_max=[1.0, 8.0])}
+    assert bench.sweep_sentences(levels(*(measured(n, **searched) for n in (1, 2, 4))), "in flight", None) == []
 
 
 def test_repetitions_give_the_median_with_the_least_and_the_greatest() -> None:
@@ -361,7 +373,7 @@ def test_figures_are_judged_and_the_exit_code_says_so(
     watching: Callable[..., Watching], judging: list[str], code: int, told: str
 ) -> None:
     server = watching(lambda number: 0.005 if number < 16 else 0.3)
-    size = ["--total-requests", "16"] + ([] if "--concurrency" in judging else ["--concurrency", "8"])
+    size = ["--total-requests", "16"] + ([] if {"--concurrency", "--find-max"} & set(judging) else ["--concurrency", "8"])
     done = cli(*target(server), *size, *judging)
     assert done.code == code, done.err
     assert told in done.out + done.err
@@ -487,7 +499,9 @@ def test_a_process_that_dies_is_replaced_for_the_next_level(watching: Callable[.
         (["--find-max", "8:1", "--slo", "p99_ttft_ms<5"], "takes the least and the greatest level as in 1:512"),
         (["--find-max", "1:8", "--slo", "p99_ttft_ms<5", "--concurrency", "1,2"], "no list, no --repeat"),
         (["--find-max", "1:8", "--slo", "p99_ttft_ms<5", "--repeat", "2"], "no --repeat"),
+        (["--find-max", "1:8", "--slo", "p99_ttft_ms<5", "--concurrency", "4"], "leave out --concurrency"),
         (["--total-requests", "5", "--requests-per-slot", "5"], "exclude each other"),
+        (["--request-rate", "1,inf", "--duration", "5"], "inf is no rate"),
         (["--slo", "p99_tfft_ms<5"], "nearest: p99_ttft_ms"),
         (["--assert", "p99_ttft_ms"], "as in p99_ttft_ms<500"),
         (["--concurrency", "1,2", "--request-rate", "1,2"], "two lists at once"),
@@ -496,7 +510,7 @@ def test_a_process_that_dies_is_replaced_for_the_next_level(watching: Callable[.
         (["--find-max", "1:8.5", "--slo", "p99_ttft_ms<5"], "whole numbers in flight"),
         (["--goodput", "ttft:500"], "--goodput ttft needs --stream"),
         (["--goodput", "ttfb:500"], "as in ttft:500 tpot:50 e2el:5000"),
-        (["--goodput", "ttft:-1", "--stream"], "--goodput"),
+        (["--goodput", "ttft:-1", "--stream"], "a number of ms above 0"),
         (["--gpus", "0"], "--gpus"),
         (["--gpu-hour", "nan"], "takes a price above 0"),
         (["--cooldown", "-1"], "--cooldown"),
