@@ -424,7 +424,7 @@ def test_the_steady_window_leaves_the_opening_burst_out() -> None:
     summary = summary_of(*closed_loop(SLOW_START, 8), wave=8)
     steady = summary.steady
     assert steady is not None
-    assert (steady.start_s, steady.end_s) == (pytest.approx(3.0), pytest.approx(11.0))
+    assert (steady.start_s, steady.end_s) == pytest.approx((3.0, 11.0))
     assert steady.sent == 72
     assert steady.rates[0] == pytest.approx(8.0)  # eight slots of a second, though the whole run has fewer
     assert summary.requests_per_s == pytest.approx(80 / 12)
@@ -456,7 +456,7 @@ def test_the_steady_figures_are_those_of_the_rows_sent_in_the_window() -> None:
     good = [record for record in records if record.ok]
     done = sorted(record.done_s or 0 for record in good)
     start, end = done[9], max(record.sent_s or 0 for record in records)
-    assert (steady.start_s, steady.end_s) == (pytest.approx(start), pytest.approx(end))
+    assert (steady.start_s, steady.end_s) == pytest.approx((start, end))
     inside = [record for record in records if start <= (record.sent_s or 0) <= end]
     assert steady.sent == len(inside)
     assert steady.ok == sum(start < (record.done_s or 0) <= end for record in good)
