@@ -31,16 +31,15 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux stamps arrivals in the kernel")
 
 
-class Arrivals:
+class Arrivals(bench.WholeReader):
     """A reader that keeps what it is fed."""
 
-    complete = False
     made: ClassVar[list[Arrivals]] = []
 
     def __init__(self, reply: bench.Reply) -> None:
+        super().__init__(reply)
         self.reply = reply
         self.fed: list[tuple[int, bytes]] = []
-        self.late: set[int] = set()
         self.made.append(self)
 
     def feed(self, stamps_ns: Sequence[int], pieces: Sequence[bytes]) -> None:
