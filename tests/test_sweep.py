@@ -373,7 +373,9 @@ def test_figures_are_judged_and_the_exit_code_says_so(
     watching: Callable[..., Watching], judging: list[str], code: int, told: str
 ) -> None:
     server = watching(lambda number: 0.005 if number < 16 else 0.3)
-    size = ["--total-requests", "16"] + ([] if {"--concurrency", "--find-max"} & set(judging) else ["--concurrency", "8"])
+    size = ["--total-requests", "16"] + (
+        [] if {"--concurrency", "--find-max"} & set(judging) else ["--concurrency", "8"]
+    )
     done = cli(*target(server), *size, *judging)
     assert done.code == code, done.err
     assert told in done.out + done.err
