@@ -1641,7 +1641,6 @@ class StreamReader:
         self._counted: Optional[int] = None
         self._failure: Optional[Failure] = None
         self._head = b""
-        self._text_at = 0
         self._before = self._behind = b"\0"  # until the first plain event: no event is like this
         self._content_reads = 0
         self._merged_reads = 0
@@ -1715,7 +1714,7 @@ class StreamReader:
         self._of_one_choice(0)
         text = _TEXT.match(event, at)
         if text:
-            self._text_at, self._before, self._behind = at, event[:at], event[text.end() :] + b"\n\n"
+            self._before, self._behind = event[:at], event[text.end() :] + b"\n\n"
 
     def _feed_any(self, stamp_ns: int, data: bytes) -> None:
         if len(self._head) < STREAM_HEAD_BYTES:
@@ -2172,8 +2171,9 @@ class Tally:
 
     def add(self, record: Record) -> None:
         row, self.last_index = len(self.sent_s), max(self.last_index, record.job.index)
-        self.sent_s.append(math.nan if record.sent_s is None else record.sent_s)
-        self.done_s.append(record.done_s if record.ok and record.done_s is not None else math.nan)
+        reply, sent_s, done_s = record.reply, record.sent_s, record.done_s  # worked out once: this is on every request
+        self.sent_s.append(math.nan if sent_s is None else sent_s)
+        self.done_s.append(done_s if record.ok and done_s is not None else math.nan)
         for metric in METRICS:
             values = metric.read(record)
             if values and metric.pooled:
@@ -2181,24 +2181,24 @@ class Tally:
             elif values:
                 self.samples[metric.key].place(row, values[0])
         for name in COUNTED:
-            self.counts[name] += getattr(record.reply, name)
-        self.counts["new_connections"] += bool(record.reply.new_connection)
-        self.counts["late_read"] += record.reply.late_gaps > 0
+            self.counts[name] += getattr(reply, name)
+        self.counts["new_connections"] += bool(reply.new_connection)
+        self.counts["late_read"] += reply.late_gaps > 0
         self.busy_s += (record.busy_ms or 0) / 1e3
-        if record.reply.turn:  # of those begun, the turns yet to come
-            self.counts["sessions"] += record.reply.turn == 1
-            self.counts["unsent_turns"] += record.reply.later_turns if record.reply.turn == 1 else -1
-        if record.reply.turn in (None, 1):  # a rate is that of sessions
+        if reply.turn:  # of those begun, the turns yet to come
+            self.counts["sessions"] += reply.turn == 1
+            self.counts["unsent_turns"] += reply.later_turns if reply.turn == 1 else -1
+        if reply.turn in (None, 1):  # a rate is that of sessions
             self.due.add(record.job.due_s)
-            self.issued.add(record.sent_s)
+            self.issued.add(sent_s)
             self.counts["held_back"] += record.held_back_ms > HELD_BACK_MS  # a session keeps its permit
         self._add_to_groups(record)
         if record.aborted:
             self.aborted += 1
             return
-        if record.sent_s is not None and record.done_s is not None:
-            self.first_sent_s = min(self.first_sent_s, record.sent_s)
-            self.last_done_s = max(self.last_done_s, record.done_s)
+        if sent_s is not None and done_s is not None:
+            self.first_sent_s = min(self.first_sent_s, sent_s)
+            self.last_done_s = max(self.last_done_s, done_s)
         if record.ok:
             self._add_success(record)
         else:
@@ -2270,12 +2270,11 @@ class Tally:
         if not 0 < wave < len(ends):
             return None
         start, end = ends[wave - 1], max(s for s in sent_s if s == s)
-        opened = start - 1e-6  # latencies are kept to a microsecond or less
-        rows = [row for row, at in enumerate(sent_s) if opened <= at <= end]
+        rows = [row for row, at in enumerate(sent_s) if start <= at <= end]
         if len(rows) < 2 * wave:
             return None
         ended = [row for row, at in done.items() if start < at <= end]
-        before = [row for row in done if sent_s[row] < opened]
+        before = [row for row in done if sent_s[row] < start]
         third = (end - start) / 3
         thirds = ([row for row in rows if sent_s[row] < start + third], [r for r in rows if sent_s[r] >= end - third])
         return Steady(
